@@ -1,0 +1,293 @@
+"""A scripted Messages API on loopback: what the real CLI talks to in the tests.
+
+It records every request that reaches it and answers with the `Reply` whose marker stands in the
+last user message, so a test chooses its answer by the words it sends and tests do not disturb each
+other. Without a marker the answer is the text "Hello, I am scripted.".
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+JsonObject = dict[str, Any]
+
+USAGE: JsonObject = {
+    "input_tokens": 11,
+    "cache_creation_input_tokens": 3,
+    "cache_read_input_tokens": 5,
+    "output_tokens": 1,
+}
+DEFAULT_TEXT = "Hello, I am scripted."
+
+ERROR_TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    500: "api_error",
+    529: "overloaded_error",
+}
+
+
+@dataclass
+class Reply:
+    """One scripted answer: SSE events, or an error status with a message."""
+
+    blocks: list[JsonObject] = field(default_factory=list)
+    stop_reason: str = "end_turn"
+    stop_sequence: str | None = None
+    stop_details: JsonObject | None = None
+    output_tokens: int = 42
+    status: int = 200
+    message: str = ""
+    headers: dict[str, str] = field(default_factory=dict)
+    extra_events: list[JsonObject] = field(default_factory=list)  # sent before message_delta
+    cut_after: int | None = None  # close the connection after so many events
+    gate: threading.Event | None = None  # waited for after `gate_after` events
+    gate_after: int = 0
+    gap_s: float = 0.0
+    repeat: int = 0  # times an extra text_delta is sent, for long streams
+
+    def events(self, model: str) -> Iterator[JsonObject]:
+        """Yield the API's events for this reply, as api.anthropic.com orders them."""
+        message: JsonObject = {
+            "id": "msg_" + uuid.uuid4().hex[:24],
+            "type": "message",
+            "role": "assistant",
+            "model": model,
+            "content": [],
+            "stop_reason": None,
+            "stop_sequence": None,
+            "stop_details": None,
+            "usage": dict(USAGE),
+        }
+        yield {"type": "message_start", "message": message}
+        for index, block in enumerate(self.blocks):
+            start, deltas = _opened(block)
+            yield {"type": "content_block_start", "index": index, "content_block": start}
+            for delta in deltas:
+                yield {"type": "content_block_delta", "index": index, "delta": delta}
+            for _ in range(self.repeat):
+                delta = {"type": "text_delta", "text": "word "}
+                yield {"type": "content_block_delta", "index": index, "delta": delta}
+            yield {"type": "content_block_stop", "index": index}
+        yield from self.extra_events
+        yield {
+            "type": "message_delta",
+            "delta": {
+                "stop_reason": self.stop_reason,
+                "stop_sequence": self.stop_sequence,
+                "stop_details": self.stop_details,
+            },
+            "usage": {"output_tokens": self.output_tokens},
+        }
+        yield {"type": "message_stop"}
+
+
+def _opened(block: JsonObject) -> tuple[JsonObject, list[JsonObject]]:
+    """Split a finished block into its start form and its deltas."""
+    kind = block["type"]
+    if kind == "text":
+        words = block["text"].split(" ")
+        pieces = [word + " " for word in words[:-1]] + words[-1:]
+        return {"type": "text", "text": ""}, [{"type": "text_delta", "text": p} for p in pieces]
+    if kind == "thinking":
+        return {"type": "thinking", "thinking": "", "signature": ""}, [
+            {"type": "thinking_delta", "thinking": block["thinking"]},
+            {"type": "signature_delta", "signature": block["signature"]},
+        ]
+    if kind == "tool_use":
+        text = json.dumps(block["input"])
+        pieces = ["", *(text[i : i + 7] for i in range(0, len(text), 7))]
+        deltas = [{"type": "input_json_delta", "partial_json": p} for p in pieces]
+        return {**block, "input": {}}, deltas
+    return dict(block), []
+
+
+def text_reply(text: str = DEFAULT_TEXT, **more: Any) -> Reply:
+    """Return a reply of one text block."""
+    return Reply(blocks=[{"type": "text", "text": text}], **more)
+
+
+@dataclass
+class Call:
+    """One request that reached the scripted API."""
+
+    path: str
+    headers: dict[str, str]
+    body: JsonObject
+    time: float
+
+    def last_user_text(self) -> str:
+        """Return all the text of the last user message, tool results included."""
+        for message in reversed(self.body.get("messages", [])):
+            if message["role"] == "user":
+                return json.dumps(message["content"], ensure_ascii=False)
+        return ""
+
+
+class ScriptedApi:
+    """The server: `with ScriptedApi() as api`, then `api.url`, `api.calls`, `api.on(...)`."""
+
+    def __init__(self) -> None:
+        self.calls: list[Call] = []
+        self.closed_early = threading.Event()  # set when a client left in mid-answer
+        self._replies: dict[str, Reply] = {}
+        self._lock = threading.Condition()
+        self._server = _Server(("127.0.0.1", 0), _Handler)
+        self._server.api = self
+        self._thread = threading.Thread(
+            target=self._server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True
+        )
+
+    @property
+    def port(self) -> int:
+        return int(self._server.server_address[1])
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def __enter__(self) -> ScriptedApi:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+    def on(self, marker: str, reply: Reply) -> None:
+        """Answer requests whose last user message holds `marker` with `reply`."""
+        self._replies[marker] = reply
+
+    def calls_with(self, marker: str) -> list[Call]:
+        """Return the recorded generations whose messages hold `marker`, oldest first."""
+        with self._lock:
+            return [c for c in self.calls if marker in json.dumps(c.body, ensure_ascii=False)]
+
+    def wait_for(self, condition: Callable[[], bool], timeout_s: float = 10.0) -> bool:
+        """Wait until `condition()` holds; it is looked at after every recorded request."""
+        deadline = time.monotonic() + timeout_s
+        while not condition():
+            left = deadline - time.monotonic()
+            if left <= 0:
+                return False
+            with self._lock:
+                self._lock.wait(min(left, 0.05))
+        return True
+
+    def record(self, call: Call) -> Reply:
+        """Note a request and choose its reply."""
+        with self._lock:
+            self.calls.append(call)
+            self._lock.notify_all()
+        text = call.last_user_text()
+        hits = [marker for marker in self._replies if marker in text]
+        return self._replies[max(hits, key=len)] if hits else text_reply()
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 256
+    api: ScriptedApi
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        self.api.closed_early.set()  # a client that left: tests wait for it
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # else a reused connection waits 40 ms for an ACK
+    server: _Server
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+    def do_HEAD(self) -> None:  # the CLI opens its connection early with HEAD /api/hello
+        self.send_response(200)
+        self.send_header("content-length", "0")
+        self.end_headers()
+
+    def do_GET(self) -> None:
+        self._json(404, _error(404, self.path), {})
+
+    def do_POST(self) -> None:
+        raw = self.rfile.read(int(self.headers.get("content-length") or 0))
+        body = json.loads(raw)
+        if not self.path.startswith("/v1/messages"):
+            return self._json(404, _error(404, self.path), {})
+        headers = {k.lower(): v for k, v in self.headers.items()}
+        call = Call(self.path, headers, body, time.monotonic())
+        reply = self.server.api.record(call)
+        if reply.gate is not None and reply.gate_after == 0:
+            reply.gate.wait(30)
+        if reply.status != 200:
+            message = reply.message or f"scripted {reply.status}"
+            return self._json(reply.status, _error(reply.status, message), reply.headers)
+        return self._stream(reply, body.get("model", ""))
+
+    def _json(self, status: int, body: JsonObject, headers: dict[str, str]) -> None:
+        data = json.dumps(body).encode()
+        self.send_response(status)
+        all_headers = {
+            "content-type": "application/json",
+            "request-id": "req_" + uuid.uuid4().hex[:20],
+            "content-length": str(len(data)),
+            **headers,
+        }
+        for name, value in all_headers.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(data)
+
+    def _stream(self, reply: Reply, model: str) -> None:
+        self.send_response(200)
+        self.send_header("content-type", "text/event-stream; charset=utf-8")
+        self.send_header("transfer-encoding", "chunked")
+        self.send_header("request-id", "req_" + uuid.uuid4().hex[:20])
+        for name, value in reply.headers.items():
+            self.send_header(name, value)
+        self.end_headers()
+        try:
+            for count, event in enumerate(reply.events(model), 1):
+                data = f"event: {event['type']}\ndata: {json.dumps(event)}\n\n".encode()
+                self.wfile.write(b"%x\r\n%s\r\n" % (len(data), data))
+                if reply.cut_after == count:
+                    self.close_connection = True
+                    return
+                if reply.gate is not None and reply.gate_after == count:
+                    self._wait_or_leave(reply.gate)
+                if reply.gap_s:
+                    time.sleep(reply.gap_s)
+            self.wfile.write(b"0\r\n\r\n")
+        except OSError:
+            self.close_connection = True
+            self.server.api.closed_early.set()
+
+    def _wait_or_leave(self, gate: threading.Event) -> None:
+        """Wait for the gate, noticing a client that hangs up meanwhile."""
+        self.connection.settimeout(0.02)
+        deadline = time.monotonic() + 30
+        try:
+            while not gate.is_set() and time.monotonic() < deadline:
+                with contextlib.suppress(TimeoutError):
+                    if self.connection.recv(1) == b"":
+                        raise OSError("client left")
+        finally:
+            self.connection.settimeout(None)
+
+
+def _error(status: int, message: str) -> JsonObject:
+    kind = ERROR_TYPES.get(status, "api_error" if status >= 500 else "invalid_request_error")
+    return {"type": "error", "error": {"type": kind, "message": message}}
