@@ -32,7 +32,6 @@ from __future__ import annotations
 
 import argparse
 import base64
-import binascii
 import collections
 import contextlib
 import dataclasses
@@ -41,6 +40,7 @@ import importlib.util
 import itertools
 import json
 import logging
+import math
 import os
 import re
 import select
@@ -274,7 +274,7 @@ class Turn:
     history: tuple[Message, ...]  # all but the last message, roles alternating
     query: Message  # the last user message
     max_tokens: int | None  # None: the CLI's own default
-    thinks: bool
+    thinking: JsonObject | None  # None: off, as far as the model can
     effort: str | None
     extra_body: JsonObject  # merged by the CLI into the top level of its request
     betas: tuple[str, ...]
@@ -284,108 +284,139 @@ class Turn:
 
 EFFORTS: Final = ("low", "medium", "high", "xhigh", "max")
 
+
+@dataclass(frozen=True, slots=True)
+class _Rule:
+    """What a field must be: its kind, bounds or choices, and for an object the rules of its own."""
+
+    kind: type
+    required: bool = False  # else absent and null are fine
+    low: float = float("-inf")
+    high: float = float("inf")
+    choices: tuple[str, ...] = ()
+    shape: Mapping[str, _Rule] = field(default_factory=dict)
+
+
+_Shape = Mapping[str, _Rule]
+_NEEDED_TEXT: Final = _Rule(str, required=True)
+_MARK: Final[_Shape] = {
+    "type": _Rule(str, required=True, choices=("ephemeral",)),
+    "ttl": _Rule(str, choices=("5m", "1h")),
+}
+_CACHEABLE: Final[_Shape] = {"cache_control": _Rule(dict, shape=_MARK)}
+_FORMAT: Final[_Shape] = {
+    "type": _Rule(str, required=True, choices=("json_schema",)),
+    "schema": _Rule(dict, required=True),
+}
 # Fields that travel in CLAUDE_CODE_EXTRA_BODY just as they came. The sampling parameters, tools and
 # tool_choice have no other way; the rest are stable fields, or beta ones that a client sends
 # together with its `anthropic-beta` header.
-PASSED_FIELDS: Final = (
-    "temperature",
-    "top_p",
-    "top_k",
-    "stop_sequences",
-    "tools",
-    "tool_choice",
-    "service_tier",
-    "speed",
-    "container",
-    "inference_geo",
-    "diagnostics",
-    "mcp_servers",
-    "context_management",
-)
-KNOWN_FIELDS: Final = frozenset(PASSED_FIELDS) | {
-    "model",
-    "messages",
-    "max_tokens",
-    "system",
-    "stream",
-    "thinking",
-    "effort",
-    "output_config",
-    "output_format",
-    "metadata",  # accepted and dropped: the CLI sends its own
-    "cache_control",  # the CLI marks the last block itself, which is what this field asks for
-    "thread",
+_PASSED: Final[_Shape] = {
+    "temperature": _Rule(float, low=0, high=1),
+    "top_p": _Rule(float, low=0, high=1),
+    "top_k": _Rule(int, low=0),
+    "stop_sequences": _Rule(list),
+    "tools": _Rule(list),
+    "tool_choice": _Rule(
+        dict,
+        shape={
+            "type": _Rule(str, required=True, choices=("auto", "any", "tool", "none")),
+            "name": _Rule(str),
+        },
+    ),
+    "service_tier": _Rule(str),
+    "speed": _Rule(str),
+    "container": _Rule(object),
+    "inference_geo": _Rule(str),
+    "diagnostics": _Rule(dict),
+    "mcp_servers": _Rule(list),
+    "context_management": _Rule(dict),
+}
+_THINKING: Final[_Shape] = {
+    "type": _Rule(str, required=True, choices=("enabled", "adaptive", "disabled", "between_tools")),
+    "budget_tokens": _Rule(int, low=1024),  # the API's own minimum
+    "display": _Rule(str),
+}
+_REQUEST: Final[_Shape] = {
+    **_PASSED,
+    **_CACHEABLE,  # the CLI marks the last block itself, which is what the top-level field asks for
+    "model": _NEEDED_TEXT,
+    "messages": _Rule(list, required=True),
+    "max_tokens": _Rule(int, low=0),
+    "stream": _Rule(bool),
+    "system": _Rule(object),
+    "thinking": _Rule(dict, shape=_THINKING),
+    "effort": _Rule(str, choices=EFFORTS),  # this gateway's own, older form of the next
+    "output_config": _Rule(
+        dict,
+        shape={"effort": _Rule(str, choices=EFFORTS), "format": _Rule(dict, shape=_FORMAT)},
+    ),
+    "output_format": _Rule(dict, shape=_FORMAT),  # the older form of output_config.format
+    "metadata": _Rule(dict),  # accepted and dropped: the CLI sends its own
+    "thread": _Rule(object),
 }
 
-_KIND_NAMES: Final[dict[type, str]] = {
-    str: "string",
-    int: "integer",
-    float: "number",
-    bool: "boolean",
-    dict: "dictionary",
-    list: "list",
-}
-
-# Required fields of each content block, and where it may stand. Fields beyond these pass verbatim.
+# The content blocks: where each may stand, and its required fields. Others pass verbatim.
 _USER, _ASSISTANT, _RESULT = "user messages", "assistant messages", "tool results"
-_BLOCKS: Final[dict[str, tuple[tuple[str, ...], dict[str, type]]]] = {
-    "text": ((_USER, _ASSISTANT, _RESULT), {"text": str}),
-    "image": ((_USER, _RESULT), {"source": dict}),
-    "document": ((_USER, _ASSISTANT, _RESULT), {"source": dict}),
-    "search_result": ((_USER, _RESULT), {"source": str, "title": str, "content": list}),
-    "tool_result": ((_USER,), {"tool_use_id": str}),
-    "container_upload": ((_USER,), {"file_id": str}),
-    "tool_reference": ((_RESULT,), {"tool_name": str}),
+_TOOL_USE: Final = {"id": _NEEDED_TEXT, "name": _NEEDED_TEXT, "input": _Rule(dict, required=True)}
+_SOURCE: Final = {"source": _Rule(dict, required=True)}
+_BLOCKS: Final[dict[str, tuple[tuple[str, ...], _Shape]]] = {
+    "text": ((_USER, _ASSISTANT, _RESULT), {"text": _NEEDED_TEXT}),
+    "image": ((_USER, _RESULT), _SOURCE),
+    "document": ((_USER, _ASSISTANT, _RESULT), _SOURCE),
+    "search_result": (
+        (_USER, _RESULT),
+        {"source": _NEEDED_TEXT, "title": _NEEDED_TEXT, "content": _Rule(list, required=True)},
+    ),
+    "tool_result": ((_USER,), {"tool_use_id": _NEEDED_TEXT, "is_error": _Rule(bool)}),
+    "container_upload": ((_USER,), {"file_id": _NEEDED_TEXT}),
+    "tool_reference": ((_RESULT,), {"tool_name": _NEEDED_TEXT}),
     "browser_state": ((_RESULT,), {}),
-    "tool_use": ((_ASSISTANT,), {"id": str, "name": str, "input": dict}),
-    "thinking": ((_ASSISTANT,), {"thinking": str, "signature": str}),
-    "redacted_thinking": ((_ASSISTANT,), {"data": str}),
-    "server_tool_use": ((_ASSISTANT,), {"id": str, "name": str, "input": dict}),
-    "mcp_tool_use": ((_ASSISTANT,), {"id": str, "name": str, "input": dict}),
+    "tool_use": ((_ASSISTANT,), _TOOL_USE),
+    "thinking": ((_ASSISTANT,), {"thinking": _NEEDED_TEXT, "signature": _NEEDED_TEXT}),
+    "redacted_thinking": ((_ASSISTANT,), {"data": _NEEDED_TEXT}),
+    "server_tool_use": ((_ASSISTANT,), _TOOL_USE),
+    "mcp_tool_use": ((_ASSISTANT,), _TOOL_USE),
     "compaction": ((_ASSISTANT,), {}),
     "fallback": ((_ASSISTANT,), {}),
 }
-for _name in (
-    "web_search",
-    "web_fetch",
-    "code_execution",
-    "bash_code_execution",
-    "text_editor_code_execution",
-    "tool_search",
-    "advisor",
-    "mcp",
-):
-    _BLOCKS[_name + "_tool_result"] = ((_ASSISTANT,), {"tool_use_id": str})
+_SERVER_TOOLS: Final = (
+    *("web_search", "web_fetch", "tool_search", "advisor", "mcp"),
+    *("code_execution", "bash_code_execution", "text_editor_code_execution"),
+)
+for _tool in _SERVER_TOOLS:
+    _BLOCKS[f"{_tool}_tool_result"] = ((_ASSISTANT,), {"tool_use_id": _NEEDED_TEXT})
 
-_SOURCES: Final[dict[str, dict[str, dict[str, type]]]] = {
+_IMAGE_MAGIC: Final = {
+    "image/png": b"\x89PNG\r\n\x1a\n",
+    "image/jpeg": b"\xff\xd8\xff",
+    "image/gif": b"GIF8",
+    "image/webp": b"RIFF",
+}
+_ENCODED: Final = {"data": _NEEDED_TEXT}
+_SOURCES: Final[dict[str, dict[str, _Shape]]] = {
     "image": {
-        "base64": {"media_type": str, "data": str},
-        "url": {"url": str},
-        "file": {"file_id": str},
+        "base64": {**_ENCODED, "media_type": _Rule(str, True, choices=tuple(_IMAGE_MAGIC))},
+        "url": {"url": _NEEDED_TEXT},
+        "file": {"file_id": _NEEDED_TEXT},
     },
     "document": {
-        "base64": {"media_type": str, "data": str},
-        "text": {"media_type": str, "data": str},
-        "url": {"url": str},
-        "file": {"file_id": str},
-        "content": {},
+        "base64": {**_ENCODED, "media_type": _Rule(str, True, choices=("application/pdf",))},
+        "text": {**_ENCODED, "media_type": _Rule(str, True, choices=("text/plain",))},
+        "url": {"url": _NEEDED_TEXT},
+        "file": {"file_id": _NEEDED_TEXT},
+        "content": {"content": _Rule(object, required=True)},
     },
 }
-_IMAGE_MAGIC: Final = {
-    "image/png": (b"\x89PNG\r\n\x1a\n",),
-    "image/jpeg": (b"\xff\xd8\xff",),
-    "image/gif": (b"GIF87a", b"GIF89a"),
-    "image/webp": (b"RIFF",),
+_KIND_NAMES: Final[dict[type, str]] = {
+    **{str: "string", int: "integer", float: "number"},
+    **{bool: "boolean", dict: "dictionary", list: "list"},
 }
-_TOOL_CHOICES: Final = ("auto", "any", "tool", "none")
-_THINKING_TYPES: Final = ("enabled", "adaptive", "disabled", "between_tools")
-_MIN_THINKING_BUDGET: Final = 1024  # the API's own minimum
 _TOOL_NAME: Final = re.compile(r"[a-zA-Z0-9_-]{1,128}\Z")
 _BETA: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*\Z")
 _SURROGATE_ESCAPE: Final = re.compile(rb"\\u[dD][89a-fA-F]")
 
-# A block with the path under which the client sent it, for error messages.
-_Placed = tuple[str, JsonObject]
+_Placed = tuple[str, JsonObject]  # a block, with the path under which the client sent it
 
 
 def parse_json(raw: bytes) -> JsonObject:
@@ -403,43 +434,37 @@ def parse_json(raw: bytes) -> JsonObject:
     400: {"a": 1
     """
     try:
-        body = json.loads(raw.decode("utf-8"), parse_constant=_refuse, parse_float=_finite)
+        body = json.loads(raw.decode("utf-8"), parse_constant=_finite, parse_float=_finite)
         if _SURROGATE_ESCAPE.search(raw):
             json.dumps(body, ensure_ascii=False).encode("utf-8")
-    except UnicodeError as exc:
-        raise InvalidRequest(f"The request body is not valid UTF-8 or JSON: {exc}") from None
     except RecursionError:
         raise InvalidRequest("The request body is nested too deeply") from None
-    except ValueError as exc:  # JSONDecodeError, a refused number, an integer of 4301 digits
+    except ValueError as exc:  # bad UTF-8, bad JSON, a refused number, an integer of 4301 digits
         raise InvalidRequest(f"The request body is not valid JSON: {exc}") from None
     if not isinstance(body, dict):
         raise InvalidRequest("The request body must be a JSON object")
     level: list[Any] = [body]
     for _ in range(MAX_JSON_DEPTH):
-        nested = (n.values() if isinstance(n, dict) else n for n in level)
+        nested = (node.values() if isinstance(node, dict) else node for node in level)
         level = [child for node in nested for child in node if isinstance(child, (dict, list))]
         if not level:
             return body
     raise InvalidRequest(f"The request body is nested deeper than {MAX_JSON_DEPTH} levels")
 
 
-def _refuse(constant: str) -> Any:
-    raise ValueError(f"{constant} is not a JSON number")
-
-
 def _finite(text: str) -> float:
     number = float(text)
-    if number in (float("inf"), float("-inf")):
-        raise ValueError(f"{text} is out of range")
+    if not math.isfinite(number):
+        raise ValueError(f"{text} is not a JSON number")
     return number
 
 
 def parse_messages_request(body: JsonObject, betas: str = "", *, login: bool = False) -> Turn:
-    """Check a Messages API request and return it as a Turn.
+    """Check a Messages API request and return it as a Turn. Takes ownership of `body`.
 
     `betas` is the value of the anthropic-beta header. `login` says that the CLI runs on a claude.ai
     login, where it puts reminders before the last user message (see `_place_breakpoints`).
-    Takes ownership of `body`. Raises InvalidRequest, its message starting with the field's path.
+    Raises InvalidRequest, its message starting with the field's path.
 
     Okay: {"model": "m", "max_tokens": 8, "messages": [{"role": "user", "content": "hi"}]}
     400 model: {"max_tokens": 8, "messages": [{"role": "user", "content": "hi"}]}
@@ -454,32 +479,32 @@ def parse_messages_request(body: JsonObject, betas: str = "", *, login: bool = F
             "thread: message threads are not supported; send the whole history",
             details={"error_code": "thread_unsupported_request"},
         )
-    model = _field(body, "model", str, "", required=True)
-    if not model.strip():
-        raise InvalidRequest("model: String should have at least 1 character")
-    max_tokens = _number(body, "max_tokens", int, low=0, required=True)
-    return _parse_turn(body, model, max_tokens, betas, login=login)
+    if body.get("max_tokens") is None:
+        raise InvalidRequest("max_tokens: Field required")
+    return _parse_turn(body, betas, login=login)
 
 
-def _parse_turn(
-    body: JsonObject, model: str, max_tokens: int | None, betas: str, *, login: bool
-) -> Turn:
-    """Check everything but `model` and `max_tokens`, which the two APIs treat differently."""
-    system = _parse_system(body)
-    _check_sampling(body)
+def _parse_turn(body: JsonObject, betas: str, *, login: bool) -> Turn:
+    """Check everything but `max_tokens` being there, which chat completions do without."""
+    _check(body, "", _REQUEST)
     _check_tools(body)
-    thinking = _parse_thinking(body, max_tokens)
-    effort, output_config = _parse_output_config(body)
+    system = _parse_system(body)
+    thinking = _parse_thinking(body)
+    if thinking is None and body.get("top_p") is not None and body.get("temperature") is None:
+        # With thinking off the CLI sends temperature 1 (seen, 2.1.330), and upstream refuses the
+        # two together. Off by way of the body, it sends none.
+        thinking = {"type": "disabled"}
     messages = _parse_messages(body)
     history, query = messages[:-1], messages[-1]
 
-    extra_body = {name: body[name] for name in PASSED_FIELDS if body.get(name) is not None}
-    if max_tokens is not None:
-        extra_body["max_tokens"] = max_tokens  # exact: the CLI's own setting clamps and skips 0
-    if thinking is not None:
-        extra_body["thinking"] = thinking
-    if output_config:
-        extra_body["output_config"] = output_config
+    output_config = dict(body.get("output_config") or {})
+    effort = output_config.pop("effort", None) or body.get("effort")
+    if output_config.get("format") is None:
+        output_config["format"] = body.get("output_format")
+    passed = {name: body.get(name) for name in (*_PASSED, "max_tokens")}
+    passed["thinking"] = thinking
+    passed["output_config"] = _without_nulls(output_config) or None
+
     contents = [message.content for message in messages]
     marked = _marked([{**body, "type": None}, body.get("system"), body.get("tools"), contents])
     asks_1h = any(block["cache_control"].get("ttl") == "1h" for block in marked)
@@ -487,173 +512,111 @@ def _parse_turn(
     # client's, so all have one ttl. With a login the CLI itself uses 1h (seen, 2.1.330).
     cache_ttl = "1h" if login or asks_1h else "5m"
     return Turn(
-        model=model,
-        stream=bool(_field(body, "stream", bool, "")),
+        model=body["model"],
+        stream=bool(body.get("stream")),
         system=system,
         history=_place_breakpoints(history, query, body.get("tools") or [], cache_ttl, login=login),
         query=query,
-        max_tokens=max_tokens,
-        thinks=thinking is not None,
+        max_tokens=body.get("max_tokens"),
+        thinking=thinking,
         effort=effort,
-        extra_body=extra_body,
+        extra_body=_without_nulls(passed),
         betas=_parse_betas(betas),
         cache_ttl=cache_ttl,
-        ignored=tuple(sorted(name for name in body if name not in KNOWN_FIELDS)),
+        ignored=tuple(sorted(name for name in body if name not in _REQUEST)),
     )
 
 
-def _field(owner: JsonObject, name: str, kind: type, path: str, *, required: bool = False) -> Any:
-    """Return `owner[name]` checked for its type; None where it is absent or null.
+def _without_nulls(owner: JsonObject) -> JsonObject:
+    return {name: value for name, value in owner.items() if value is not None}
 
-    `path` is the owner's own, "" at the top level. Raises InvalidRequest.
+
+def _check(owner: JsonObject, path: str, shape: _Shape) -> None:
+    """Check an object's fields against their rules. Raises InvalidRequest naming the first bad one.
+
+    `path` is the object's own with a trailing dot, "" for the whole body.
     """
-    where = f"{path}.{name}" if path else name
-    value = owner.get(name)
-    if value is None:
-        if required:
-            raise InvalidRequest(f"{where}: Field required")
-        return None
-    if kind is float:
-        right = isinstance(value, (int, float)) and not isinstance(value, bool)
-    else:
-        right = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
-    if not right:
-        raise InvalidRequest(f"{where}: Input should be a valid {_KIND_NAMES[kind]}")
-    return value
+    for name, rule in shape.items():
+        value = owner.get(name)
+        if value is None:
+            if rule.required:
+                raise InvalidRequest(f"{path}{name}: Field required")
+            continue
+        _check_value(value, f"{path}{name}", rule)
 
 
-def _number(
-    owner: JsonObject,
-    name: str,
-    kind: type,
-    *,
-    low: float,
-    high: float | None = None,
-    required: bool = False,
-    path: str = "",
-) -> Any:
-    value = _field(owner, name, kind, path, required=required)
-    where = f"{path}.{name}" if path else name
-    if value is not None and value < low:
-        raise InvalidRequest(f"{where}: Input should be greater than or equal to {low}")
-    if value is not None and high is not None and value > high:
-        raise InvalidRequest(f"{where}: Input should be less than or equal to {high}")
-    return value
-
-
-def _one_of(owner: JsonObject, name: str, choices: Sequence[str], path: str = "") -> str | None:
-    value: str | None = _field(owner, name, str, path)
-    if value is not None and value not in choices:
-        where = f"{path}.{name}" if path else name
-        raise InvalidRequest(f"{where}: Input should be {', '.join(map(repr, choices))}")
-    return value
+def _check_value(value: Any, path: str, rule: _Rule) -> None:
+    accepted: Any = (int, float) if rule.kind is float else rule.kind
+    is_bool_for_number = isinstance(value, bool) and rule.kind in (int, float)
+    if is_bool_for_number or not isinstance(value, accepted):
+        raise InvalidRequest(f"{path}: Input should be a valid {_KIND_NAMES[rule.kind]}")
+    if rule.choices and value not in rule.choices:
+        raise InvalidRequest(f"{path}: Input should be {' or '.join(map(repr, rule.choices))}")
+    if rule.kind in (int, float) and value < rule.low:
+        raise InvalidRequest(f"{path}: Input should be greater than or equal to {rule.low:g}")
+    if rule.kind in (int, float) and value > rule.high:
+        raise InvalidRequest(f"{path}: Input should be less than or equal to {rule.high:g}")
+    if rule.shape:
+        _check(value, f"{path}.", rule.shape)
 
 
 def _objects(owner: JsonObject, name: str) -> Iterator[tuple[str, JsonObject]]:
-    """Yield the objects of a top-level list with their paths."""
-    for index, item in enumerate(_field(owner, name, list, "") or []):
-        path = f"{name}.{index}"
-        if not isinstance(item, dict):
-            raise InvalidRequest(f"{path}: Input should be a valid dictionary")
-        yield path, item
+    """Yield the objects of a top-level list, each with its path."""
+    items = owner.get(name) or []
+    _check_value(items, name, _Rule(list))
+    for index, item in enumerate(items):
+        _check_value(item, f"{name}.{index}", _Rule(dict))
+        yield f"{name}.{index}", item
 
 
 def _parse_system(body: JsonObject) -> tuple[str, ...]:
     """Return the system prompt's texts; the CLI joins them with a blank line."""
     if isinstance(body.get("system"), str):
         return (body["system"],) if body["system"].strip() else ()
+    rules = {"type": _Rule(str, required=True, choices=("text",)), "text": _NEEDED_TEXT}
     texts = []
     for path, block in _objects(body, "system"):
-        if block.get("type") != "text":
-            raise InvalidRequest(f"{path}.type: Input should be 'text'")
-        text = _field(block, "text", str, path, required=True)
-        if not text.strip():
+        _check(block, f"{path}.", {**rules, **_CACHEABLE})
+        if not block["text"].strip():
             raise InvalidRequest("system: text content blocks must be non-empty")
-        _check_mark(block, path)
-        texts.append(text)
+        texts.append(block["text"])
     return tuple(texts)
 
 
-def _check_sampling(body: JsonObject) -> None:
-    _number(body, "temperature", float, low=0, high=1)
-    _number(body, "top_p", float, low=0, high=1)
-    _number(body, "top_k", int, low=0)
-    for index, sequence in enumerate(_field(body, "stop_sequences", list, "") or []):
-        if not isinstance(sequence, str):
-            raise InvalidRequest(f"stop_sequences.{index}: Input should be a valid string")
-    for name in ("service_tier", "speed", "inference_geo"):
-        _field(body, name, str, "")
-    _check_mark(body, "")
-    for name in ("metadata", "diagnostics", "context_management"):
-        _field(body, name, dict, "")
-    _field(body, "mcp_servers", list, "")
-
-
 def _check_tools(body: JsonObject) -> None:
-    """Check tool names, types and schemas; everything else in a tool passes verbatim."""
+    """Check what the API would refuse of tools and lists; the rest of a tool passes verbatim."""
     names = set()
     for path, tool in _objects(body, "tools"):
-        kind = _field(tool, "type", str, path) or "custom"
-        is_custom = kind == "custom"
-        # typed tools such as computer_toolset_20260801 need not carry a name
-        name = _field(tool, "name", str, path, required=is_custom)
+        _check(tool, f"{path}.", {"type": _Rule(str), "name": _Rule(str), **_CACHEABLE})
+        if tool.get("type") in (None, "custom"):  # typed tools need neither name nor schema
+            rules = {"name": _NEEDED_TEXT, "input_schema": _Rule(dict, required=True)}
+            _check(tool, f"{path}.custom.", rules)
+        name = tool.get("name")
         if name is not None and not _TOOL_NAME.match(name):
-            tag = ".custom" if is_custom else ""
-            raise InvalidRequest(
-                f"{path}{tag}.name: String should match pattern '^[a-zA-Z0-9_-]{{1,128}}$'"
-            )
+            problem = "String should match pattern '^[a-zA-Z0-9_-]{1,128}$'"
+            raise InvalidRequest(f"{path}.custom.name: {problem}")
         if name is not None and name in names:
             raise InvalidRequest("tools: Tool names must be unique.")
         names.add(name)
-        _check_mark(tool, path)
-        if is_custom:
-            _field(tool, "input_schema", dict, f"{path}.custom", required=True)
-    choice = _field(body, "tool_choice", dict, "")
-    if choice is not None:
-        _field(choice, "type", str, "tool_choice", required=True)
-        if _one_of(choice, "type", _TOOL_CHOICES, "tool_choice") == "tool":
-            _field(choice, "name", str, "tool_choice", required=True)
+    choice = body.get("tool_choice") or {}
+    if choice.get("type") == "tool" and choice.get("name") is None:
+        raise InvalidRequest("tool_choice.tool.name: Field required")
+    for index, sequence in enumerate(body.get("stop_sequences") or []):
+        _check_value(sequence, f"stop_sequences.{index}", _Rule(str))
 
 
-def _parse_thinking(body: JsonObject, max_tokens: int | None) -> JsonObject | None:
+def _parse_thinking(body: JsonObject) -> JsonObject | None:
     """Return the `thinking` object where it turns thinking on; None where it is off or absent."""
-    thinking: JsonObject | None = _field(body, "thinking", dict, "")
-    if thinking is None:
+    thinking: JsonObject | None = body.get("thinking")
+    if thinking is None or thinking["type"] == "disabled":
         return None
-    _field(thinking, "type", str, "thinking", required=True)
-    kind = _one_of(thinking, "type", _THINKING_TYPES, "thinking")
-    _field(thinking, "display", str, "thinking")
-    if kind == "disabled":
-        return None
-    if kind == "enabled":
-        _field(thinking, "budget_tokens", int, "thinking.enabled", required=True)
-        low = _MIN_THINKING_BUDGET
-        budget = _number(thinking, "budget_tokens", int, low=low, path="thinking.enabled")
+    if thinking["type"] == "enabled":
+        budget, max_tokens = thinking.get("budget_tokens"), body.get("max_tokens")
+        if budget is None:
+            raise InvalidRequest("thinking.enabled.budget_tokens: Field required")
         if max_tokens is not None and budget >= max_tokens:
             raise InvalidRequest("`max_tokens` must be greater than `thinking.budget_tokens`.")
     return thinking
-
-
-def _parse_output_config(body: JsonObject) -> tuple[str | None, JsonObject]:
-    """Return effort, and what else `output_config` holds.
-
-    Effort stands at the top level (this gateway's own, older form) or in `output_config`, where the
-    API has it; the output format in `output_config.format` or in the older `output_format`.
-    """
-    config = dict(_field(body, "output_config", dict, "") or {})
-    effort = _one_of(config, "effort", EFFORTS, "output_config") or _one_of(body, "effort", EFFORTS)
-    config.pop("effort", None)
-    path = "output_config.format"
-    wanted = _field(config, "format", dict, "output_config")
-    config.pop("format", None)
-    if wanted is None:
-        path, wanted = "output_format", _field(body, "output_format", dict, "")
-    if wanted is not None:
-        if wanted.get("type") != "json_schema":
-            raise InvalidRequest(f"{path}.type: Input should be 'json_schema'")
-        _field(wanted, "schema", dict, path, required=True)
-        config["format"] = wanted
-    return effort, config
 
 
 def _parse_betas(header: str) -> tuple[str, ...]:
@@ -663,6 +626,16 @@ def _parse_betas(header: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(kept))
 
 
+@dataclass(frozen=True, slots=True)
+class _Parsed:
+    """One entry of `messages`, before merging."""
+
+    role: Role
+    text: str | None  # the content where it was a string
+    blocks: list[_Placed]
+    folded: bool = False  # it was a system entry
+
+
 def _parse_messages(body: JsonObject) -> list[Message]:
     """Check the conversation and return it with alternating roles, ending with the user's.
 
@@ -670,8 +643,6 @@ def _parse_messages(body: JsonObject) -> list[Message]:
     with that role ends the CLI's process; consecutive messages of one role are merged, as the API
     does (the CLI would merge them itself but add a newline).
     """
-    if body.get("messages") is None:
-        raise InvalidRequest("messages: Field required")
     entries = list(_objects(body, "messages"))
     if not entries:
         raise InvalidRequest("messages: at least one message is required")
@@ -696,80 +667,51 @@ def _parse_messages(body: JsonObject) -> list[Message]:
     return messages
 
 
-@dataclass(frozen=True, slots=True)
-class _Parsed:
-    """One entry of `messages`, before merging."""
-
-    role: Role
-    text: str | None  # the content where it was a string
-    blocks: list[_Placed]
-    folded: bool = False  # it was a system entry
-
-
 def _parse_message(path: str, entry: JsonObject) -> _Parsed:
-    role = _field(entry, "role", str, path, required=True)
-    if role not in ("user", "assistant", "system"):
-        raise InvalidRequest(f"{path}.role: Input should be 'user', 'assistant' or 'system'")
-    content = entry.get("content")
-    if content is None:
-        raise InvalidRequest(f"{path}.content: Field required")
-    if not isinstance(content, (str, list)):
-        raise InvalidRequest(f"{path}.content: Input should be a valid string or list")
-    if not content:
+    roles = ("user", "assistant", "system")
+    rules = {"role": _Rule(str, True, choices=roles), "content": _Rule(object, required=True)}
+    _check(entry, f"{path}.", rules)
+    content = entry["content"]
+    if content in ("", []):
         raise InvalidRequest(
             f"{path}: all messages must have non-empty content"
             " except for the optional final assistant message"
         )
     text = content if isinstance(content, str) else None
-    items = [{"type": "text", "text": text}] if text is not None else cast("list[Any]", content)
-    where = _ASSISTANT if role == "assistant" else _USER
-    blocks = [(f"{path}.content.{i}", item) for i, item in enumerate(items)]
+    items = [{"type": "text", "text": text}] if text is not None else content
+    if not isinstance(items, list):
+        raise InvalidRequest(f"{path}.content: Input should be a valid string or list")
+    where = _ASSISTANT if entry["role"] == "assistant" else _USER
+    blocks = [(f"{path}.content.{index}", item) for index, item in enumerate(items)]
     for block_path, block in blocks:
         _check_block(block, block_path, where)
-    if role == "system":
+    if entry["role"] == "system":
         return _Parsed("user", None, [_as_reminder(*placed) for placed in blocks], folded=True)
-    return _Parsed(role, text, blocks)
+    return _Parsed(entry["role"], text, blocks)
 
 
 def _as_reminder(path: str, block: JsonObject) -> _Placed:
     """Turn a block of a mid-conversation system entry into user text, in the CLI's own form."""
-    if block["type"] != "text":
-        raise InvalidRequest(f"{path}.type: Input should be 'text' in a system message")
-    text = f"<system-reminder>\n{block['text']}\n</system-reminder>"
-    return path, {**block, "text": text}
+    _check(block, f"{path}.", {"type": _Rule(str, choices=("text",))})
+    return path, {**block, "text": f"<system-reminder>\n{block['text']}\n</system-reminder>"}
 
 
 def _check_block(block: Any, path: str, where: str) -> None:
     """Check one content block: known type, in its place, with its required fields."""
-    if not isinstance(block, dict):
-        raise InvalidRequest(f"{path}: Input should be a valid dictionary")
-    kind = _field(block, "type", str, path, required=True)
-    if kind not in _BLOCKS:
-        known = ", ".join(sorted(_BLOCKS))
-        raise InvalidRequest(f"{path}: Input tag {kind!r} does not match any of: {known}")
-    places, fields = _BLOCKS[kind]
+    _check_value(block, path, _Rule(dict))
+    _check(block, f"{path}.", {"type": _Rule(str, True, choices=tuple(_BLOCKS))})
+    kind = block["type"]
+    places, shape = _BLOCKS[kind]
     if where not in places:
         raise InvalidRequest(f"{path}: `{kind}` blocks are not allowed in {where}")
-    for name, field_kind in fields.items():
-        _field(block, name, field_kind, f"{path}.{kind}", required=True)
-    _check_mark(block, f"{path}.{kind}")
+    _check(block, f"{path}.{kind}.", {**shape, **_CACHEABLE})
     if kind == "text" and not block["text"].strip():
         problem = "contain non-whitespace text" if block["text"] else "be non-empty"
         raise InvalidRequest(f"{path}: text content blocks must {problem}")
     if kind in _SOURCES:
         _check_source(block["source"], f"{path}.{kind}.source", kind)
     if kind == "tool_result":
-        _check_tool_result(block, path)
-
-
-def _check_mark(owner: JsonObject, path: str) -> None:
-    """Check the cache_control of a block, a tool or (with path "") the whole request."""
-    mark = _field(owner, "cache_control", dict, path)
-    if mark is not None:
-        where = f"{path}.cache_control" if path else "cache_control"
-        _field(mark, "type", str, where, required=True)
-        _one_of(mark, "type", ("ephemeral",), where)
-        _one_of(mark, "ttl", ("5m", "1h"), where)
+        _check_tool_result(block, f"{path}.{kind}")
 
 
 def _check_source(source: JsonObject, path: str, kind: str) -> None:
@@ -777,43 +719,30 @@ def _check_source(source: JsonObject, path: str, kind: str) -> None:
 
     The CLI turns bytes that are no image into a text note, so those are refused here.
     """
-    _field(source, "type", str, path, required=True)
-    form = _one_of(source, "type", tuple(_SOURCES[kind]), path)
-    fields = _SOURCES[kind][str(form)]
-    for name, field_kind in fields.items():
-        _field(source, name, field_kind, f"{path}.{form}", required=True)
-    if form == "content" and not isinstance(source.get("content"), (str, list)):
-        raise InvalidRequest(f"{path}.content.content: Input should be a valid string or list")
+    forms = _SOURCES[kind]
+    _check(source, f"{path}.", {"type": _Rule(str, True, choices=tuple(forms))})
+    form = source["type"]
+    _check(source, f"{path}.{form}.", forms[form])
     if form != "base64":
         return
-    media_type, data = source["media_type"], source["data"]
-    allowed = tuple(_IMAGE_MAGIC) if kind == "image" else ("application/pdf",)
-    _one_of(source, "media_type", allowed, f"{path}.base64")
     try:
-        base64.b64decode(data, validate=True)
-        head = base64.b64decode(data[:24])
-    except (binascii.Error, ValueError):
+        head = base64.b64decode(source["data"], validate=True)[:16]
+    except ValueError:
         raise InvalidRequest(f"{path}.base64.data: Input should be valid base64") from None
-    if kind != "image":
-        return
-    found = [name for name, magics in _IMAGE_MAGIC.items() if head.startswith(magics)]
-    if not found:
-        raise InvalidRequest(f"{path}.base64.data: Could not process image")
-    if media_type not in found:
+    found = [media for media, magic in _IMAGE_MAGIC.items() if head.startswith(magic)]
+    if kind == "image" and source["media_type"] not in found:
+        problem = f"the image appears to be a {found[0]} image" if found else "it is no image"
         raise InvalidRequest(
-            f"{path}.base64.data: The image was specified using the {media_type} media type,"
-            f" but the image appears to be a {found[0]} image"
+            f"{path}.base64.data: Could not process image: the image was specified using the"
+            f" {source['media_type']} media type, but {problem}"
         )
 
 
 def _check_tool_result(block: JsonObject, path: str) -> None:
-    path = f"{path}.tool_result"
-    _field(block, "is_error", bool, path)
     content = block.get("content")
     if content is None or isinstance(content, str):
         return
-    if not isinstance(content, list):
-        raise InvalidRequest(f"{path}.content: Input should be a valid string or list")
+    _check_value(content, f"{path}.content", _Rule(list))
     for index, part in enumerate(content):
         _check_block(part, f"{path}.content.{index}", _RESULT)
         if block.get("is_error") and part["type"] != "text":  # the CLI would drop it
@@ -828,40 +757,34 @@ def _check_tool_pairs(messages: Sequence[list[_Placed]]) -> None:
     The CLI would invent the missing result and blank the orphan; the API refuses both.
     """
     seen: set[str] = set()
-    open_ids: list[str] = []
-    open_path = ""
+    asked: list[str] = []  # the ids of the message before
+    asked_path = ""
     for blocks in messages:
-        answered: set[str] = set()
+        answered = []
         for path, block in blocks:
             if block["type"] != "tool_result":
                 continue
-            result_id = block["tool_use_id"]
-            if result_id not in open_ids:
+            if block["tool_use_id"] not in asked or block["tool_use_id"] in answered:
                 raise InvalidRequest(
-                    f"{path}: unexpected `tool_use_id` found in `tool_result` blocks: {result_id}."
-                    " Each `tool_result` block must have a corresponding `tool_use` block in the"
-                    " previous message."
+                    f"{path}: unexpected `tool_use_id` found in `tool_result` blocks:"
+                    f" {block['tool_use_id']}. Each `tool_result` block must have a corresponding"
+                    " `tool_use` block in the previous message."
                 )
-            if result_id in answered:
-                raise InvalidRequest(
-                    f"{path}: each tool_use must have a single result. Found multiple"
-                    f" `tool_result` blocks with id: {result_id}"
-                )
-            answered.add(result_id)
-        if missing := [i for i in open_ids if i not in answered]:
+            answered.append(block["tool_use_id"])
+        if missing := [tool_id for tool_id in asked if tool_id not in answered]:
             raise InvalidRequest(
-                f"{open_path}: `tool_use` ids were found without `tool_result` blocks immediately"
+                f"{asked_path}: `tool_use` ids were found without `tool_result` blocks immediately"
                 f" after: {', '.join(missing)}. Each `tool_use` block must have a corresponding"
                 " `tool_result` block in the next message."
             )
-        open_ids = []
+        asked = []
         for path, block in blocks:
             if block["type"] == "tool_use":
                 if block["id"] in seen:
                     raise InvalidRequest(f"{path}.tool_use.id: `tool_use` ids must be unique")
                 seen.add(block["id"])
-                open_ids.append(block["id"])
-                open_path = path.rsplit(".content", 1)[0]
+                asked.append(block["id"])
+                asked_path = path.partition(".content")[0]
 
 
 def _marked(node: Any) -> Iterator[JsonObject]:
@@ -945,8 +868,14 @@ CHILD_VARIABLES: Final = {
     # A refusal would be asked again, or of another model (seen, 2.1.330).
     "CLAUDE_CODE_DISABLE_REFUSAL_FALLBACK": "1",
     "CLAUDE_CODE_DISABLE_REFUSAL_RETRY": "1",
+    # Betas come from the client alone. With its own, the CLI asks a second time without some of
+    # them after a 400, adds effort entries to the messages of the newest models, and context edits
+    # to every thinking request (all seen, 2.1.330).
+    "CLAUDE_CODE_DISABLE_EXPERIMENTAL_BETAS": "1",
     # Else thinking without a `display` becomes display "updates" (seen, 2.1.330).
     "CLAUDE_CODE_THINKING_DISPLAY_UPDATES": "0",
+    # The CLI's guess of what is too long is upstream's to make (the value is in tokens).
+    "CLAUDE_CODE_BLOCKING_LIMIT_OVERRIDE": "1000000000",
     "DISABLE_AUTO_COMPACT": "1",  # no summarising call behind the client's back
     "DISABLE_COMPACT": "1",
     "DISABLE_AUTOUPDATER": "1",  # the pool notices an update; children must not make one
@@ -1241,10 +1170,9 @@ def open_turn(child: Child, turn: Turn, deadline: float) -> None:
     prompt = {"systemPrompt": list(turn.system)} if turn.system else {}
     reply = child.request("initialize", deadline, hooks=None, **prompt)
     child.request("apply_flag_settings", deadline, settings=to_flag_settings(turn))
-    # null leaves thinking on, and extra_body says exactly how; 0 turns it off where the model can
-    child.request(
-        "set_max_thinking_tokens", deadline, max_thinking_tokens=None if turn.thinks else 0
-    )
+    # null leaves thinking to extra_body; 0 turns it off where the model can be without
+    tokens = None if turn.thinking else 0
+    child.request("set_max_thinking_tokens", deadline, max_thinking_tokens=tokens)
     model = resolve_model(turn.model, reply.get("models") or [])
     for message in turn.history:
         child.send(to_line(message, model))
@@ -1485,13 +1413,14 @@ _STATUS_BY_CLI_ERROR: Final = {
     "max_output_tokens": 400,
 }
 _NOT_SIGNED_IN: Final = (
-    "claude is not signed in on the gateway's machine: run `claude` there and type /login, or start"
-    " the gateway with ANTHROPIC_API_KEY set"
+    "claude is not signed in on the gateway's machine, or its sign-in was refused: run `claude`"
+    " there and type /login, or start the gateway with a valid ANTHROPIC_API_KEY"
 )
 # What the CLI puts around upstream's message (seen, 2.1.330 and 2.1.248).
 _DECORATION: Final = re.compile(
     r"(?:Failed to authenticate\. |Please run /login · )?"
-    r"API Error: (?:Request rejected \(429\) · |\d{3} )?"
+    r"API Error: "
+    r"(?:(?:Request rejected|Server is temporarily limiting requests) \([^)]*\) · |\d{3} )?"
     r"(?P<message>.*?)"
     r"(?:\. This is a server-side issue, usually temporary.*)?\Z",
     re.DOTALL,
@@ -1528,10 +1457,13 @@ class AnswerReader:
         if kind == "result":
             raise to_api_error(line, self._cli_error)
         if kind == "assistant" and line.get("error"):
-            # a failure: what still comes are closing events of the CLI's own making, then `result`
+            # A failure: what still comes are closing events of the CLI's own making, without a stop
+            # reason, and then `result`. After a refusal the true message_delta comes.
             self._cli_error = str(line["error"])
         event = line.get("event")
-        if kind != "stream_event" or self._cli_error or not isinstance(event, dict):
+        if kind != "stream_event" or not isinstance(event, dict):
+            return []
+        if self._cli_error and not (event.get("delta") or {}).get("stop_reason"):
             return []
         return self._feed_event(event)
 
@@ -1556,7 +1488,9 @@ class AnswerReader:
                 self.done = True
                 return [event, {"type": "message_stop"}]
         elif kind == "message_stop":
-            return []
+            # without a stop reason: upstream's stream broke between two blocks, and the CLI is
+            # about to ask for the rest by a second call (seen, 2.1.330)
+            raise CliFailed("upstream's stream ended before its answer was complete")
         return [event]
 
 
@@ -1571,7 +1505,7 @@ def to_api_error(result: JsonObject, cli_error: str | None = None) -> ApiError:
         text = "; ".join(map(str, result.get("errors") or [])) or "claude gave no answer"
     if not result.get("is_error"):
         return CliFailed("claude ended its turn without an answer")
-    if text.startswith("Not logged in"):
+    if text.startswith(("Not logged in", "Invalid API key")):
         return NotAuthenticated(_NOT_SIGNED_IN)
     if text.startswith("Prompt is too long"):
         return InvalidRequest("prompt is too long for the model's context window")
@@ -1655,47 +1589,41 @@ _FINISH_REASONS: Final = {
 
 def parse_chat_request(body: JsonObject, *, login: bool = False) -> Turn:
     """Check a chat completions request and return it as a Turn. Raises InvalidRequest."""
-    if _field(body, "stream", bool, ""):
+    if body.get("stream"):
         raise InvalidRequest("stream: this endpoint does not stream yet; use /v1/messages")
-    model = _field(body, "model", str, "", required=True)
-    max_tokens = _number(body, "max_completion_tokens", int, low=1)
-    if max_tokens is None:
-        max_tokens = _number(body, "max_tokens", int, low=1)
     system: list[JsonObject] = []
     messages: list[JsonObject] = []
-    if body.get("messages") is None:
-        raise InvalidRequest("messages: Field required")
     for path, entry in _objects(body, "messages"):
-        role = _field(entry, "role", str, path, required=True)
-        content = _chat_text(entry, path)
-        if role in ("system", "developer"):
-            system.append({"type": "text", "text": content})
-        elif role in ("user", "assistant"):
-            messages.append({"role": role, "content": content})
+        roles = ("system", "developer", "user", "assistant")
+        _check(entry, f"{path}.", {"role": _Rule(str, required=True, choices=roles)})
+        if entry["role"] in ("system", "developer"):
+            system.append({"type": "text", "text": _chat_text(entry, path)})
         else:
-            raise InvalidRequest(f"{path}.role: Input should be system, developer, user, assistant")
-    translated: JsonObject = {"messages": messages, "system": system}
-    for name in ("temperature", "top_p"):
-        if (value := _number(body, name, float, low=0, high=2)) is not None:
-            translated[name] = min(value, 1)
+            messages.append({"role": entry["role"], "content": _chat_text(entry, path)})
+    max_tokens = body.get("max_completion_tokens") or body.get("max_tokens")
     stop = body.get("stop")
-    if stop is not None:
-        translated["stop_sequences"] = [stop] if isinstance(stop, str) else stop
-    return _parse_turn(translated, model, max_tokens, "", login=login)
+    passed = {name: body.get(name) for name in ("model", "temperature", "top_p")}
+    translated = {
+        **passed,
+        "messages": messages,
+        "system": system,
+        "max_tokens": max_tokens,
+        "stop_sequences": [stop] if isinstance(stop, str) else stop,
+    }
+    return _parse_turn(translated, "", login=login)
 
 
 def _chat_text(entry: JsonObject, path: str) -> str:
     """Return a chat message's text, given as a string or as text parts."""
     content = entry.get("content")
-    if isinstance(content, list):
-        for index, part in enumerate(content):
-            if not isinstance(part, dict) or part.get("type") != "text":
-                raise InvalidRequest(f"{path}.content.{index}: only text parts are supported")
-        texts = [_field(part, "text", str, path, required=True) for part in content]
-        return "".join(texts)
-    if not isinstance(content, str):
-        raise InvalidRequest(f"{path}.content: Input should be a valid string or list")
-    return content
+    if not isinstance(content, list):
+        _check(entry, f"{path}.", {"content": _NEEDED_TEXT})
+        return str(content)
+    rules = {"type": _Rule(str, required=True, choices=("text",)), "text": _NEEDED_TEXT}
+    for index, part in enumerate(content):
+        _check_value(part, f"{path}.content.{index}", _Rule(dict))
+        _check(part, f"{path}.content.{index}.", rules)
+    return "".join(part["text"] for part in content)
 
 
 def to_completion(message: JsonObject, created: int) -> JsonObject:
@@ -1791,7 +1719,7 @@ class Gateway:
             except ApiError as exc:
                 failure = exc
             is_over = reader.done
-            if is_over and reader.must_kill:
+            if failure or (is_over and reader.must_kill):
                 child.kill()  # before anything else: it asks upstream again within 50 ms
             if reader.has_delta:
                 self.pool.refill(child)

@@ -8,6 +8,7 @@ other. Without a marker the answer is the text "Hello, I am scripted.".
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import threading
 import time
@@ -51,7 +52,8 @@ class Reply:
     status: int = 200
     message: str = ""
     headers: dict[str, str] = field(default_factory=dict)
-    extra_events: list[JsonObject] = field(default_factory=list)  # sent before message_delta
+    error: JsonObject | None = None  # sent as an `error` event, the last one,
+    error_after: int = 0  # after so many events
     cut_after: int | None = None  # close the connection after so many events
     gate: threading.Event | None = None  # waited for after `gate_after` events
     gate_after: int = 0
@@ -60,6 +62,13 @@ class Reply:
 
     def events(self, model: str) -> Iterator[JsonObject]:
         """Yield the API's events for this reply, as api.anthropic.com orders them."""
+        if self.error is None:
+            yield from self._events(model)
+            return
+        yield from itertools.islice(self._events(model), self.error_after)
+        yield {"type": "error", "error": self.error}
+
+    def _events(self, model: str) -> Iterator[JsonObject]:
         message: JsonObject = {
             "id": "msg_" + uuid.uuid4().hex[:24],
             "type": "message",
@@ -81,7 +90,6 @@ class Reply:
                 delta = {"type": "text_delta", "text": "word "}
                 yield {"type": "content_block_delta", "index": index, "delta": delta}
             yield {"type": "content_block_stop", "index": index}
-        yield from self.extra_events
         yield {
             "type": "message_delta",
             "delta": {

@@ -1,0 +1,66 @@
+"""Fixtures: one scripted API and one gateway for each kind of sign-in, shared by all tests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+from running import API_KEY, FAKE_CLAUDE, LOGIN, RunningGateway, real_claude
+from scripted_api import ScriptedApi
+
+
+@pytest.fixture(scope="session")
+def claude() -> str:
+    """The real CLI; where it is missing the tests fail, they do not skip."""
+    path = real_claude()
+    assert Path(path).is_file(), f"the end-to-end tests need the real CLI, not found at {path}"
+    return path
+
+
+@pytest.fixture(scope="session")
+def api() -> Iterator[ScriptedApi]:
+    """The scripted upstream."""
+    with ScriptedApi() as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def gateway(api: ScriptedApi, claude: str) -> Iterator[RunningGateway]:
+    """A gateway on the real CLI, signed in with an API key."""
+    with RunningGateway("--spares", "2", claude=claude, base_url=api.url, env=API_KEY) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def login_gateway(api: ScriptedApi, claude: str) -> Iterator[RunningGateway]:
+    """A gateway on the real CLI, signed in with a claude.ai token."""
+    with RunningGateway(claude=claude, base_url=api.url, env=LOGIN) as running:
+        yield running
+
+
+Starter = Callable[..., RunningGateway]
+
+
+@pytest.fixture
+def start(api: ScriptedApi, claude: str) -> Iterator[Starter]:
+    """Start further gateways on the real CLI; they are stopped after the test."""
+    with ExitStack() as stack:
+        yield lambda *args, **more: stack.enter_context(
+            RunningGateway(*args, **{"claude": claude, "base_url": api.url, **more})
+        )
+
+
+@pytest.fixture
+def start_fake(tmp_path: Path) -> Iterator[Starter]:
+    """Start gateways on the fake CLI, which takes orders from files in `tmp_path`."""
+    with ExitStack() as stack:
+
+        def start_one(*args: str, **more: Any) -> RunningGateway:
+            env = {**API_KEY, "FAKE_CLAUDE_ORDERS": str(tmp_path), **more.pop("env", {})}
+            running = RunningGateway(*args, claude=str(FAKE_CLAUDE), env=env, **more)
+            return stack.enter_context(running)
+
+        yield start_one

@@ -1,0 +1,102 @@
+#!/usr/bin/env python3
+"""A stand-in for the CLI that misbehaves on order, for what the real one cannot be made to do.
+
+Orders for the next process are files in the directory FAKE_CLAUDE_ORDERS, removed when taken:
+`die-at-start`, `die-at-initialize`; `always-die` stays. Orders for an answer are words in the last
+user message: `die-before-answer`, `die-mid-answer`, `garbage`, `error-result`, `silent-end`,
+`split-lines`, `two-calls`. Every query is noted in `queries` in the same directory.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+ORDERS = Path(os.environ.get("FAKE_CLAUDE_ORDERS", "/nonexistent"))
+DONE = {"type": "result", "subtype": "success", "is_error": False, "result": ""}
+
+
+def ordered(name: str) -> bool:
+    """Take an order: say whether its file was there, and remove it."""
+    try:
+        (ORDERS / name).unlink()
+    except OSError:
+        return False
+    return True
+
+
+def die(words: str) -> None:
+    print(words, file=sys.stderr, flush=True)
+    os._exit(3)
+
+
+def put(line: Any) -> None:
+    sys.stdout.write(json.dumps(line) + "\n")
+    sys.stdout.flush()
+
+
+def event(event_type: str, **fields: Any) -> None:
+    put(
+        {
+            "type": "stream_event",
+            "event": {"type": event_type, **fields},
+            "parent_tool_use_id": None,
+        }
+    )
+
+
+def answer(text: str) -> None:
+    """Play one answer, as the words in `text` order."""
+    with (ORDERS / "queries").open("a") as log:
+        log.write(json.dumps(text) + "\n")
+    put({"type": "system", "subtype": "status", "status": "requesting"})
+    if "die-before-answer" in text:
+        die("gone before the answer")
+    if "error-result" in text:
+        put({**DONE, "is_error": True, "result": "API Error: 400 no good", "api_error_status": 400})
+        return
+    if "silent-end" in text:
+        put(DONE)
+        return
+    if "garbage" in text:
+        sys.stdout.write("this is no JSON\n[1]\n\n{broken\n")
+    message = {"id": "msg_fake", "type": "message", "role": "assistant", "model": "fake"}
+    usage = {"input_tokens": 1, "output_tokens": 1}
+    event("message_start", message={**message, "content": [], "stop_reason": None, "usage": usage})
+    event("content_block_start", index=0, content_block={"type": "text", "text": ""})
+    event("content_block_delta", index=0, delta={"type": "text_delta", "text": "from the fake"})
+    if "die-mid-answer" in text:
+        die("gone in the middle")
+    event("content_block_stop", index=0)
+    event("message_delta", delta={"stop_reason": "end_turn"}, usage={"output_tokens": 4})
+    event("message_stop")
+    put(DONE)
+
+
+def main() -> None:
+    if "--version" in sys.argv:
+        print(os.environ.get("FAKE_CLAUDE_VERSION", "2.1.999 (Fake Claude)"))
+        return
+    if "auth" in sys.argv:
+        print('{"loggedIn": true, "authMethod": "fake"}')
+        return
+    if ordered("die-at-start") or (ORDERS / "always-die").exists():
+        die("gone at the start")
+    for raw in sys.stdin:
+        line = json.loads(raw)
+        if line["type"] == "control_request":
+            if line["request"]["subtype"] == "initialize" and ordered("die-at-initialize"):
+                die("gone at initialize")
+            reply = {"subtype": "success", "request_id": line["request_id"], "response": {}}
+            put({"type": "control_response", "response": reply})
+        elif line["type"] == "user" and line.get("shouldQuery") is False:
+            put(DONE)
+        elif line["type"] == "user":
+            answer(json.dumps(line["message"]["content"]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,229 @@
+"""Starting a gateway as its user does, in an environment built from nothing, and talking to it."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+JsonObject = dict[str, Any]
+ROOT = Path(__file__).parent.parent
+GATEWAY = ROOT / "cc2api.py"
+FAKE_CLAUDE = Path(__file__).parent / "fake_claude.py"
+WAIT_S = 20.0  # for anything that must happen; generous, since these machines are noisy
+
+
+def real_claude() -> str:
+    """Return the CLI under test: CC2API_TEST_CLAUDE, else the one in the `test` extra."""
+    if path := os.environ.get("CC2API_TEST_CLAUDE"):
+        return path
+    import claude_agent_sdk
+
+    return str(Path(claude_agent_sdk.__file__).parent / "_bundled" / "claude")
+
+
+def clean_environment(
+    home: Path, base_url: str = "http://127.0.0.1:9", **more: str
+) -> dict[str, str]:
+    """Return an environment built from nothing: no login, no key, no address but loopback."""
+    return {
+        "PATH": "/usr/local/bin:/usr/bin:/bin",
+        "LANG": "C.UTF-8",
+        "HOME": str(home),
+        "CLAUDE_CONFIG_DIR": str(home / "claude-config"),
+        "ANTHROPIC_BASE_URL": base_url,
+        "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1",
+        "DISABLE_AUTOUPDATER": "1",
+        "PYTHONDONTWRITEBYTECODE": "1",
+        **more,
+    }
+
+
+API_KEY = {"ANTHROPIC_API_KEY": "sk-ant-dummy"}
+LOGIN = {"CLAUDE_CODE_OAUTH_TOKEN": "sk-ant-oat01-dummy"}
+
+
+@dataclass
+class Answer:
+    """A whole HTTP answer."""
+
+    status: int
+    headers: dict[str, str]
+    body: bytes
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+    @property
+    def events(self) -> list[JsonObject]:
+        """The events of an SSE body, checked for their framing."""
+        frames = self.body.decode("ascii").split("\n\n")
+        assert frames.pop() == "", "the last frame must end with a blank line"
+        events = []
+        for frame in frames:
+            name, data = frame.split("\n")
+            event = json.loads(data.removeprefix("data: "))
+            assert name == f"event: {event['type']}"
+            events.append(event)
+        return events
+
+
+class RunningGateway:
+    """A gateway process: `with RunningGateway(...) as gateway`."""
+
+    def __init__(
+        self,
+        *args: str,
+        claude: str | None = None,
+        base_url: str = "http://127.0.0.1:9",
+        env: dict[str, str] | None = None,
+    ) -> None:
+        self._dir = tempfile.TemporaryDirectory(prefix="gateway-test-")
+        self.dir = Path(self._dir.name)
+        command = [sys.executable, str(GATEWAY), "--port", "0", *args]
+        if "--claude" not in args:
+            command += ["--claude", claude or real_claude()]
+        self.process = subprocess.Popen(
+            command,
+            env=clean_environment(self.dir, base_url, **(API_KEY if env is None else env)),
+            cwd=self.dir,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        self.log: list[str] = []
+        self._log_grew = threading.Condition()
+        self._reader = threading.Thread(target=self._read_log, daemon=True)
+        self._reader.start()
+        self.banner = self._read_banner()
+        found = re.search(r"listens on http://\S+?:(\d+)$", self.banner, re.MULTILINE)
+        if not found:
+            self.process.wait()
+            self._reader.join()
+            raise RuntimeError(f"no gateway: {self.banner} {self.log}")
+        self.port = int(found.group(1))
+        self.url = f"http://127.0.0.1:{self.port}"
+
+    def _read_banner(self) -> str:
+        assert self.process.stdout is not None
+        lines = []
+        for line in self.process.stdout:
+            lines.append(line)
+            if line.startswith("  try"):
+                break
+        return "".join(lines)
+
+    def _read_log(self) -> None:
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            with self._log_grew:
+                self.log.append(line.rstrip("\n"))
+                self._log_grew.notify_all()
+
+    def __enter__(self) -> RunningGateway:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.stop()
+
+    def stop(self, number: int = signal.SIGTERM) -> int:
+        """Send a signal, wait for the end, return the exit status."""
+        if self.process.poll() is None:
+            self.process.send_signal(number)
+        try:
+            status = self.process.wait(WAIT_S)
+        finally:
+            self.process.kill()
+            self._reader.join(WAIT_S)
+            for pipe in (self.process.stdout, self.process.stderr):
+                if pipe is not None:
+                    pipe.close()
+            self._dir.cleanup()
+        return status
+
+    def wait_for_log(self, text: str, count: int = 1) -> str:
+        """Wait until `count` log lines hold `text`; return the last of them."""
+        deadline = time.monotonic() + WAIT_S
+        with self._log_grew:
+            while len(hits := [line for line in self.log if text in line]) < count:
+                left = deadline - time.monotonic()
+                assert left > 0, f"{text!r} is not in the log: {self.log}"
+                self._log_grew.wait(left)
+        return hits[-1]
+
+    def connect(self) -> http.client.HTTPConnection:
+        return http.client.HTTPConnection("127.0.0.1", self.port, timeout=WAIT_S)
+
+    def request(
+        self,
+        method: str,
+        path: str,
+        body: Any = None,
+        headers: dict[str, str] | None = None,
+        connection: http.client.HTTPConnection | None = None,
+    ) -> Answer:
+        """Make one request; `body` may be bytes or anything JSON can hold."""
+        used = connection or self.connect()
+        try:
+            data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
+            used.request(method, path, data, headers or {})
+            response = used.getresponse()
+            names = {name.lower(): value for name, value in response.getheaders()}
+            return Answer(response.status, names, response.read())
+        finally:
+            if connection is None:
+                used.close()
+
+    def post(self, body: Any, headers: dict[str, str] | None = None, **more: Any) -> Answer:
+        """POST to /v1/messages; the usual fields are filled in."""
+        if isinstance(body, dict):
+            body = {"model": "claude-sonnet-4-6", "max_tokens": 100, **body}
+        return self.request("POST", "/v1/messages", body, headers, **more)
+
+    def ask(self, text: str, **fields: Any) -> Answer:
+        """Ask one question."""
+        return self.post({"messages": [{"role": "user", "content": text}], **fields})
+
+    def children(self) -> list[int]:
+        """Return the pids of the gateway's children that are not zombies."""
+        return children_of(self.process.pid)
+
+
+def children_of(pid: int) -> list[int]:
+    """Return the live child processes of a process (Linux)."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            fields = stat.read_text().rpartition(")")[2].split()
+            if int(fields[1]) == pid and fields[0] != "Z":
+                found.append(int(stat.parent.name))
+    return found
+
+
+def wait_until(condition: Callable[[], bool], what: str = "the condition") -> None:
+    """Poll a condition that nothing can signal, such as the state of another process."""
+    deadline = time.monotonic() + WAIT_S
+    while not condition():
+        assert time.monotonic() < deadline, f"{what} did not come true"
+        time.sleep(0.01)
+
+
+@contextlib.contextmanager
+def environment_dir() -> Iterator[Path]:
+    """Yield a temporary HOME."""
+    with tempfile.TemporaryDirectory(prefix="home-test-") as name:
+        yield Path(name)

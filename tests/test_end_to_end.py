@@ -1,0 +1,793 @@
+"""What a client sends is what upstream sees, and what upstream says is what the client gets.
+
+Everything here runs on the real CLI against the scripted API.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import struct
+import subprocess
+import zlib
+from typing import Any
+from uuid import uuid4
+
+import pytest
+from running import API_KEY, LOGIN, Answer, RunningGateway, wait_until
+from scripted_api import DEFAULT_TEXT, Call, Reply, ScriptedApi, text_reply
+
+JsonObject = dict[str, Any]
+EPHEMERAL = {"type": "ephemeral"}
+
+
+def marker() -> str:
+    """Return a word that stands in one test's prompts only."""
+    return f"mark-{uuid4().hex[:12]}"
+
+
+def user(*content: Any) -> JsonObject:
+    return {"role": "user", "content": content[0] if isinstance(content[0], str) else [*content]}
+
+
+def assistant(*content: Any) -> JsonObject:
+    return {**user(*content), "role": "assistant"}
+
+
+def text(words: str, **more: Any) -> JsonObject:
+    return {"type": "text", "text": words, **more}
+
+
+def png(width: int = 8, height: int = 8) -> str:
+    """Return a valid PNG as base64."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
+
+    rows = b"".join(b"\0" + bytes([row % 256, 90, 200]) * width for row in range(height))
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    parts = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    return base64.b64encode(b"\x89PNG\r\n\x1a\n" + parts).decode()
+
+
+PDF = base64.b64encode(b"%PDF-1.4\n1 0 obj<</Type/Catalog>>endobj\ntrailer<<>>\n%%EOF\n").decode()
+
+
+def blocks_of(message: JsonObject) -> list[JsonObject]:
+    content = message["content"]
+    return [text(content)] if isinstance(content, str) else content
+
+
+def seen_messages(call: Call, claude: str) -> list[JsonObject]:
+    """Return the messages that reached upstream, less what the CLI is known to add.
+
+    That is its own breakpoint on the last block, effort entries for the newest models, and before
+    2.1.300 a reminder with the date in front of the query.
+    """
+    messages = [m for m in call.body["messages"] if m["role"] != "system"]
+    plain = [{"role": m["role"], "content": [dict(b) for b in blocks_of(m)]} for m in messages]
+    assert plain[-1]["content"][-1].pop("cache_control")["type"] == "ephemeral"
+    version = subprocess.run([claude, "--version"], capture_output=True, text=True, check=True)
+    if tuple(map(int, version.stdout.split()[0].split("."))) < (2, 1, 300):
+        old = [b for b in plain[-1]["content"] if "<system-reminder>" not in b.get("text", "")]
+        plain[-1]["content"] = old
+    return plain
+
+
+def as_blocks(messages: list[JsonObject]) -> list[JsonObject]:
+    return [{"role": m["role"], "content": blocks_of(m)} for m in messages]
+
+
+def only_call(api: ScriptedApi, word: str) -> Call:
+    calls = api.calls_with(word)
+    assert len(calls) == 1, f"{len(calls)} upstream calls, not one"
+    return calls[0]
+
+
+def full_request(word: str) -> JsonObject:
+    """Return a request that uses everything."""
+    history = [
+        user(
+            text("look at these"),
+            {
+                "type": "image",
+                "source": {"type": "base64", "media_type": "image/png", "data": png()},
+            },
+            {
+                "type": "document",
+                "title": "paper",
+                "context": "read it",
+                "citations": {"enabled": True},
+                "source": {"type": "base64", "media_type": "application/pdf", "data": PDF},
+            },
+        ),
+        assistant(
+            {"type": "thinking", "thinking": "let me see", "signature": "c2lnbmF0dXJl"},
+            {"type": "redacted_thinking", "data": "cmVkYWN0ZWQ="},
+            text("two calls"),
+            {"type": "tool_use", "id": "toolu_a", "name": "lookup", "input": {"q": ["é", None]}},
+            {"type": "tool_use", "id": "toolu_b", "name": "bash", "input": {"command": "ls"}},
+        ),
+        user(
+            {"type": "tool_result", "tool_use_id": "toolu_a", "content": [text("found")]},
+            {"type": "tool_result", "tool_use_id": "toolu_b", "content": "no", "is_error": True},
+            text("and?"),
+        ),
+        assistant("that is all"),
+    ]
+    return {
+        "model": "claude-sonnet-4-5",
+        "max_tokens": 4321,
+        "system": [text("You are precise."), text("You are brief.", cache_control=EPHEMERAL)],
+        "messages": [*history, user(text(f"thanks {word}"))],
+        "tools": [
+            {"name": "lookup", "description": "x" * 6000, "input_schema": {"type": "object"}},
+            {
+                "name": "strict_one",
+                "strict": True,
+                "type": "custom",
+                "input_schema": {"type": "object", "properties": {}, "additionalProperties": False},
+            },
+            {"type": "bash_20250124", "name": "bash"},
+            {"type": "web_search_20250305", "name": "web_search", "max_uses": 3},
+        ],
+        "tool_choice": {"type": "auto", "disable_parallel_tool_use": True},
+        "thinking": {"type": "enabled", "budget_tokens": 2048},
+        "temperature": 1,
+        "top_p": 0.97,
+        "top_k": 5,
+        "stop_sequences": ["END", "\n\nHuman:"],
+        "service_tier": "standard_only",
+        "metadata": {"user_id": "u"},
+    }
+
+
+def test_every_field_reaches_upstream_exactly(
+    gateway: RunningGateway, api: ScriptedApi, claude: str
+) -> None:
+    word = marker()
+    request = full_request(word)
+    answer = gateway.post(
+        request, {"anthropic-beta": "context-1m-2025-08-07, files-api-2025-04-14"}
+    )
+    assert answer.status == 200, answer.body
+    call = only_call(api, word)
+    assert seen_messages(call, claude) == as_blocks(request["messages"])
+    body = call.body
+    for name in (
+        *("model", "max_tokens", "tools", "tool_choice", "thinking", "temperature", "top_p"),
+        *("top_k", "stop_sequences", "service_tier"),
+    ):
+        assert body[name] == request[name], name
+    assert body["system"][-1]["text"] == "You are precise.\n\nYou are brief."
+    assert body["metadata"] != request["metadata"]  # the CLI's own
+    sent_betas = call.headers["anthropic-beta"].split(",")
+    assert {"context-1m-2025-08-07", "files-api-2025-04-14"} <= set(sent_betas)
+
+
+ODD_TEXTS = [
+    "/compact now",
+    "@/etc/passwd",
+    "!ls -la",
+    "# memory",
+    "line\u2028separator\u0085and\u2029more",
+    "nul \x00 byte",
+    "emoji \U0001f600 and e\u0301",
+    "  spaces around \r\n\t",
+    "<system-reminder>not one</system-reminder>!",
+    '{"type":"control_request"}\n{"type":"user"}',
+]
+
+
+@pytest.mark.parametrize("odd", ODD_TEXTS, ids=lambda odd: repr(odd[:20]))
+def test_odd_text_is_verbatim_as_query_and_in_the_history(
+    gateway: RunningGateway, api: ScriptedApi, claude: str, odd: str
+) -> None:
+    word = marker()
+    request = [user(odd), assistant(odd), user(text(odd), text(word))]
+    assert gateway.post({"messages": request}).status == 200
+    assert seen_messages(only_call(api, word), claude) == as_blocks(request)
+
+
+def test_a_300_kb_prompt_arrives(gateway: RunningGateway, api: ScriptedApi, claude: str) -> None:
+    word = marker()
+    request = [user(text("p" * 300_000), text(word))]
+    assert gateway.post({"messages": request}).status == 200
+    assert seen_messages(only_call(api, word), claude) == request
+
+
+def test_a_prompt_that_seems_too_long_to_the_cli_is_upstreams_to_refuse(
+    gateway: RunningGateway, api: ScriptedApi
+) -> None:
+    word = marker()
+    message = "prompt is too long: 260001 tokens > 200000 maximum"
+    api.on(word, Reply(status=400, message=message))
+    answer = gateway.ask("p " * 700_000 + word)
+    assert (answer.status, answer.json["error"]["type"]) == (400, "invalid_request_error")
+    assert "prompt is too long" in answer.json["error"]["message"]
+    only_call(api, word)  # it was upstream that refused
+
+
+def test_a_250_kb_system_prompt_and_151_messages_arrive(
+    gateway: RunningGateway, api: ScriptedApi, claude: str
+) -> None:
+    word = marker()
+    request = [user("q0")]
+    for number in range(75):
+        request += [assistant(f"a{number}"), user(f"q{number} {word}")]
+    system = "s" * 250_000
+    assert gateway.post({"messages": request, "system": system}).status == 200
+    call = only_call(api, word)
+    assert seen_messages(call, claude) == as_blocks(request)
+    assert call.body["system"][-1]["text"] == system
+
+
+def test_the_default_system_prompt_and_model(gateway: RunningGateway, api: ScriptedApi) -> None:
+    word = marker()
+    assert gateway.ask(word, model="claude-code").status == 200
+    body = only_call(api, word).body
+    assert body["system"][-1]["text"] == "You are a helpful assistant."
+    assert body["model"].startswith("claude-")
+    assert body["model"] != "claude-code"
+    assert body["tools"] == []
+
+
+def test_an_alias_is_resolved_and_its_history_keeps_thinking_blocks(
+    gateway: RunningGateway, api: ScriptedApi, claude: str
+) -> None:
+    word = marker()
+    for model in ("sonnet", "claude-code"):
+        thinking = {"type": "thinking", "thinking": "hm", "signature": "c2ln"}
+        request = [user("hi"), assistant(thinking, text("yes")), user(f"{word} {model}")]
+        assert gateway.post({"messages": request, "model": model}).status == 200
+        call = only_call(api, f"{word} {model}")
+        assert seen_messages(call, claude) == as_blocks(request)
+        assert call.body["model"].startswith("claude-")
+
+
+def test_consecutive_roles_are_merged_and_system_entries_folded(
+    gateway: RunningGateway, api: ScriptedApi, claude: str
+) -> None:
+    word = marker()
+    tool = {"type": "tool_use", "id": "t1", "name": "f", "input": {}}
+    result = {"type": "tool_result", "tool_use_id": "t1", "content": "r"}
+    request = [
+        user("one"),
+        user(text("two")),
+        assistant("a"),
+        assistant(tool),
+        {"role": "system", "content": "be kind"},
+        user(result, text(word)),
+        {"role": "system", "content": [text("be quick")]},
+    ]
+    assert gateway.post({"messages": request}).status == 200
+    assert seen_messages(only_call(api, word), claude) == [
+        user(text("one"), text("two")),
+        assistant(text("a"), tool),
+        user(
+            result,
+            text("<system-reminder>\nbe kind\n</system-reminder>"),
+            text(word),
+            text("<system-reminder>\nbe quick\n</system-reminder>"),
+        ),
+    ]
+
+
+THINKING = [
+    (None, "claude-sonnet-4-6", {"type": "disabled"}),
+    ({"type": "disabled"}, "claude-sonnet-4-6", {"type": "disabled"}),
+    ({"type": "adaptive"}, "claude-sonnet-4-6", {"type": "adaptive"}),
+    (
+        {"type": "adaptive", "display": "omitted"},
+        "claude-sonnet-4-6",
+        {"type": "adaptive", "display": "omitted"},
+    ),
+    (
+        {"type": "enabled", "budget_tokens": 1500, "display": "summarized"},
+        "claude-sonnet-4-5",
+        {"type": "enabled", "budget_tokens": 1500, "display": "summarized"},
+    ),
+    (None, "claude-opus-5-5", {"type": "adaptive"}),  # a model that cannot be without
+]
+
+
+@pytest.mark.parametrize(("asked", "model", "sent"), THINKING)
+def test_thinking_goes_upstream_as_asked(
+    gateway: RunningGateway, api: ScriptedApi, asked: Any, model: str, sent: JsonObject
+) -> None:
+    word = marker()
+    assert gateway.ask(word, thinking=asked, model=model, max_tokens=3000).status == 200
+    body = only_call(api, word).body
+    assert body["thinking"] == sent
+    assert "context_management" not in body  # upstream refuses it beside thinking that is off
+    assert ("temperature" in body) == (sent["type"] == "disabled")
+
+
+def test_top_p_alone_goes_without_a_temperature(gateway: RunningGateway, api: ScriptedApi) -> None:
+    word = marker()
+    assert gateway.ask(word, top_p=0.5).status == 200
+    body = only_call(api, word).body
+    assert body["top_p"] == 0.5
+    assert "temperature" not in body
+    assert body["thinking"] == {"type": "disabled"}
+
+
+@pytest.mark.parametrize("effort", ["low", "medium", "high", "max"])
+def test_effort_of_both_forms_reaches_upstream(
+    gateway: RunningGateway, api: ScriptedApi, effort: str
+) -> None:
+    old, new = marker(), marker()
+    assert gateway.ask(old, effort=effort).status == 200
+    schema = {"type": "json_schema", "schema": {"type": "object"}}
+    assert gateway.ask(new, output_config={"effort": effort, "format": schema}).status == 200
+    assert only_call(api, old).body["output_config"] == {"effort": effort}
+    assert only_call(api, new).body["output_config"] == {"effort": effort, "format": schema}
+
+
+def test_the_older_output_format_and_passed_fields(
+    gateway: RunningGateway, api: ScriptedApi
+) -> None:
+    word = marker()
+    schema = {"type": "json_schema", "schema": {"type": "object"}}
+    fields = {"container": "c1", "inference_geo": "us", "mcp_servers": [], "max_tokens": 0}
+    assert gateway.ask(word, output_format=schema, **fields).status == 200
+    body = only_call(api, word).body
+    assert body["output_config"]["format"] == schema
+    assert {name: body[name] for name in fields} == fields
+
+
+# ---- cache breakpoints
+
+
+def marks(node: Any) -> list[Any]:
+    if isinstance(node, dict):
+        own = [node["cache_control"]] if node.get("cache_control") else []
+        return own + [m for value in node.values() for m in marks(value)]
+    return [m for item in node for m in marks(item)] if isinstance(node, list) else []
+
+
+def test_at_most_four_breakpoints_go_upstream_and_the_latest_is_kept(
+    gateway: RunningGateway, api: ScriptedApi
+) -> None:
+    word = marker()
+    mark = {"cache_control": EPHEMERAL}
+    request = [
+        user(text("a", **mark)),
+        assistant(text("b", **mark)),
+        user(text(word, **mark), text("d", **mark)),
+    ]
+    tools = [{"name": "f", "input_schema": {"type": "object"}, **mark}]
+    system = [text("s", **mark)]
+    assert gateway.post({"messages": request, "tools": tools, "system": system}).status == 200
+    body = only_call(api, word).body
+    assert marks(body["messages"]) == [EPHEMERAL, EPHEMERAL]
+    assert body["messages"][2]["content"] == [text(word, **mark), text("d", **mark)]
+    assert len(marks(body)) == 4
+
+
+def test_a_one_hour_breakpoint_makes_all_of_them_last_an_hour(
+    gateway: RunningGateway, api: ScriptedApi
+) -> None:
+    word = marker()
+    hour = {"type": "ephemeral", "ttl": "1h"}
+    request = [user(text("a", cache_control=hour)), assistant("b"), user(word)]
+    assert gateway.post({"messages": request}).status == 200
+    assert marks(only_call(api, word).body) == [hour] * 4
+
+
+def test_with_a_login_the_history_before_the_query_is_cached(
+    login_gateway: RunningGateway, api: ScriptedApi
+) -> None:
+    word = marker()
+    thinking = {"type": "thinking", "thinking": "hm", "signature": "c2ln"}
+    request = [
+        user(text("a", cache_control=EPHEMERAL)),
+        assistant(text("b"), thinking),
+        user(text(word)),
+    ]
+    assert login_gateway.post({"messages": request}).status == 200
+    body = only_call(api, word).body
+    hour = {"type": "ephemeral", "ttl": "1h"}
+    history = body["messages"][:-1]
+    assert history == [user(text("a")), assistant(text("b", cache_control=hour), thinking)]
+    assert marks(body) == [hour] * 4, "a 5m breakpoint before a 1h one is refused by the API"
+
+
+def test_with_a_login_nothing_of_the_machine_shows_but_a_neutral_directory(
+    login_gateway: RunningGateway, api: ScriptedApi
+) -> None:
+    word = marker()
+    assert login_gateway.ask(word).status == 200
+    call = only_call(api, word)
+    assert call.headers["authorization"] == "Bearer " + LOGIN["CLAUDE_CODE_OAUTH_TOKEN"]
+    seen = json.dumps(call.body["messages"])
+    assert "cc2api" not in seen
+    assert str(login_gateway.dir) not in seen
+    assert call.body["messages"][-1]["content"][-1]["text"] == word
+
+
+# ---- answers
+
+
+def rich_reply(stop_reason: str = "end_turn", **more: Any) -> Reply:
+    blocks = [
+        {"type": "thinking", "thinking": "let me think", "signature": "c2lnbmF0dXJl"},
+        text("I will look \u2028 \U0001f600 twice."),
+        {"type": "tool_use", "id": "toolu_1", "name": "lookup", "input": {"city": "Zürich"}},
+        {"type": "tool_use", "id": "toolu_2", "name": "lookup", "input": {}},
+    ]
+    return Reply(blocks=blocks, stop_reason=stop_reason, **more)
+
+
+def test_a_streamed_answer_is_upstreams_events_to_the_letter(
+    gateway: RunningGateway, api: ScriptedApi
+) -> None:
+    word = marker()
+    reply = rich_reply("tool_use")
+    api.on(word, reply)
+    answer = gateway.ask(word, stream=True)
+    assert answer.status == 200
+    assert answer.headers["content-type"] == "text/event-stream; charset=utf-8"
+    assert answer.headers["transfer-encoding"] == "chunked"
+    expected = list(reply.events("claude-sonnet-4-6"))
+    events = answer.events
+    expected[0]["message"]["id"] = events[0]["message"]["id"]
+    assert events == expected
+    only_call(api, word)
+
+
+def test_a_whole_answer_holds_every_block_and_upstreams_usage(
+    gateway: RunningGateway, api: ScriptedApi
+) -> None:
+    word = marker()
+    reply = rich_reply("tool_use")
+    api.on(word, reply)
+    message = gateway.ask(word).json
+    assert message.pop("id").startswith("msg_")
+    assert message == {
+        "type": "message",
+        "role": "assistant",
+        "model": "claude-sonnet-4-6",
+        "content": reply.blocks,
+        "stop_reason": "tool_use",
+        "stop_sequence": None,
+        "stop_details": None,
+        "usage": {
+            "input_tokens": 11,
+            "cache_creation_input_tokens": 3,
+            "cache_read_input_tokens": 5,
+            "output_tokens": 42,
+        },
+    }
+
+
+STOPS = [
+    ("end_turn", None, None),
+    ("stop_sequence", "END", None),
+    ("max_tokens", None, None),
+    ("model_context_window_exceeded", None, None),
+    ("pause_turn", None, None),
+    ("refusal", None, {"type": "refusal", "category": "cyber", "explanation": "no"}),
+]
+
+
+@pytest.mark.parametrize("stream", [True, False], ids=["stream", "whole"])
+@pytest.mark.parametrize(("stop_reason", "sequence", "details"), STOPS)
+def test_one_upstream_call_whatever_the_stop_reason(
+    gateway: RunningGateway,
+    api: ScriptedApi,
+    stop_reason: str,
+    sequence: str | None,
+    details: JsonObject | None,
+    stream: bool,
+) -> None:
+    word = marker()
+    api.on(
+        word,
+        text_reply("x y", stop_reason=stop_reason, stop_sequence=sequence, stop_details=details),
+    )
+    answer = gateway.ask(word, stream=stream)
+    end = answer.events[-2]["delta"] if stream else answer.json
+    assert (end["stop_reason"], end["stop_sequence"]) == (stop_reason, sequence)
+    assert end["stop_details"] == details
+    wait_until(lambda: gateway_is_calm(gateway), "every answering child's end")
+    only_call(api, word)
+
+
+@pytest.mark.parametrize("stop_reason", ["end_turn", "tool_use"])
+def test_an_answer_that_says_nothing_is_not_asked_for_again(
+    gateway: RunningGateway, api: ScriptedApi, stop_reason: str
+) -> None:
+    word = marker()
+    api.on(word, Reply(blocks=[], stop_reason=stop_reason))
+    assert gateway.ask(word).json["content"] == []
+    wait_until(lambda: gateway_is_calm(gateway), "every answering child's end")
+    only_call(api, word)
+
+
+def gateway_is_calm(gateway: RunningGateway) -> bool:
+    """Say whether only the two spares are left: then no child can make a late second call."""
+    return len(gateway.children()) <= 2
+
+
+def test_tokens_come_as_they_are_made(gateway: RunningGateway, api: ScriptedApi) -> None:
+    import threading
+
+    word = marker()
+    gate = threading.Event()
+    api.on(word, text_reply("first second third", gate=gate, gate_after=3))
+    connection = gateway.connect()
+    body = json.dumps({"model": "m", "max_tokens": 9, "stream": True, "messages": [user(word)]})
+    connection.request("POST", "/v1/messages", body)
+    response = connection.getresponse()
+    seen = b""
+    while b"first" not in seen:
+        seen += response.read1()
+    assert b"second" not in seen, "the first token is here before the second is made"
+    gate.set()
+    seen += response.read()
+    assert b"message_stop" in seen
+    connection.close()
+
+
+def test_a_connection_is_kept_and_its_answers_end_at_message_stop(
+    gateway: RunningGateway, api: ScriptedApi
+) -> None:
+    connection = gateway.connect()
+    for stream in (True, False, True):
+        body = {"messages": [user(marker())], "stream": stream}
+        answer = gateway.post(body, connection=connection)
+        assert answer.status == 200
+        assert answer.headers["connection"] == "keep-alive"
+    connection.close()
+
+
+# ---- errors
+
+
+ERRORS = [
+    (400, "invalid_request_error"),
+    (401, "authentication_error"),
+    (403, "permission_error"),
+    (413, "request_too_large"),
+    (429, "rate_limit_error"),
+    (500, "api_error"),
+    (529, "overloaded_error"),
+    (418, "invalid_request_error"),
+    (503, "api_error"),
+]
+
+
+@pytest.mark.parametrize("stream", [True, False], ids=["stream", "whole"])
+@pytest.mark.parametrize(("status", "kind"), ERRORS)
+def test_upstreams_error_keeps_its_status_type_and_message(
+    gateway: RunningGateway, api: ScriptedApi, status: int, kind: str, stream: bool
+) -> None:
+    word = marker()
+    api.on(word, Reply(status=status, message=f"upstream: says {status}. Really"))
+    answer = gateway.ask(word, stream=stream)
+    assert answer.status == status
+    error = answer.json["error"]
+    assert answer.json["type"] == "error"
+    assert error["type"] == kind
+    if status != 413:  # there the CLI has words of its own
+        assert error["message"] == f"upstream: says {status}. Really"
+    assert answer.json["request_id"] == answer.headers["request-id"]
+    only_call(api, word)  # the client decides about retries
+
+
+def test_an_unknown_model_is_404_as_the_api_says_it(
+    gateway: RunningGateway, api: ScriptedApi
+) -> None:
+    word = marker()
+    api.on(word, Reply(status=404, message="model: claude-nope"))
+    answer = gateway.ask(word, model="claude-nope")
+    assert answer.status == 404
+    assert answer.json["error"] == {"type": "not_found_error", "message": "model: claude-nope"}
+
+
+def test_an_error_in_mid_stream_is_an_event_and_the_end(
+    gateway: RunningGateway, api: ScriptedApi
+) -> None:
+    word = marker()
+    error = {"type": "overloaded_error", "message": "Overloaded"}
+    api.on(word, text_reply("a b c", error=error, error_after=4))
+    streamed = gateway.ask(word, stream=True)
+    assert streamed.status == 200
+    last = streamed.events[-1]
+    assert last["error"] == error
+    assert [e["type"] for e in streamed.events].count("error") == 1
+    assert "message_stop" not in [e["type"] for e in streamed.events]
+    whole = gateway.ask(word)
+    assert (whole.status, whole.json["error"]["type"]) == (529, "overloaded_error")
+
+
+def test_a_stream_that_breaks_between_blocks_is_an_error_and_one_call(
+    gateway: RunningGateway, api: ScriptedApi
+) -> None:
+    word = marker()
+    api.on(word, text_reply("a b", error={"type": "api_error", "message": "boom"}, error_after=5))
+    streamed = gateway.ask(word, stream=True)
+    assert [e["type"] for e in streamed.events][-2:] == ["content_block_stop", "error"]
+    wait_until(lambda: gateway_is_calm(gateway), "every answering child's end")
+    only_call(api, word)
+
+
+def test_a_connection_lost_in_mid_stream_is_one_call_and_an_error(
+    gateway: RunningGateway, api: ScriptedApi
+) -> None:
+    word = marker()
+    api.on(word, text_reply("a b c d", cut_after=4))
+    answer = gateway.ask(word)
+    assert answer.status == 502
+    assert answer.json["error"]["type"] == "api_error"
+    only_call(api, word)
+
+
+def test_not_signed_in_is_401_and_says_what_to_do(start: Any, api: ScriptedApi) -> None:
+    gateway = start(env={})
+    assert "NOT SIGNED IN" in gateway.banner
+    answer = gateway.ask(marker())
+    assert answer.status == 401
+    assert answer.json["error"]["type"] == "authentication_error"
+    assert "/login" in answer.json["error"]["message"]
+
+
+BAD_INPUT: list[tuple[bytes, str]] = [
+    (b"{", "not valid JSON"),
+    (b'{"a": "\xff"}', "not valid JSON"),
+    (b'{"model": NaN}', "not valid JSON"),
+    (b"[" * 100_000, "nested"),
+    (b'{"a":' * 1000 + b"1" + b"}" * 1000, "nested"),
+    (b"[]", "object"),
+    (b"{}", "max_tokens: Field required"),
+]
+
+
+@pytest.mark.parametrize(("body", "words"), BAD_INPUT, ids=lambda value: repr(value)[:30])
+def test_bad_input_is_400_and_reaches_no_child(
+    gateway: RunningGateway, api: ScriptedApi, body: bytes, words: str
+) -> None:
+    before = len(api.calls)
+    answer = gateway.request("POST", "/v1/messages", body)
+    assert answer.status == 400
+    assert answer.json["error"]["type"] == "invalid_request_error"
+    assert words in answer.json["error"]["message"]
+    assert len(api.calls) == before
+
+
+def test_a_thread_is_refused_so_that_the_sdk_sends_the_whole_history(
+    gateway: RunningGateway,
+) -> None:
+    answer = gateway.ask("hi", thread={"type": "create"})
+    assert answer.status == 400
+    assert answer.json["error"]["details"] == {"error_code": "thread_unsupported_request"}
+
+
+def test_unknown_fields_are_ignored_with_one_warning(
+    gateway: RunningGateway, api: ScriptedApi
+) -> None:
+    name = "field_" + uuid4().hex[:8]
+    assert gateway.ask(marker(), **{name: 1, "zork": 2}).status == 200
+    line = gateway.wait_for_log(name)
+    assert "WARNING" in line
+    assert "zork" in line
+
+
+# ---- chat completions, in its basic form
+
+
+def test_chat_completions_answers_text(gateway: RunningGateway, api: ScriptedApi) -> None:
+    word = marker()
+    body = {
+        "model": "claude-code",
+        "messages": [
+            {"role": "system", "content": "be brief"},
+            {"role": "user", "content": [{"type": "text", "text": word}]},
+        ],
+    }
+    answer = gateway.request("POST", "/v1/chat/completions", body)
+    completion = answer.json
+    assert completion["object"] == "chat.completion"
+    assert completion["choices"][0]["message"]["content"] == DEFAULT_TEXT
+    assert completion["choices"][0]["finish_reason"] == "stop"
+    assert completion["usage"]["prompt_tokens"] == 19
+    assert completion["usage"]["completion_tokens"] == 42
+    assert only_call(api, word).body["system"][-1]["text"] == "be brief"
+
+
+def test_a_chat_completions_mistake_has_openais_envelope(gateway: RunningGateway) -> None:
+    answer = gateway.request("POST", "/v1/chat/completions", {"model": "m"})
+    assert answer.status == 400
+    assert set(answer.json) == {"error"}
+
+
+# ---- keys
+
+
+def test_keys_are_read_on_every_request(start: Any, api: ScriptedApi) -> None:
+    gateway = start("--spares", "0")
+    keys = gateway.dir / "apikeys.txt"
+
+    def status(**headers: str) -> int:
+        answer: Answer = gateway.request("POST", "/v1/messages", {}, headers)
+        return answer.status
+
+    assert status() == 400, "open: the request itself is at fault"
+    keys.write_text("# comment only\n\n")
+    assert status() == 400
+    keys.write_text("# mine\nsk-mykey-abc123\n\n  sk-other \n")
+    assert status() == 401
+    assert status(**{"x-api-key": "sk-mykey-abc12"}) == 401
+    assert status(**{"x-api-key": "sk-mykey-abc123"}) == 400
+    assert status(Authorization="Bearer sk-other") == 400
+    assert status(Authorization="bearer  sk-other") == 400
+    assert status(Authorization="Basic sk-other") == 401
+    answer = gateway.request("POST", "/v1/messages", {"secret": 1})
+    assert answer.json["error"]["type"] == "authentication_error"
+    keys.write_bytes(b"\xff\xfe broken")
+    assert status(Authorization="Bearer sk-other") == 401
+    keys.unlink()
+    keys.mkdir()
+    assert status() == 401
+    log = "\n".join(gateway.log)
+    assert "sk-mykey-abc123" not in log
+    assert "key=…c123" in log
+
+
+def test_the_gateway_passes_no_key_of_its_callers_on(start: Any, api: ScriptedApi) -> None:
+    gateway = start()
+    (gateway.dir / "apikeys.txt").write_text("sk-callers-own\n")
+    word = marker()
+    messages = [user(word)]
+    answer = gateway.post({"messages": messages}, {"x-api-key": "sk-callers-own"})
+    assert answer.status == 200
+    call = only_call(api, word)
+    assert call.headers["x-api-key"] == API_KEY["ANTHROPIC_API_KEY"]
+    assert "sk-callers-own" not in json.dumps([call.headers, call.body])
+
+
+def test_every_answer_has_a_request_id_and_is_json(gateway: RunningGateway) -> None:
+    seen: list[Answer] = [
+        gateway.request("GET", "/"),
+        gateway.request("GET", "/nope"),
+        gateway.request("GET", "/v1/messages"),
+        gateway.request("DELETE", "/"),
+        gateway.request("BREW", "/"),
+        gateway.request("HEAD", "/"),
+        gateway.request("HEAD", "/nope"),
+    ]
+    assert [a.status for a in seen] == [200, 404, 405, 405, 501, 200, 404]
+    assert all(a.headers["content-type"] == "application/json" for a in seen)
+    assert all(a.headers["request-id"].startswith("req_") for a in seen)
+    assert all(a.headers["x-request-id"] == a.headers["request-id"] for a in seen)
+    assert len({a.headers["request-id"] for a in seen}) == len(seen)
+    assert all(a.json for a in seen[:5])
+    assert not any(a.body for a in seen[5:])
+
+
+def test_a_body_over_32_mb_is_413(gateway: RunningGateway) -> None:
+    answer = gateway.request("POST", "/v1/messages", b" " * (32 * 1024 * 1024 + 1))
+    assert answer.status == 413
+    assert answer.json["error"]["type"] == "request_too_large"
+
+
+def test_debug_prints_requests_and_responses_whole(start: Any, api: ScriptedApi) -> None:
+    gateway = start("--debug")
+    word = marker()
+    api.on(word, text_reply(f"answer-to-{word}"))
+    gateway.ask(word, stream=True)
+    gateway.ask(word)
+    gateway.wait_for_log("status=200", count=2)
+    log = "\n".join(gateway.log)
+    assert f'"messages": [{{"role": "user", "content": "{word}"}}]' in log
+    assert log.count(f"answer-to-{word}") >= 2
+
+
+def test_without_debug_no_prompt_is_logged(gateway: RunningGateway, api: ScriptedApi) -> None:
+    word = marker()
+    answer = gateway.ask(word)
+    gateway.wait_for_log(answer.headers["request-id"])
+    assert word not in "\n".join(gateway.log)
