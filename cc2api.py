@@ -19,7 +19,7 @@ Rules that hold throughout:
  1. Data goes one way, and raw client JSON is looked at in one place only: Requests.
  2. One request, one process: nothing of a request can show in another one.
  3. Exactly one call is made upstream for one request. The CLI would make another by itself after
-    some answers (`AnswerReader.must_kill`); its process is killed before it can.
+    some answers: it is given no budget for one, and killed besides (`AnswerReader.must_kill`).
  4. Prompts and keys go through pipes only: never into argv, files, an environment or the log.
  5. A 200 is sent with the first event and not before, so that a failure keeps its true status.
 
@@ -858,6 +858,9 @@ CHILD_FLAGS: Final = (
     *("--settings", '{"hooks":{},"mcpServers":{},"disableAllHooks":true}'),
     *("--system-prompt", DEFAULT_SYSTEM_PROMPT),
     *("--max-turns", "1"),  # a tool_use ends the turn
+    # Every other way in which the CLI would call upstream again ends here: any answer is over this
+    # budget, and it is looked at between calls (seen, 2.1.330 and 2.1.248).
+    *("--max-budget-usd", "0.0000001"),
 )
 CHILD_VARIABLES: Final = {
     "CLAUDE_CODE_DISABLE_AUTO_MEMORY": "1",
@@ -865,9 +868,6 @@ CHILD_VARIABLES: Final = {
     "CLAUDE_CODE_MAX_RETRIES": "0",  # the client decides about retries
     # A stream that breaks would otherwise be asked for again without streaming: a second paid call.
     "CLAUDE_CODE_DISABLE_NONSTREAMING_FALLBACK": "1",
-    # A refusal would be asked again, or of another model (seen, 2.1.330).
-    "CLAUDE_CODE_DISABLE_REFUSAL_FALLBACK": "1",
-    "CLAUDE_CODE_DISABLE_REFUSAL_RETRY": "1",
     # Betas come from the client alone. With its own, the CLI asks a second time without some of
     # them after a 400, adds effort entries to the messages of the newest models, and context edits
     # to every thinking request (all seen, 2.1.330).
@@ -1720,7 +1720,7 @@ class Gateway:
                 failure = exc
             is_over = reader.done
             if failure or (is_over and reader.must_kill):
-                child.kill()  # before anything else: it asks upstream again within 50 ms
+                child.kill()  # at once, lest it ask upstream again
             if reader.has_delta:
                 self.pool.refill(child)
             if batch:

@@ -112,8 +112,7 @@ class RunningGateway:
         self.banner = self._read_banner()
         found = re.search(r"listens on http://\S+?:(\d+)$", self.banner, re.MULTILINE)
         if not found:
-            self.process.wait()
-            self._reader.join()
+            self.stop()
             raise RuntimeError(f"no gateway: {self.banner} {self.log}")
         self.port = int(found.group(1))
         self.url = f"http://127.0.0.1:{self.port}"
@@ -148,6 +147,7 @@ class RunningGateway:
             status = self.process.wait(WAIT_S)
         finally:
             self.process.kill()
+            self.process.wait()
             self._reader.join(WAIT_S)
             for pipe in (self.process.stdout, self.process.stderr):
                 if pipe is not None:
