@@ -2090,6 +2090,20 @@ cc2api {__version__} listens on {url}
 "messages": [{{"role": "user", "content": "Hello!"}}]}}'"""
 
 
+def catch_signals() -> socket.socket:
+    """Return a socket that gets a byte for each SIGINT and SIGTERM.
+
+    Waiting on it always ends: the kernel may hand a signal to any thread, and a main thread that
+    sits in `Event.wait` then never runs its handler (seen, Python 3.11).
+    """
+    waiting, written = socket.socketpair()
+    written.setblocking(False)
+    signal.set_wakeup_fd(written.detach())
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: None)
+    return waiting
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the gateway until a signal ends it; return the exit status."""
     environ = dict(os.environ)
@@ -2109,16 +2123,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         where = f"{settings.host} port {settings.port}"
         print(f"cc2api: cannot listen on {where}: {exc.strerror or exc}", file=sys.stderr)
         return 1
-    stopped = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stopped.set())
+    signals = catch_signals()
     gateway = server.gateway = Gateway(settings, cli, environ)
     thread = threading.Thread(target=server.serve_forever, name="cc2api-accept", daemon=True)
     thread.start()
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     url = f"http://{host}:{server.server_port}"
     print(banner(gateway, url, describe_sign_in(cli, environ)), flush=True)
-    stopped.wait()
+    signals.recv(1)
     server.shutdown()
     server.server_close()
     gateway.close()
