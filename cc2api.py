@@ -91,6 +91,7 @@ EXIT_GRACE_S: Final = 5.0  # from EOF on stdin to SIGKILL; the CLI needs 0.04 s
 KEEP_ALIVE_S: Final = (
     120.0  # how long an idle client connection is kept, as nginx does (75 s) or more
 )
+ACCEPT_TICK_S: Final = 0.1  # how soon the accepting thread notices that it is to stop
 LISTEN_BACKLOG: Final = 128  # socketserver's 5 refuses a burst of parallel clients
 
 
@@ -487,6 +488,8 @@ def parse_messages_request(body: JsonObject, betas: str = "", *, login: bool = F
 def _parse_turn(body: JsonObject, betas: str, *, login: bool) -> Turn:
     """Check everything but `max_tokens` being there, which chat completions do without."""
     _check(body, "", _REQUEST)
+    if not body["model"].strip():
+        raise InvalidRequest("model: String should have at least 1 character")
     _check_tools(body)
     system = _parse_system(body)
     thinking = _parse_thinking(body)
@@ -2125,7 +2128,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     signals = catch_signals()
     gateway = server.gateway = Gateway(settings, cli, environ)
-    thread = threading.Thread(target=server.serve_forever, name="cc2api-accept", daemon=True)
+    thread = threading.Thread(
+        target=server.serve_forever, args=[ACCEPT_TICK_S], name="cc2api-accept", daemon=True
+    )
     thread.start()
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     url = f"http://{host}:{server.server_port}"

@@ -1,0 +1,142 @@
+"""The child's lines to events, events to a message, failures to errors. Pure."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from scripted_api import Reply
+
+import cc2api
+
+JsonObject = dict[str, Any]
+
+
+def line(event: JsonObject, **more: Any) -> JsonObject:
+    return {"type": "stream_event", "event": event, "parent_tool_use_id": None, **more}
+
+
+def assemble(events: list[JsonObject]) -> JsonObject:
+    assembler = cc2api.MessageAssembler()
+    for event in events:
+        assembler.add(event)
+    return assembler.message
+
+
+def test_the_answer_is_over_with_the_stop_reason_and_message_stop_is_added() -> None:
+    reader = cc2api.AnswerReader()
+    events = list(Reply(blocks=[{"type": "text", "text": "a b"}]).events("m"))
+    got = [out for event in events for out in reader.feed(line(event))]
+    assert got == events
+    assert reader.done
+    assert not reader.must_kill
+    assert reader.feed(line(events[0])) == []
+
+
+@pytest.mark.parametrize(
+    ("blocks", "stop_reason", "must_kill"),
+    [
+        ([{"type": "text", "text": "a"}], "end_turn", False),
+        ([{"type": "text", "text": " "}], "end_turn", True),
+        ([], "end_turn", True),
+        ([{"type": "tool_use", "id": "t", "name": "f", "input": {}}], "tool_use", False),
+        ([{"type": "text", "text": "a"}], "max_tokens", True),
+        ([{"type": "text", "text": "a"}], "refusal", True),
+        ([{"type": "text", "text": "a"}], "brand_new", True),
+    ],
+)
+def test_a_child_is_killed_where_it_might_go_on(
+    blocks: list[JsonObject], stop_reason: str, must_kill: bool
+) -> None:
+    reader = cc2api.AnswerReader()
+    for event in Reply(blocks=blocks, stop_reason=stop_reason).events("m"):
+        reader.feed(line(event))
+    assert reader.must_kill is must_kill
+
+
+def test_lines_of_other_kinds_and_of_subagents_bring_nothing() -> None:
+    reader = cc2api.AnswerReader()
+    event = {"type": "message_start", "message": {}}
+    assert reader.feed({"type": "brand_new"}) == []
+    assert reader.feed({"type": "keep_alive"}) == []
+    assert reader.feed(line(event, parent_tool_use_id="toolu_1")) == []
+    assert reader.feed(line({"type": "content_block_delta"})) == [], "nothing before the start"
+    assert reader.feed(line(event)) == [event]
+
+
+FAILURES: list[tuple[JsonObject, str | None, int, str, str]] = [
+    (
+        {"api_error_status": 400, "api_error_type": "invalid_request_error"},
+        None,
+        400,
+        "invalid_request_error",
+        "API Error: 400 tools.0: no | tools.0: no",
+    ),
+    ({"api_error_status": 429}, None, 429, "rate_limit_error", "API Error: 429 slow | slow"),
+    (
+        {"api_error_status": 529},
+        None,
+        529,
+        "overloaded_error",
+        "API Error: 529 Overloaded. This is a server-side issue, usually temporary — try"
+        " | Overloaded",
+    ),
+    ({"api_error_type": "timeout_error"}, None, 504, "timeout_error", "API Error: late | late"),
+    ({}, "rate_limit", 429, "rate_limit_error", "words | words"),
+    ({}, "server_error", 502, "api_error", "API Error: Connection lost | Connection lost"),
+    ({"api_error_status": 418}, None, 418, "invalid_request_error", "API Error: 418 tea | tea"),
+    ({"api_error_status": 200}, None, 502, "api_error", "strange | strange"),
+]
+
+
+@pytest.mark.parametrize(("fields", "cli_error", "status", "kind", "texts"), FAILURES)
+def test_failures_keep_status_type_and_message(
+    fields: JsonObject, cli_error: str | None, status: int, kind: str, texts: str
+) -> None:
+    said, expected = texts.split(" | ")
+    result = {"type": "result", "is_error": True, "result": said, **fields}
+    error = cc2api.to_api_error(result, cli_error)
+    assert (error.status, error.kind, str(error)) == (status, kind, expected)
+
+
+def test_tool_input_is_parsed_and_a_cut_one_is_empty() -> None:
+    def with_json(*pieces: str) -> list[JsonObject]:
+        block = {"type": "tool_use", "id": "t", "name": "f", "input": {}}
+        deltas = [{"type": "input_json_delta", "partial_json": piece} for piece in pieces]
+        return [
+            {"type": "message_start", "message": {"usage": {}}},
+            {"type": "content_block_start", "index": 0, "content_block": block},
+            *({"type": "content_block_delta", "index": 0, "delta": delta} for delta in deltas),
+            {"type": "content_block_stop", "index": 0},
+        ]
+
+    assert assemble(with_json("", '{"a"', ": [1]}"))["content"][0]["input"] == {"a": [1]}
+    assert assemble(with_json('{"a": "cut'))["content"][0]["input"] == {}
+    assert assemble(with_json(""))["content"][0]["input"] == {}
+    assert assemble(with_json())["content"][0]["input"] == {}
+
+
+def test_usage_of_message_delta_overwrites_and_null_does_not() -> None:
+    message = assemble(
+        [
+            {
+                "type": "message_start",
+                "message": {"usage": {"input_tokens": 5, "output_tokens": 1}},
+            },
+            {
+                "type": "message_delta",
+                "delta": {"stop_reason": "end_turn"},
+                "usage": {"output_tokens": 9, "input_tokens": None},
+                "context_management": {"applied_edits": []},
+            },
+        ]
+    )
+    assert message["usage"] == {"input_tokens": 5, "output_tokens": 9}
+    assert message["context_management"] == {"applied_edits": []}
+
+
+def test_a_frame_is_ascii_and_on_one_line() -> None:
+    event = {"type": "content_block_delta", "delta": {"text": "a\u2028b\n\U0001f600"}}
+    frame = cc2api.to_frame(event)
+    assert frame.isascii()
+    assert frame.count(b"\n") == 3

@@ -1,0 +1,245 @@
+"""Request bodies: what is accepted, and what is refused with which path. Pure, no process."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import json
+import re
+from typing import Any
+
+import pytest
+
+import cc2api
+
+JsonObject = dict[str, Any]
+BASE: JsonObject = {
+    "model": "m",
+    "max_tokens": 8,
+    "messages": [{"role": "user", "content": "hi"}],
+}
+PNG = "iVBORw0KGgoAAAANSUhEUg=="
+USE = {"type": "tool_use", "id": "t1", "name": "f", "input": {}}
+RESULT = {"type": "tool_result", "tool_use_id": "t1", "content": "r"}
+
+
+def parse(**fields: Any) -> cc2api.Turn:
+    return cc2api.parse_messages_request(copy.deepcopy({**BASE, **fields}))
+
+
+def user(*blocks: Any) -> JsonObject:
+    return {"role": "user", "content": list(blocks)}
+
+
+def assistant(*blocks: Any) -> JsonObject:
+    return {"role": "assistant", "content": list(blocks)}
+
+
+def docstring_cases(function: Any) -> list[tuple[str, str]]:
+    """Return the cases of a docstring: lines of `Okay: BODY` and `400 path: BODY`."""
+    lines = inspect.cleandoc(function.__doc__ or "").split("\n")
+    found = [re.match(r"(Okay|400)( [\w.]+)?: (.*)", line) for line in lines]
+    cases = [(f"{m.group(1)}{m.group(2) or ''}", m.group(3)) for m in found if m]
+    assert cases, f"{function.__name__} has no cases in its docstring"
+    return cases
+
+
+@pytest.mark.parametrize(("expected", "body"), docstring_cases(cc2api.parse_json))
+def test_the_cases_in_the_docstring_of_parse_json(expected: str, body: str) -> None:
+    if expected == "Okay":
+        assert cc2api.parse_json(body.encode()) == json.loads(body)
+    else:
+        with pytest.raises(cc2api.InvalidRequest):
+            cc2api.parse_json(body.encode())
+
+
+@pytest.mark.parametrize(("expected", "body"), docstring_cases(cc2api.parse_messages_request))
+def test_the_cases_in_the_docstring_of_parse_messages_request(expected: str, body: str) -> None:
+    parsed = cc2api.parse_json(body.encode())
+    if expected == "Okay":
+        cc2api.parse_messages_request(parsed)
+    else:
+        with pytest.raises(cc2api.InvalidRequest, match=f"^{expected.partition(' ')[2]}: "):
+            cc2api.parse_messages_request(parsed)
+
+
+def image(**source: Any) -> JsonObject:
+    return {"type": "image", "source": {"type": "base64", "media_type": "image/png", **source}}
+
+
+def in_user(*blocks: Any) -> JsonObject:
+    return {"messages": [user(*blocks)]}
+
+
+BAD: list[tuple[JsonObject, str]] = [
+    ({"model": 1}, "model: Input should be a valid string"),
+    ({"model": ""}, "model: "),
+    ({"max_tokens": "8"}, "max_tokens: Input should be a valid integer"),
+    ({"max_tokens": -1}, "max_tokens: Input should be greater than or equal to 0"),
+    ({"max_tokens": 1.5}, "max_tokens: Input should be a valid integer"),
+    ({"stream": "yes"}, "stream: Input should be a valid boolean"),
+    ({"temperature": 1.1}, "temperature: Input should be less than or equal to 1"),
+    ({"temperature": True}, "temperature: Input should be a valid number"),
+    ({"top_p": -0.1}, "top_p: "),
+    ({"top_k": 1.0}, "top_k: "),
+    ({"stop_sequences": "x"}, "stop_sequences: Input should be a valid list"),
+    ({"stop_sequences": ["a", 1]}, "stop_sequences.1: Input should be a valid string"),
+    ({"system": 5}, "system: Input should be a valid list"),
+    ({"system": [{"type": "image"}]}, "system.0.type: "),
+    ({"system": [{"type": "text"}]}, "system.0.text: Field required"),
+    ({"system": [{"type": "text", "text": " "}]}, "system: text content blocks must be non-empty"),
+    ({"effort": "extreme"}, "effort: Input should be 'low' or"),
+    ({"output_config": {"effort": "none"}}, "output_config.effort: "),
+    ({"output_config": {"format": {"type": "xml"}}}, "output_config.format.type: "),
+    ({"output_format": {"type": "json_schema"}}, "output_format.schema: Field required"),
+    ({"thinking": {"type": "on"}}, "thinking.type: "),
+    ({"thinking": {"type": "enabled"}}, "thinking.enabled.budget_tokens: Field required"),
+    ({"thinking": {"type": "enabled", "budget_tokens": 99}}, "thinking.budget_tokens: "),
+    ({"thinking": {"type": "enabled", "budget_tokens": 2000}}, "`max_tokens` must be greater"),
+    ({"metadata": "x"}, "metadata: "),
+    ({"cache_control": {"type": "forever"}}, "cache_control.type: "),
+    ({"tools": {}}, "tools: Input should be a valid list"),
+    ({"tools": ["f"]}, "tools.0: "),
+    ({"tools": [{"name": "f"}]}, "tools.0.custom.input_schema: Field required"),
+    ({"tools": [{"input_schema": {}}]}, "tools.0.custom.name: Field required"),
+    ({"tools": [{"name": "a b", "input_schema": {}}]}, "tools.0.custom.name: String should match"),
+    ({"tools": [{"name": "f\n", "input_schema": {}}]}, "tools.0.custom.name: String should match"),
+    ({"tools": [{"name": "f", "input_schema": {}}] * 2}, "tools: Tool names must be unique."),
+    ({"tool_choice": {"type": "some"}}, "tool_choice.type: "),
+    ({"tool_choice": {"type": "tool"}}, "tool_choice.tool.name: Field required"),
+    ({"messages": None}, "messages: Field required"),
+    ({"messages": {}}, "messages: Input should be a valid list"),
+    ({"messages": ["hi"]}, "messages.0: "),
+    ({"messages": [{"role": "bot", "content": "x"}]}, "messages.0.role: "),
+    ({"messages": [{"role": "user"}]}, "messages.0.content: Field required"),
+    ({"messages": [{"role": "user", "content": 5}]}, "messages.0.content: "),
+    ({"messages": [{"role": "user", "content": ""}]}, "messages.0: all messages must have"),
+    ({"messages": [user()]}, "messages.0: all messages must have non-empty content"),
+    ({"messages": [user("hi")]}, "messages.0.content.0: Input should be a valid dictionary"),
+    (in_user({"type": "video"}), "messages.0.content.0.type: Input should be "),
+    (in_user({"text": "x"}), "messages.0.content.0.type: Field required"),
+    (in_user({"type": "text"}), "messages.0.content.0.text.text: Field required"),
+    (in_user({"type": "text", "text": " \n"}), "messages.0.content.0: text content blocks must"),
+    (in_user(USE), "messages.0.content.0: `tool_use` blocks are not allowed in user messages"),
+    (in_user(RESULT), "messages.0.content.0: unexpected `tool_use_id`"),
+    (in_user(image()), "messages.0.content.0.image.source.base64.data: Field required"),
+    (in_user(image(data="!!")), "messages.0.content.0.image.source.base64.data: Input should be"),
+    (in_user(image(data="aGVsbG8=")), "messages.0.content.0.image.source.base64.data: Could not"),
+    (in_user(image(data=PNG, media_type="image/gif")), "messages.0.content.0.image.source.base64"),
+    (in_user(image(data=PNG, media_type="image/bmp")), "messages.0.content.0.image.source.base64"),
+    (
+        in_user({"type": "document", "source": {"type": "tape"}}),
+        "messages.0.content.0.document.source.type: ",
+    ),
+    ({"messages": [user(USE), user(RESULT)]}, "messages.0.content.0: `tool_use` blocks are not"),
+    ({"messages": [assistant(RESULT)]}, "messages.0.content.0: `tool_result` blocks are not"),
+    ({"messages": [assistant({"type": "text", "text": "x"})]}, "messages: This gateway does not"),
+    (
+        {"messages": [assistant(USE), user({"type": "text", "text": "x"})]},
+        "messages.0: `tool_use` ids were found without `tool_result` blocks immediately after: t1",
+    ),
+    ({"messages": [assistant(USE, USE), user(RESULT)]}, "messages.0.content.1.tool_use.id: "),
+    (
+        {"messages": [assistant(USE), user(RESULT, RESULT)]},
+        "messages.1.content.1: unexpected `tool_use_id`",
+    ),
+    (
+        {"messages": [assistant(USE), user({**RESULT, "content": [USE]})]},
+        "messages.1.content.0.tool_result.content.0: `tool_use` blocks are not allowed in tool",
+    ),
+    (
+        {
+            "messages": [
+                assistant(USE),
+                user({**RESULT, "is_error": True, "content": [image(data=PNG)]}),
+            ]
+        },
+        "messages.1.content.0.tool_result.content.0: all content must be type `text`",
+    ),
+    (
+        in_user({"type": "text", "text": "x", "cache_control": {"type": "ephemeral", "ttl": "2h"}}),
+        "messages.0.content.0.text.cache_control.ttl: ",
+    ),
+    (
+        {"messages": [*BASE["messages"], {"role": "system", "content": [image(data=PNG)]}]},
+        "messages.1.content.0.type: Input should be 'text'",
+    ),
+    ({"thread": {"type": "create"}}, "thread: "),
+]
+
+
+@pytest.mark.parametrize(("fields", "message"), BAD, ids=lambda value: str(value)[:60])
+def test_a_mistake_is_refused_with_the_path_of_its_field(fields: JsonObject, message: str) -> None:
+    with pytest.raises(cc2api.InvalidRequest) as caught:
+        parse(**fields)
+    assert str(caught.value).startswith(message)
+
+
+TEXT = {"type": "text", "text": "x"}
+GOOD_BLOCKS: list[JsonObject] = [
+    image(data=PNG),
+    {"type": "image", "source": {"type": "url", "url": "https://x/y.png"}},
+    {"type": "image", "source": {"type": "file", "file_id": "file_1"}},
+    {"type": "document", "source": {"type": "text", "media_type": "text/plain", "data": "x"}},
+    {"type": "document", "source": {"type": "content", "content": [TEXT]}, "title": None},
+    {"type": "document", "source": {"type": "url", "url": "https://x/y.pdf"}},
+    {"type": "search_result", "source": "s", "title": "t", "content": [TEXT]},
+    {"type": "container_upload", "file_id": "f"},
+    {"type": "text", "text": "x", "citations": None, "cache_control": None, "unknown": 1},
+]
+
+
+@pytest.mark.parametrize("block", GOOD_BLOCKS, ids=str)
+def test_every_user_block_passes_verbatim(block: JsonObject) -> None:
+    assert parse(messages=[user(block)]).query.content == [block]
+
+
+ASSISTANT_BLOCKS: list[JsonObject] = [
+    {"type": "text", "text": "x", "citations": None},
+    {"type": "thinking", "thinking": "", "signature": ""},
+    {"type": "redacted_thinking", "data": "x"},
+    {"type": "server_tool_use", "id": "s1", "name": "web_search", "input": {}},
+    {"type": "web_search_tool_result", "tool_use_id": "s1", "content": []},
+    {"type": "bash_code_execution_tool_result", "tool_use_id": "s1", "content": {}},
+    {"type": "document", "source": {"type": "url", "url": "u"}},
+]
+
+
+@pytest.mark.parametrize("block", ASSISTANT_BLOCKS, ids=lambda block: str(block["type"]))
+def test_every_assistant_block_passes_verbatim(block: JsonObject) -> None:
+    turn = parse(messages=[assistant(block), *BASE["messages"]])
+    assert turn.history == (cc2api.Message("assistant", [block]),)
+
+
+def test_null_is_the_same_as_absent() -> None:
+    names = [name for name in cc2api._REQUEST if name not in ("model", "messages", "max_tokens")]
+    assert parse(**dict.fromkeys(names)) == parse()
+
+
+def test_an_empty_or_blank_system_prompt_is_none() -> None:
+    blanks: list[Any] = ["", "  ", [], None]
+    assert [parse(system=blank).system for blank in blanks] == [()] * 4
+
+
+def test_betas_are_split_deduplicated_and_cleared_of_what_is_not_the_clients() -> None:
+    header = "a-1, b-2,,a-1 , claude-code-20250219, oauth-2025-04-20, bad name, x\r\n-y"
+    turn = cc2api.parse_messages_request(copy.deepcopy(BASE), header)
+    assert turn.betas == ("a-1", "b-2")
+
+
+def test_a_deep_schema_is_fine_and_a_bottomless_one_is_not() -> None:
+    def nested(depth: int) -> bytes:
+        return b'{"a":' * depth + b"1" + b"}" * depth
+
+    cc2api.parse_json(nested(cc2api.MAX_JSON_DEPTH))
+    with pytest.raises(cc2api.InvalidRequest, match="nested deeper"):
+        cc2api.parse_json(nested(cc2api.MAX_JSON_DEPTH + 1))
+
+
+def test_a_typed_tool_needs_neither_name_nor_schema() -> None:
+    tools = [
+        {"type": "computer_toolset_20260801"},
+        {"type": "browser_toolset_20260801"},
+        {"type": "bash_20250124", "name": "bash"},
+    ]
+    assert parse(tools=tools).extra_body["tools"] == tools
