@@ -1445,6 +1445,7 @@ class AnswerReader:
         self._stop_reason: str | None = None
         self._says_something = False
         self._cli_error: str | None = None
+        self._refusal: JsonObject | None = None
 
     @property
     def must_kill(self) -> bool:
@@ -1457,7 +1458,11 @@ class AnswerReader:
         kind = line.get("type")
         if line.get("parent_tool_use_id") is not None or self.done:
             return []
+        if line.get("subtype") == "model_refusal_no_fallback":
+            self._refusal = line
         if kind == "result":
+            if self.started and self._refusal is not None:
+                return self._feed_event(to_refusal_delta(self._refusal, line))
             raise to_api_error(line, self._cli_error)
         if kind == "assistant" and line.get("error"):
             # A failure: what still comes are closing events of the CLI's own making, without a stop
@@ -1495,6 +1500,20 @@ class AnswerReader:
             # about to ask for the rest by a second call (seen, 2.1.330)
             raise CliFailed("upstream's stream ended before its answer was complete")
         return [event]
+
+
+def to_refusal_delta(refusal: JsonObject, result: JsonObject) -> Event:
+    """Return the message_delta of a refusal that the CLI kept to itself.
+
+    Where it has no other model to ask, its turn can be over (by `--max-budget-usd`) before it hands
+    the event on (seen, 2.1.248). Its own lines say the same: the refusal, and `modelUsage`.
+    """
+    details = {name: refusal.get(f"api_refusal_{name}") for name in ("category", "explanation")}
+    stop = {"stop_reason": "refusal", "stop_sequence": None}
+    models = (result.get("modelUsage") or {}).values()
+    usage = {"output_tokens": sum(model.get("outputTokens", 0) for model in models)}
+    delta = {**stop, "stop_details": {"type": "refusal", **details}}
+    return {"type": "message_delta", "delta": delta, "usage": usage}
 
 
 def to_api_error(result: JsonObject, cli_error: str | None = None) -> ApiError:

@@ -140,3 +140,18 @@ def test_a_frame_is_ascii_and_on_one_line() -> None:
     frame = cc2api.to_frame(event)
     assert frame.isascii()
     assert frame.count(b"\n") == 3
+
+
+def test_a_refusal_that_the_cli_kept_to_itself_is_told() -> None:
+    reader = cc2api.AnswerReader()
+    for event in list(Reply(blocks=[{"type": "text", "text": "x"}]).events("m"))[:-2]:
+        reader.feed(line(event))
+    refusal = {"type": "system", "subtype": "model_refusal_no_fallback"}
+    reader.feed({**refusal, "api_refusal_category": "bio", "api_refusal_explanation": "no"})
+    result = {"type": "result", "is_error": True, "modelUsage": {"m": {"outputTokens": 42}}}
+    details = {"type": "refusal", "category": "bio", "explanation": "no"}
+    delta = {"stop_reason": "refusal", "stop_sequence": None, "stop_details": details}
+    assert reader.feed(result) == [
+        {"type": "message_delta", "delta": delta, "usage": {"output_tokens": 42}},
+        {"type": "message_stop"},
+    ]
