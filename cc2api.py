@@ -35,8 +35,11 @@ import base64
 import collections
 import contextlib
 import dataclasses
+import email.utils
+import functools
 import hmac
 import importlib.util
+import ipaddress
 import itertools
 import json
 import logging
@@ -54,12 +57,11 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
-from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass, field
 from http import HTTPStatus
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from pathlib import Path
+from socketserver import BaseRequestHandler
 from typing import Any, ClassVar, Final, Literal, cast
 
 __version__ = "0.1.0"
@@ -74,7 +76,6 @@ DEFAULT_SYSTEM_PROMPT: Final = "You are a helpful assistant."
 DEFAULT_MODEL_NAME: Final = "claude-code"  # the name under which clients ask for the CLI's default
 
 MAX_BODY_BYTES: Final = 32 * 1024 * 1024  # the Messages API's own limit
-MAX_DRAIN_BYTES: Final = 4 * MAX_BODY_BYTES  # read and dropped, so that the client reads our 413
 MAX_JSON_DEPTH: Final = 128  # deep enough for any schema; far from both languages' stack limits
 MAX_MESSAGES: Final = 100_000  # the Messages API's own limit
 MAX_LINE_BYTES: Final = 48 * 1024 * 1024  # of the child's output; a 32 MB body echoed back fits
@@ -82,15 +83,24 @@ READ_BYTES: Final = 64 * 1024  # a Linux pipe's capacity
 STDERR_TAIL_BYTES: Final = 2000  # enough for a stack trace's first lines in an error message
 
 CLI_PROBE_TIMEOUT_S: Final = 20.0  # `claude --version` takes 0.01 s, `claude auth status` 0.2 s
-ANSWER_TIMEOUT_S: Final = 600.0  # the SDKs' own read timeout: nobody waits longer
+CONTROL_TIMEOUT_S: Final = 15.0  # a CLI answers its control requests within 0.1 s, starting in 1 s
 SETUP_ATTEMPTS: Final = 2  # a child that dies before the query has cost nothing: once more, fresh
+TICK_S: Final = 0.5  # how often a waiting request looks after its client; noticed gone within 1 s
+KEEPALIVE_S: Final = 10.0  # of silence before a stream shows life; proxies cut at 30 to 60 s
 SPARE_MAX_AGE_S: Final = 3600.0  # long-idle processes may hold stale sign-ins and connections
 KEEPER_TICK_S: Final = 5.0  # how soon a dead or stale spare is noticed without a request
 REAP_TICK_S: Final = 0.02  # a killed child is gone within this
 EXIT_GRACE_S: Final = 5.0  # from EOF on stdin to SIGKILL; the CLI needs 0.04 s
-KEEP_ALIVE_S: Final = (
-    120.0  # how long an idle client connection is kept, as nginx does (75 s) or more
-)
+OVERLOADED_RETRY_AFTER_S: Final = 5  # told to clients that find the queue full
+
+MAX_CONNECTIONS: Final = 512  # open at once, each a thread; far below the usual 1024 descriptors
+MAX_HEADERS: Final = 100  # http.server's own limit
+MAX_HEAD_BYTES: Final = 64 * 1024  # request line and headers together
+MAX_CHUNK_LINE_BYTES: Final = 256  # a size and extensions that nobody sends
+HEAD_TIMEOUT_S: Final = 15.0  # for a whole head: half-open connections go
+BODY_TIMEOUT_S: Final = 120.0  # for a whole body: 32 MB at 2 Mbit/s
+KEEP_ALIVE_S: Final = 120.0  # an idle connection is kept longer than proxies keep theirs (60 s)
+LINGER_S: Final = 2.0  # reading on after an early answer, or a reset would destroy it on its way
 ACCEPT_TICK_S: Final = 0.1  # how soon the accepting thread notices that it is to stop
 LISTEN_BACKLOG: Final = 128  # socketserver's 5 refuses a burst of parallel clients
 
@@ -100,8 +110,8 @@ LISTEN_BACKLOG: Final = 128  # socketserver's 5 refuses a burst of parallel clie
 # defaults; the command line is built from these fields, so help and code cannot differ.
 
 
-def _option(default: Any, text: str, metavar: str | None = None) -> Any:
-    return field(default=default, metadata={"help": text, "metavar": metavar})
+def _option(default: Any, text: str, metavar: str | None = None, low: float = 0) -> Any:
+    return field(default=default, metadata={"help": text, "metavar": metavar, "low": low})
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +122,18 @@ class Settings:
     port: int = _option(8080, "port to listen on; 0 picks a free one", "N")
     claude: str | None = _option(None, "the claude executable (default: searched for)", "PATH")
     keys: str = _option("apikeys.txt", "file of API keys, one a line, re-read every time", "FILE")
+    allow_open: bool = _option(False, "listen on other addresses than loopback without any key")
+    cors_origin: tuple[str, ...] = _option(
+        (), "origin of a web page that may call, * for any; repeatable", "ORIGIN"
+    )
+    allowed_host: tuple[str, ...] = _option(
+        (), "host name that clients may call this server by; repeatable", "NAME"
+    )
     spares: int = _option(1, "idle claude processes kept ready", "N")
+    max_concurrency: int = _option(8, "requests answered at once", "N", low=1)
+    max_queue: int = _option(64, "requests that may wait for their turn", "N")
+    timeout: float = _option(600.0, "seconds for a whole answer", "S", low=1)
+    drain: float = _option(30.0, "seconds that running answers get at the end", "S")
     bare: bool | None = _option(
         None, "run claude with --bare (default: when an API key or a cloud provider is configured)"
     )
@@ -147,6 +168,7 @@ class ApiError(Exception):
     """An error the client is shown: `status`, Anthropic `type`, message, optional `details`."""
 
     status = 500
+    retry_after_s: int | None = None
 
     def __init__(
         self,
@@ -194,9 +216,22 @@ class CliFailed(ApiError):
 
 
 class AnswerTimeout(ApiError):
-    """The whole answer took longer than `ANSWER_TIMEOUT_S`."""
+    """The whole answer took longer than `--timeout`."""
 
     status = 504
+
+
+class Overloaded(ApiError):
+    """As many requests wait as may wait."""
+
+    status = 529
+    retry_after_s = OVERLOADED_RETRY_AFTER_S
+
+
+class Forbidden(ApiError):
+    """A web page or a host name that is not let in."""
+
+    status = 403
 
 
 class ClientGone(Exception):
@@ -208,14 +243,19 @@ class ClientGone(Exception):
 # only a file that is not there, or that holds no key, means open mode.
 
 
+OPEN: Final = "open"  # the caller's name where no key is asked for
+
+
 class KeyFile:
     """The keys of `apikeys.txt`: one a line, blank lines and # lines ignored."""
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], *, required: bool = False) -> None:
+        """`required` shuts open mode: without a key in the file nobody may call."""
         self.path = Path(path)
+        self.required = required
 
     def load(self) -> list[str]:
-        """Return the keys, [] for open mode.
+        """Return the keys, [] where there are none.
 
         Raises NotAuthenticated when there is a file that cannot be read or decoded.
         """
@@ -229,16 +269,30 @@ class KeyFile:
         lines = (line.strip() for line in text.split("\n"))
         return [line for line in lines if line and not line.startswith("#")]
 
+    def are_asked_for(self) -> bool:
+        """Say whether callers need a key."""
+        try:
+            return self.required or bool(self.load())
+        except NotAuthenticated:
+            return True
+
+    def is_usable(self) -> bool:
+        """Say whether there is a key that a caller could give."""
+        try:
+            return bool(self.load())
+        except NotAuthenticated:
+            return False
+
     def check(self, api_key: str, authorization: str) -> str:
-        """Return the caller's name for the log: "open", or the last four characters of its key.
+        """Return the caller's name for the log: OPEN, or the last four characters of its key.
 
         Takes the values of the headers `x-api-key`, which wins as on the public API, and
         `Authorization`, each "" where absent.
         Raises NotAuthenticated when keys are in force and the caller has none of them.
         """
         keys = self.load()
-        if not keys:
-            return "open"
+        if not keys and not self.required:
+            return OPEN
         scheme, _, token = authorization.strip().partition(" ")
         given = api_key.strip() or (token.strip() if scheme.lower() == "bearer" else "")
         if not given:
@@ -990,10 +1044,26 @@ def wants_bare(choice: bool | None, environ: Mapping[str, str]) -> bool:
     return providers or any(environ.get(name) for name in API_KEY_VARIABLES)
 
 
+# Run in place of the CLI and turned into it: asks Linux to kill it when the thread that forked it
+# is gone. An idle CLI ends when its stdin does, but a busy one was seen to go on for 8 s after its
+# parent's death. Not by preexec_fn, which is unsafe beside threads.
+_DIE_WITH_PARENT: Final = """
+import ctypes, os, signal, sys
+ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+if os.getppid() != int(sys.argv[1]):  # the parent was quicker
+    os._exit(1)
+os.execv(sys.argv[2], sys.argv[2:])
+"""
+
+
 def child_command(cli: Cli, *, bare: bool, setting_sources: str) -> list[str]:
     """Return the argument list of a child; nothing of a request is ever in it."""
     command = [cli.path, *CHILD_FLAGS, "--setting-sources", setting_sources]
-    return [*command, "--bare"] if bare else command
+    if bare:
+        command.append("--bare")
+    if sys.platform != "linux" or not sys.executable:
+        return command
+    return [sys.executable, "-I", "-S", "-c", _DIE_WITH_PARENT, str(os.getpid()), *command]
 
 
 def child_environment(environ: Mapping[str, str], temp_dir: str) -> dict[str, str]:
@@ -1004,14 +1074,43 @@ def child_environment(environ: Mapping[str, str], temp_dir: str) -> dict[str, st
 
 
 class ChildDied(Exception):
-    """The child ended or closed its output; the message holds its exit status and last words."""
+    """The child ended, closed its output or fell silent; the message says how it ended."""
+
+
+class Patience:
+    """How long to wait, and what to do meanwhile: `tick` is called every TICK_S.
+
+    `tick` may raise, to give up waiting (ClientGone); at the deadline `late` is raised.
+    """
+
+    def __init__(self, seconds: float, tick: Callable[[], None], late: Exception) -> None:
+        self._deadline = time.monotonic() + seconds
+        self._tick = tick
+        self._late = late
+        self._next_tick = time.monotonic() + TICK_S
+
+    def slice_s(self) -> float:
+        """Return how long to wait now before calling again."""
+        now = time.monotonic()
+        if now >= self._deadline:
+            raise self._late
+        if now >= self._next_tick:
+            self._next_tick = now + TICK_S
+            self._tick()
+        return min(self._deadline, self._next_tick) - now
+
+    def at_most(self, seconds: float, late: Exception) -> Patience:
+        """Return a patience that ends earlier, with another exception."""
+        if time.monotonic() + seconds >= self._deadline:
+            return self
+        return Patience(seconds, self._tick, late)
 
 
 class Child:
     """One running CLI and its line protocol.
 
     Used by one thread at a time. Whoever owns it ends it: `kill` at once, or `finish`, and then
-    `reap` until it says true. Reading and writing raise ChildDied, AnswerTimeout or CliFailed.
+    `reap` until it says true. Reading raises ChildDied, CliFailed, and what the patience raises.
     """
 
     def __init__(
@@ -1045,6 +1144,7 @@ class Child:
         self._lines: collections.deque[bytes] = collections.deque()
         self._last_words = b""
         self._requests = itertools.count(1)
+        self._has_babbled = False
 
     def is_alive(self) -> bool:
         """Say whether the process runs; reaps it where it does not."""
@@ -1055,13 +1155,18 @@ class Child:
         self._outbox += json.dumps(line).encode("ascii") + b"\n"
         self._poll.register(self._stdin, select.POLLOUT)
 
-    def request(self, subtype: str, deadline: float, **fields: Any) -> JsonObject:
-        """Send a control request and return the child's response to it."""
+    def request(self, subtype: str, patience: Patience, **fields: Any) -> JsonObject:
+        """Send a control request and return the child's response to it.
+
+        A child that does not answer within CONTROL_TIMEOUT_S counts as dead.
+        """
+        silent = ChildDied(f"claude did not answer {subtype} within {CONTROL_TIMEOUT_S:.0f} s")
+        patience = patience.at_most(CONTROL_TIMEOUT_S, silent)
         request_id = str(next(self._requests))
         request = {"subtype": subtype, **fields}
         self.send({"type": "control_request", "request_id": request_id, "request": request})
         while True:
-            line = self.read_line(deadline)
+            line = self.read_line(patience)
             response = line.get("response")
             if line.get("type") != "control_response" or not isinstance(response, dict):
                 continue
@@ -1070,11 +1175,11 @@ class Child:
                     return response.get("response") or {}
                 raise CliFailed(f"claude refused {subtype}: {response.get('error')}")
 
-    def read_line(self, deadline: float) -> JsonObject:
+    def read_line(self, patience: Patience) -> JsonObject:
         """Wait for the next line. Garbage (no JSON object) is logged and skipped."""
         while True:
             while not self._lines:
-                self._pump(deadline)
+                self._pump(patience)
             raw = self._lines.popleft()
             try:
                 line = json.loads(raw)
@@ -1082,8 +1187,9 @@ class Child:
                 line = None
             if isinstance(line, dict):
                 return line
-            if raw.strip():
-                log.warning("claude pid=%d printed a line that is not JSON", self.pid)
+            if raw.strip() and not self._has_babbled:
+                self._has_babbled = True
+                log.warning("claude pid=%d prints lines that are not JSON", self.pid)
 
     def has_line(self) -> bool:
         """Say whether `read_line` has something at once."""
@@ -1107,13 +1213,9 @@ class Child:
                 cast("Any", pipe).close()
         return True
 
-    def _pump(self, deadline: float) -> None:
-        """Move bytes once in whichever directions are ready, waiting until `deadline` for one."""
-        left_ms = max(0.0, deadline - time.monotonic()) * 1000
-        ready = self._poll.poll(left_ms)
-        if not ready:
-            raise AnswerTimeout("claude did not answer in time")
-        for fd, _ in ready:
+    def _pump(self, patience: Patience) -> None:
+        """Wait a while for a direction that is ready, and move bytes once in each that is."""
+        for fd, _ in self._poll.poll(patience.slice_s() * 1000):
             if fd == self._stdin:
                 self._write_some()
             elif fd == self._stderr:
@@ -1164,24 +1266,24 @@ class Child:
         return f"claude {how}" + (f": {words}" if words else "")
 
 
-def open_turn(child: Child, turn: Turn, deadline: float) -> None:
+def open_turn(child: Child, turn: Turn, patience: Patience) -> None:
     """Bring a blank child to the point where only the last user message is missing.
 
     Follows cli-contract.md, "Claiming a spare": initialize, settings, thinking, history. Nothing
     goes upstream. Raises as Child does.
     """
     prompt = {"systemPrompt": list(turn.system)} if turn.system else {}
-    reply = child.request("initialize", deadline, hooks=None, **prompt)
-    child.request("apply_flag_settings", deadline, settings=to_flag_settings(turn))
+    reply = child.request("initialize", patience, hooks=None, **prompt)
+    child.request("apply_flag_settings", patience, settings=to_flag_settings(turn))
     # null leaves thinking to extra_body; 0 turns it off where the model can be without
     tokens = None if turn.thinking else 0
-    child.request("set_max_thinking_tokens", deadline, max_thinking_tokens=tokens)
+    child.request("set_max_thinking_tokens", patience, max_thinking_tokens=tokens)
     model = resolve_model(turn.model, reply.get("models") or [])
     for message in turn.history:
         child.send(to_line(message, model))
         if message.role == "user":
             # user lines are queued but assistant lines applied at once: wait, or order is lost
-            while child.read_line(deadline).get("type") != "result":
+            while child.read_line(patience).get("type") != "result":
                 pass
 
 
@@ -1241,47 +1343,75 @@ def to_line(message: Message, model: str, *, query: bool = False) -> JsonObject:
 # renews and reaps children; `acquire`, `refill` and `release` run on request threads.
 
 
+class _Waiter:
+    """A request's place in the queue. All but `ready` is guarded by the pool's lock."""
+
+    def __init__(self) -> None:
+        self.ready = threading.Event()  # set with a child or a failure in place
+        self.child: Child | None = None
+        self.failure = "the gateway is shutting down"
+        self.has_left = False
+
+
 class Pool:
     """Warm children. `start` makes one (it may raise OSError); `stamp` tells a new executable."""
 
     def __init__(
-        self, start: Callable[[], Child], *, spares: int, stamp: Callable[[], object]
+        self,
+        start: Callable[[], Child],
+        *,
+        spares: int,
+        max_lent: int,
+        max_waiting: int,
+        stamp: Callable[[], object],
     ) -> None:
         self._start = start
         self._spares = spares
+        self._max_lent = max_lent
+        self._max_waiting = max_waiting
         self._stamp = stamp
         # Guarded by _changed: all fields below.
         self._changed = threading.Condition()
         self._idle: collections.deque[Child] = collections.deque()
-        self._waiters: collections.deque[Future[Child]] = collections.deque()
+        self._waiters: collections.deque[_Waiter] = collections.deque()
         self._lent: set[Child] = set()
+        self._starting = 0  # children that are being started for a waiter: 0 or 1
         self._owed: set[Child] = set()  # claimed spares whose replacement has not been asked for
         self._ending: dict[Child, float] = {}  # with the time at which SIGKILL is due
         self._next_spare_at = 0.0  # monotonic; put off when a start has failed
         self._closed = False
+        # One thread forks all children, since on Linux they die with the thread that forked them.
         self._keeper = threading.Thread(target=self._keep, name="cc2api-keeper", daemon=True)
         self._keeper.start()
 
-    def acquire(self, deadline: float) -> Child:
-        """Take an idle child, or wait for a new one. Raises CliFailed or AnswerTimeout."""
+    def acquire(self, patience: Patience) -> Child:
+        """Take an idle child, or wait in order for one.
+
+        Raises Overloaded, CliFailed, and what the patience raises.
+        """
+        waiter = _Waiter()
         with self._changed:
             if self._closed:
                 raise CliFailed("the gateway is shutting down", status=503)
-            self._retire_unfit()
-            if self._idle:
-                child = self._idle.popleft()
-                self._lent.add(child)
-                self._owed.add(child)
-                return child
-            waiter: Future[Child] = Future()
+            if len(self._waiters) >= self._max_waiting + self._room():
+                raise Overloaded("Overloaded: too many requests are waiting")
             self._waiters.append(waiter)
+            self._serve_waiters()
             self._changed.notify_all()
         try:
-            return waiter.result(max(0.0, deadline - time.monotonic()))
-        except FutureTimeout:
-            if not waiter.cancel():  # a child came in the last moment
-                return waiter.result()
-            raise AnswerTimeout("no claude process became free in time") from None
+            while not waiter.ready.wait(patience.slice_s()):
+                pass
+        except (ApiError, ClientGone):
+            with self._changed:
+                waiter.has_left = True
+                if waiter in self._waiters:
+                    self._waiters.remove(waiter)
+            if waiter.child is not None:  # it came in the last moment
+                self.release(waiter.child, kill=True)
+            raise
+        if waiter.child is None:
+            raise CliFailed(waiter.failure, status=503)
+        return waiter.child
 
     def refill(self, child: Child) -> None:
         """Let a claimed spare be replaced: its answer has begun.
@@ -1324,10 +1454,27 @@ class Pool:
                 self._ending[child] = time.monotonic()
             self._idle.clear()
             for waiter in self._waiters:
-                waiter.cancel()
+                waiter.ready.set()
             self._waiters.clear()
             self._changed.notify_all()
         self._keeper.join()
+
+    def _room(self) -> int:
+        """Return how many more children may be lent. Holds the lock."""
+        return self._max_lent - len(self._lent) - self._starting
+
+    def _serve_waiters(self) -> None:
+        """Lend idle children to those who wait, in order. Holds the lock."""
+        self._retire_unfit()
+        while self._idle and self._waiters and self._room() > 0:
+            child, waiter = self._idle.popleft(), self._waiters.popleft()
+            self._owed.add(child)
+            self._lend(child, waiter)
+
+    def _lend(self, child: Child, waiter: _Waiter) -> None:
+        self._lent.add(child)
+        waiter.child = child
+        waiter.ready.set()
 
     def _retire_unfit(self) -> None:
         """Move dead, aged and outdated idle children to the ending ones. Holds the lock."""
@@ -1343,13 +1490,14 @@ class Pool:
     def _keep(self) -> None:
         """Run the keeper thread: serve waiters first, then spares; reap; until closed and empty."""
         while True:
-            waiter: Future[Child] | None = None
+            waiter: _Waiter | None = None
             with self._changed:
                 if not self._closed:
-                    self._retire_unfit()
+                    self._serve_waiters()
                 self._reap()
-                if self._waiters:
+                if self._waiters and self._room() > 0:
                     waiter = self._waiters.popleft()
+                    self._starting = 1
                 elif not self._lacks_spare():
                     if self._closed and not self._ending:
                         return
@@ -1370,29 +1518,29 @@ class Pool:
             elif time.monotonic() >= due:
                 child.kill()
 
-    def _start_one(self, waiter: Future[Child] | None) -> None:
+    def _start_one(self, waiter: _Waiter | None) -> None:
         """Start a child for a waiter, or as a spare. Runs without the lock."""
-        if waiter is not None and not waiter.set_running_or_notify_cancel():
-            return  # it timed out: a child given to it would be lost
+        child, failure = None, ""
         try:
             child = self._start()
         except OSError as exc:
-            log.error("claude cannot be started: %s", exc)
-            with self._changed:
-                self._next_spare_at = time.monotonic() + KEEPER_TICK_S
-            if waiter is not None:
-                waiter.set_exception(CliFailed(f"claude cannot be started: {exc}", status=503))
-            return
+            failure = f"claude cannot be started: {exc}"
+            log.error("%s", failure)
         with self._changed:
-            if self._closed:
+            self._starting = 0
+            if child is None:
+                self._next_spare_at = time.monotonic() + KEEPER_TICK_S
+                if waiter is not None:
+                    waiter.failure = failure
+            elif self._closed:
                 child.kill()
                 self._ending[child] = time.monotonic()
-            elif waiter is None:
-                self._idle.append(child)
+            elif waiter is not None and not waiter.has_left:
+                self._lend(child, waiter)
             else:
-                self._lent.add(child)
-        if waiter is not None:
-            waiter.set_result(child)
+                self._idle.append(child)
+            if waiter is not None:
+                waiter.ready.set()
 
 
 # ======================================================================= Events
@@ -1684,7 +1832,7 @@ class Gateway:
     def __init__(self, settings: Settings, cli: Cli, environ: Mapping[str, str]) -> None:
         self.settings = settings
         self.cli = cli
-        self.keys = KeyFile(settings.keys)
+        self.keys = KeyFile(settings.keys, required=needs_keys(settings))
         bare = wants_bare(settings.bare, environ)
         self.login = not bare
         self._temp = tempfile.TemporaryDirectory(prefix="cc-", ignore_cleanup_errors=True)
@@ -1694,37 +1842,45 @@ class Gateway:
         temp_dir.mkdir()
         command = child_command(cli, bare=bare, setting_sources=settings.setting_sources)
         environment = child_environment(environ, str(temp_dir))
+
+        def start() -> Child:
+            os.stat(cli.path)  # raises the OSError that a shim around the CLI would hide
+            return Child(command, environment, str(work_dir), cli.stamp())
+
         self.pool = Pool(
-            lambda: Child(command, environment, str(work_dir), cli.stamp()),
+            start,
             spares=settings.spares,
+            max_lent=settings.max_concurrency,
+            max_waiting=settings.max_queue,
             stamp=cli.stamp,
         )
 
-    def answer(self, turn: Turn) -> Generator[list[Event], None, None]:
+    def answer(self, turn: Turn, tick: Callable[[], None]) -> Generator[list[Event], None, None]:
         """Yield the answer's events, in batches of those that were ready together.
 
-        The last event is always message_stop. Raises ApiError; closing the generator early ends the
-        child at once.
+        The last event is always message_stop. `tick` is called every TICK_S and may raise
+        ClientGone. Raises ApiError; closing the generator early ends the child at once.
         """
-        deadline = time.monotonic() + ANSWER_TIMEOUT_S
+        late = AnswerTimeout(f"no whole answer within {self.settings.timeout:g} s")
+        patience = Patience(self.settings.timeout, tick, late)
         for attempt in range(1, SETUP_ATTEMPTS + 1):
-            child = self.pool.acquire(deadline)
+            child = self.pool.acquire(patience)
             reader = AnswerReader()
             try:
                 try:
-                    open_turn(child, turn, deadline)
+                    open_turn(child, turn, patience)
                 except ChildDied as exc:
                     log.warning("%s; nothing was sent upstream (attempt %d)", exc, attempt)
                     if attempt == SETUP_ATTEMPTS:
-                        raise CliFailed(str(exc)) from exc
+                        raise CliFailed(str(exc), status=503) from exc
                     continue
-                yield from self._read_answer(child, reader, turn, deadline)
+                yield from self._read_answer(child, reader, turn, patience)
                 return
             finally:
                 self.pool.release(child, kill=reader.must_kill)
 
     def _read_answer(
-        self, child: Child, reader: AnswerReader, turn: Turn, deadline: float
+        self, child: Child, reader: AnswerReader, turn: Turn, patience: Patience
     ) -> Iterator[list[Event]]:
         """Send the query and yield what comes, until the answer is complete."""
         child.send(to_line(turn.query, turn.model, query=True))
@@ -1732,9 +1888,9 @@ class Gateway:
         while not failure:
             batch: list[Event] = []
             try:
-                batch += reader.feed(child.read_line(deadline))
+                batch += self._feed(reader, child.read_line(patience))
                 while child.has_line() and not reader.done:
-                    batch += reader.feed(child.read_line(deadline))
+                    batch += self._feed(reader, child.read_line(patience))
             except ChildDied as exc:
                 log.error("%s", exc)
                 failure = CliFailed("claude ended before its answer was complete")
@@ -1751,19 +1907,231 @@ class Gateway:
                 return
         raise failure
 
+    def _feed(self, reader: AnswerReader, line: JsonObject) -> list[Event]:
+        if line.get("subtype") == "api_retry":
+            details = {name: line.get(name) for name in ("attempt", "error_status", "error")}
+            log.warning("claude retries by itself: %s", details)
+        return reader.feed(line)
+
     def close(self) -> None:
         """End all children and remove the temporary directory."""
         self.pool.close()
         self._temp.cleanup()
 
 
+def needs_keys(settings: Settings) -> bool:
+    """Say whether nobody may call without a key: on any address but loopback."""
+    if settings.allow_open or settings.host == "localhost":
+        return False
+    try:
+        return not ipaddress.ip_address(settings.host).is_loopback
+    except ValueError:
+        return True
+
+
 # ========================================================================= HTTP
-# Sockets, routes, SSE frames, and the one place where errors become answers. One thread for each
-# connection. No response header is ever built from client text.
+# Sockets, framing, routes, SSE frames, and the one place where errors become answers. One thread
+# for each connection. Framing is strict: a proxy in front that reads it differently could be made
+# to smuggle requests in. No response header is ever built from client text.
 
 JSON_TYPE: Final = "application/json"
 SSE_TYPE: Final = "text/event-stream; charset=utf-8"
+# What a browser may send across origins: what the SDKs for JavaScript do send.
+CORS_HEADERS: Final = {
+    "access-control-allow-methods": "GET, POST, OPTIONS",
+    "access-control-allow-headers": "authorization, content-type, x-api-key, anthropic-version,"
+    " anthropic-beta, anthropic-dangerous-direct-browser-access, x-stainless-arch,"
+    " x-stainless-helper-method, x-stainless-lang, x-stainless-os, x-stainless-package-version,"
+    " x-stainless-retry-count, x-stainless-runtime, x-stainless-runtime-version,"
+    " x-stainless-timeout",
+    "access-control-max-age": "600",
+}
 _UNSAFE: Final = re.compile(r"[^\x21-\x7e]|[\"\\=]")
+_REQUEST_LINE: Final = re.compile(rb"([A-Z]{1,20}) (/[\x21-\x7e]*) HTTP/1\.([01])")
+_HEADER_LINE: Final = re.compile(
+    rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([\t\x20-\x7e\x80-\xff]*?)[ \t]*"
+)
+_CHUNK_LINE: Final = re.compile(rb"([0-9A-Fa-f]{1,8})[ \t]*(?:;[\t\x20-\x7e\x80-\xff]*)?")
+_HANGUP: Final = getattr(select, "POLLRDHUP", 0) | select.POLLHUP | select.POLLERR
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """A request line and its headers; names in lower case, in the order they came."""
+
+    method: str
+    path: str  # without the query
+    is_http_11: bool
+    headers: tuple[tuple[str, str], ...]
+
+    def all(self, name: str) -> list[str]:
+        """Return every value of a header."""
+        return [value for key, value in self.headers if key == name]
+
+    def get(self, name: str) -> str:
+        """Return a header's first value, "" where it is absent."""
+        return next(iter(self.all(name)), "")
+
+
+class BadFraming(ApiError):
+    """What was sent is not HTTP as it should be; the connection is closed after the answer."""
+
+    status = 400
+
+
+def parse_head(lines: Sequence[bytes]) -> Head:
+    """Parse a request line and header lines, each without its line end. Raises BadFraming."""
+    request = _REQUEST_LINE.fullmatch(lines[0])
+    if request is None:
+        raise BadFraming("malformed request line")
+    headers = []
+    for line in lines[1:]:
+        header = _HEADER_LINE.fullmatch(line)
+        if header is None:
+            raise BadFraming("malformed header line")
+        headers.append((header[1].decode("ascii").lower(), header[2].decode("latin-1")))
+    path = request[2].decode("ascii").partition("?")[0]
+    head = Head(request[1].decode("ascii"), path, request[3] == b"1", tuple(headers))
+    if len(head.all("host")) != 1 and (head.is_http_11 or head.all("host")):
+        raise BadFraming("exactly one Host header is needed")
+    return head
+
+
+def body_length(head: Head) -> int | None:
+    """Return the length of the body that follows a head; None where it comes in chunks.
+
+    Raises BadFraming, where it is not certain, and BodyTooLarge.
+    """
+    codings, lengths = head.all("transfer-encoding"), head.all("content-length")
+    if codings:
+        if lengths or not head.is_http_11 or [c.lower() for c in codings] != ["chunked"]:
+            raise BadFraming("Transfer-Encoding must be chunked, without a Content-Length")
+        return None
+    if not lengths:
+        return 0
+    if len(lengths) > 1 or not re.fullmatch("[0-9]+", lengths[0]):
+        raise BadFraming("Content-Length must be given once, as a decimal number")
+    if len(lengths[0]) > len(str(MAX_BODY_BYTES)) or int(lengths[0]) > MAX_BODY_BYTES:
+        raise BodyTooLarge(f"Request exceeds the maximum size of {MAX_BODY_BYTES} bytes")
+    return int(lengths[0])
+
+
+class ClientStream:
+    """The client's end of a connection: buffered reading with absolute deadlines, and writing.
+
+    Deadlines are in seconds of `time.monotonic()`. Reading raises ClientGone at the end of the
+    stream and BadFraming (408) at the deadline; writing raises ClientGone.
+    """
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self._buffer = bytearray()
+        self._watch = select.poll()
+        self._watch.register(sock, select.POLLIN | _HANGUP)
+
+    def read_head(self, idle_s: float) -> Head:
+        """Read the next request's head, waiting up to `idle_s` for its first byte."""
+        if not self._buffer:
+            self._fill(time.monotonic() + idle_s)
+        deadline = time.monotonic() + HEAD_TIMEOUT_S
+        lines: list[bytes] = []
+        left = MAX_HEAD_BYTES
+        while True:
+            line = self.read_line(left, deadline)
+            left -= len(line) + 2
+            if line:
+                lines.append(line)
+            elif lines:  # else an empty line before the request, which RFC 9112 lets pass
+                return parse_head(lines)
+            if len(lines) > MAX_HEADERS + 1:
+                raise BadFraming(f"over {MAX_HEADERS} headers", status=431)
+
+    def read_body(self, length: int | None) -> bytes:
+        """Read a body of a known length, or in chunks."""
+        deadline = time.monotonic() + BODY_TIMEOUT_S
+        if length is not None:
+            return self._read_exactly(length, deadline)
+        body = bytearray()
+        while size := self._read_chunk_size(deadline):
+            if len(body) + size > MAX_BODY_BYTES:
+                raise BodyTooLarge(f"Request exceeds the maximum size of {MAX_BODY_BYTES} bytes")
+            body += self._read_exactly(size, deadline)
+            if self.read_line(2, deadline):
+                raise BadFraming("a chunk is longer than announced")
+        for _ in range(MAX_HEADERS + 1):  # trailers: read and dropped
+            if not self.read_line(MAX_HEAD_BYTES, deadline):
+                return bytes(body)
+        raise BadFraming("too many trailers", status=431)
+
+    def _read_chunk_size(self, deadline: float) -> int:
+        line = _CHUNK_LINE.fullmatch(self.read_line(MAX_CHUNK_LINE_BYTES, deadline))
+        if line is None:
+            raise BadFraming("malformed chunk")
+        return int(line[1], 16)
+
+    def read_line(self, limit: int, deadline: float) -> bytes:
+        """Read up to CRLF; return the line without it. A lone LF or CR is refused."""
+        searched = 0
+        while (end := self._buffer.find(b"\n", searched)) < 0:
+            searched = len(self._buffer)
+            if searched > limit:
+                raise BadFraming("line too long", status=431)
+            self._fill(deadline)
+        line = bytes(self._buffer[: end + 1])
+        del self._buffer[: end + 1]
+        if not line.endswith(b"\r\n") or line.count(b"\r") > 1:
+            raise BadFraming("lines must end with CR LF")
+        if len(line) > limit + 2:
+            raise BadFraming("line too long", status=431)
+        return line[:-2]
+
+    def _read_exactly(self, length: int, deadline: float) -> bytes:
+        while len(self._buffer) < length:
+            self._fill(deadline)
+        data = bytes(memoryview(self._buffer)[:length])
+        del self._buffer[:length]
+        return data
+
+    def _fill(self, deadline: float) -> None:
+        """Read some bytes into the buffer."""
+        self._sock.settimeout(max(0.001, deadline - time.monotonic()))
+        try:
+            data = self._sock.recv(READ_BYTES)
+        except TimeoutError:
+            raise BadFraming("the request did not come in time", status=408) from None
+        except OSError as exc:
+            raise ClientGone from exc
+        if not data:
+            raise ClientGone
+        self._buffer += data
+
+    def has_left(self) -> bool:
+        """Say whether the client has closed its end. Does not block."""
+        for _, event in self._watch.poll(0):
+            if event & _HANGUP:
+                return True
+            try:
+                return self._sock.recv(1, socket.MSG_PEEK) == b""
+            except OSError:
+                return True
+        return False
+
+    def write(self, data: bytes, timeout_s: float) -> None:
+        """Write everything, or give the client up when it reads nothing for `timeout_s`."""
+        self._sock.settimeout(timeout_s)
+        try:
+            self._sock.sendall(data)
+        except OSError as exc:
+            raise ClientGone from exc
+
+    def linger(self) -> None:
+        """Say that nothing more comes, and read on for a moment what the client still sends."""
+        deadline = time.monotonic() + LINGER_S
+        with contextlib.suppress(OSError, ApiError, ClientGone):
+            self._sock.shutdown(socket.SHUT_WR)
+            while True:
+                self._buffer.clear()
+                self._fill(deadline)
 
 
 def to_frame(event: Event) -> bytes:
@@ -1790,7 +2158,16 @@ class Server(ThreadingHTTPServer):
 
     daemon_threads = True
     request_queue_size = LISTEN_BACKLOG
-    gateway: Gateway
+
+    def __init__(self, address: tuple[str, int]) -> None:
+        """Bind and listen. Raises OSError. `gateway` is set before `serve_forever`."""
+        self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
+        self.gateway: Gateway
+        self.is_stopping = False
+        self._free_places = threading.BoundedSemaphore(MAX_CONNECTIONS)
+        self._idle = threading.Condition()
+        self._answering = 0  # guarded by _idle
+        super().__init__(address, Handler)
 
     def server_bind(self) -> None:
         """Bind without asking DNS for our own name, as HTTPServer would."""
@@ -1799,19 +2176,49 @@ class Server(ThreadingHTTPServer):
         self.server_address = self.socket.getsockname()
         self.server_name, self.server_port = str(self.server_address[0]), self.server_address[1]
 
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Start a connection's thread; beyond MAX_CONNECTIONS it is closed at once."""
+        if not self._free_places.acquire(blocking=False):
+            log.warning("over %d connections: one was turned away", MAX_CONNECTIONS)
+            self.shutdown_request(request)
+            return
+        super().process_request(request, client_address)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        """Run a connection, then free its place."""
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self._free_places.release()
+
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Log what escaped a handler; a connection that broke is no news."""
         if not isinstance(sys.exc_info()[1], OSError):
             log.exception("connection from %s failed", client_address)
 
+    @contextlib.contextmanager
+    def answering(self) -> Iterator[None]:
+        """Count a request as running, for `drain`."""
+        with self._idle:
+            self._answering += 1
+        try:
+            yield
+        finally:
+            with self._idle:
+                self._answering -= 1
+                self._idle.notify_all()
 
-class Handler(BaseHTTPRequestHandler):
+    def drain(self, seconds: float) -> bool:
+        """Wait until no request is running; say whether that came true in time."""
+        with self._idle:
+            return self._idle.wait_for(lambda: self._answering == 0, seconds)
+
+
+class Handler(BaseRequestHandler):
     """One connection: reads requests one after the other and answers each."""
 
-    protocol_version = "HTTP/1.1"
-    timeout = KEEP_ALIVE_S
-    disable_nagle_algorithm = True  # an event must not wait for the ACK of the one before
     server: Server
+    request: socket.socket
 
     ROUTES: ClassVar[dict[str, tuple[str, str]]] = {
         "/": ("GET", "_index"),
@@ -1819,43 +2226,101 @@ class Handler(BaseHTTPRequestHandler):
         "/v1/chat/completions": ("POST", "_chat_completions"),
     }
 
-    def _handle(self) -> None:
-        """Answer one request; whatever a route raises is answered here and nowhere else."""
-        self._begin()
-        self._path = self.path.partition("?")[0]
+    def handle(self) -> None:
+        """Answer requests until either side ends the connection."""
+        # an event must not wait for the ACK of the one before
+        self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._stream = ClientStream(self.request)
+        self._closing = False
+        idle_s = HEAD_TIMEOUT_S
+        while not (self._closing or self.server.is_stopping):
+            self._begin()
+            try:
+                head = self._stream.read_head(idle_s)
+            except ClientGone:
+                return
+            except BadFraming as error:
+                if error.status != 408:  # to a connection that stayed silent nothing is said
+                    self._closing = True
+                    self._answer(functools.partial(self._fail, error))
+                break
+            self._head = head
+            self._closing = "close" in head.get("connection").lower() or not head.is_http_11
+            with self.server.answering():
+                self._answer(self._route)
+            idle_s = KEEP_ALIVE_S
+        self._stream.linger()
+
+    def _begin(self) -> None:
+        self._head = Head("-", "-", True, ())
+        self._started_at = self._last_write_at = time.monotonic()
+        self._request_id = "req_" + uuid.uuid4().hex[:24]
+        self._body_is_unread = True
+        self._streams = False  # the client asked for a stream
+        self._has_begun = False  # the 200 is out
+        self._in_message = False  # message_start is out
+        self._cors: dict[str, str] = {}
+        self._note: dict[str, object] = {}  # what the log line says beyond method and path
+
+    def _answer(self, route: Callable[[], None]) -> None:
+        """Run a route; whatever it raises is answered here and nowhere else."""
         try:
             try:
-                self._route()()
+                route()
             except (ApiError, ClientGone):
                 raise
             except Exception as exc:
-                log.exception("request %s failed", self._request_id)
+                log.exception("id=%s failed", self._request_id)
                 raise ApiError("internal error") from exc
         except ApiError as error:
-            with contextlib.suppress(ClientGone):
+            try:
                 self._send_error(error)
+            except ClientGone:
+                self._closing = True
         except ClientGone:
             self._note["status"] = 499  # nginx's code for it; nobody is sent it
-            self.close_connection = True
+            self._closing = True
         self._log_request()
 
-    do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = _handle
+    def _fail(self, error: ApiError) -> None:
+        raise error
 
-    def _begin(self) -> None:
-        self._started_at = time.monotonic()
-        self._request_id = "req_" + uuid.uuid4().hex[:24]
-        self._streaming = False
-        self._body_left: int | None = None  # bytes of the request body not read yet
-        self._path = ""
-        self._note: dict[str, object] = {}  # what the log line says beyond method and path
-
-    def _route(self) -> Callable[[], None]:
-        method, name = self.ROUTES.get(self._path, ("", ""))
+    def _route(self) -> None:
+        if self.server.is_stopping:
+            raise CliFailed("the gateway is shutting down", status=503)
+        key, bearer = self._head.get("x-api-key"), self._head.get("authorization")
+        self._check_origin()
+        method, name = self.ROUTES.get(self._head.path, ("", ""))
+        if self._head.method == "OPTIONS":
+            self._send(204, b"", {"allow": f"{method or 'GET'}, OPTIONS"})
+            return
         if not name:
-            raise NotFound(f"{self.command} {self._path}: no such route")
-        if self.command != method and (self.command, method) != ("HEAD", "GET"):
-            raise ApiError(f"{self.command} is not allowed here, {method} is", status=405)
-        return cast("Callable[[], None]", getattr(self, name))
+            raise NotFound(f"{self._head.method} {self._head.path}: no such route")
+        if self._head.method != method and (self._head.method, method) != ("HEAD", "GET"):
+            raise ApiError(f"{self._head.method} is not allowed here, {method} is", status=405)
+        if method == "POST":
+            self._note["key"] = self.server.gateway.keys.check(key, bearer)
+        getattr(self, name)()
+
+    def _check_origin(self) -> None:
+        """Keep web pages out, of other origins and of names made to resolve to us (rebinding).
+
+        Where keys are asked for a page needs one too, and only the CORS headers matter.
+        """
+        settings = self.server.gateway.settings
+        origin, host = self._head.get("origin"), self._head.get("host")
+        for allowed in settings.cors_origin:
+            if allowed in ("*", origin):
+                self._cors = {**CORS_HEADERS, "access-control-allow-origin": allowed}
+                self._cors["vary"] = "origin"
+        if self.server.gateway.keys.are_asked_for():
+            return
+        name = re.sub(r":\d*\Z", "", host).strip("[]").lower()
+        if name and not is_own_name(name, settings):
+            raise Forbidden(f"Host {_quoted(name, 100)} is not served; see --allowed-host")
+        own = (f"http://{host}", f"https://{host}")
+        if origin and not self._cors and origin not in own:
+            raise Forbidden("pages of this origin may not call; see --cors-origin")
 
     # ---- routes
 
@@ -1864,69 +2329,35 @@ class Handler(BaseHTTPRequestHandler):
 
     def _messages(self) -> None:
         gateway = self.server.gateway
-        body = self._authorized_body()
-        betas = ",".join(self.headers.get_all("anthropic-beta", []))
+        body = self._read_json()
+        betas = ",".join(self._head.all("anthropic-beta"))
         turn = parse_messages_request(body, betas, login=gateway.login)
         self._note_turn(turn)
-        with contextlib.closing(gateway.answer(turn)) as answer:
+        self._streams = turn.stream
+        with contextlib.closing(gateway.answer(turn, self._tick)) as answer:
             if turn.stream:
-                self._stream(answer)
+                self._stream_events(answer)
             else:
                 self._send_json(200, self._assemble(answer))
 
     def _chat_completions(self) -> None:
         gateway = self.server.gateway
-        turn = parse_chat_request(self._authorized_body(), login=gateway.login)
+        turn = parse_chat_request(self._read_json(), login=gateway.login)
         self._note_turn(turn)
-        with contextlib.closing(gateway.answer(turn)) as answer:
+        with contextlib.closing(gateway.answer(turn, self._tick)) as answer:
             message = self._assemble(answer)
         self._send_json(200, to_completion(message, int(time.time())))
 
     # ---- reading the request
 
-    def _authorized_body(self) -> JsonObject:
-        """Check the caller's key, then read and parse the body."""
-        key, bearer = self.headers.get("x-api-key", ""), self.headers.get("authorization", "")
-        self._note["key"] = self.server.gateway.keys.check(key, bearer)
-        raw = self._read_body()
+    def _read_json(self) -> JsonObject:
+        length = body_length(self._head)
+        if self._head.get("expect").lower() == "100-continue":
+            self._write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        raw = self._stream.read_body(length)
+        self._body_is_unread = False
         log.debug("%s request %s", self._request_id, raw.decode("utf-8", "replace"))
         return parse_json(raw)
-
-    def _read_body(self) -> bytes:
-        length = self._body_length()
-        if length > MAX_BODY_BYTES:
-            raise BodyTooLarge(f"Request exceeds the maximum size of {MAX_BODY_BYTES} bytes")
-        raw = self.rfile.read(length)
-        self._body_left = 0
-        if len(raw) < length:
-            raise ClientGone
-        return raw
-
-    def _body_length(self) -> int:
-        """Return what is announced of the body and not read yet. Raises InvalidRequest."""
-        if self._body_left is None:
-            if "transfer-encoding" in self.headers:
-                self.close_connection = True  # where the body ends is not known
-                self._body_left = 0
-                raise InvalidRequest("Transfer-Encoding is not supported; send Content-Length")
-            text = self.headers.get("content-length", "0").strip()
-            if not (text.isascii() and text.isdigit()):
-                self.close_connection = True
-                self._body_left = 0
-                raise InvalidRequest("Content-Length is not a number")
-            self._body_left = int(text)
-        return self._body_left
-
-    def _drain_body(self) -> None:
-        """Read away a body that nobody wanted, or the client never gets to read the answer."""
-        with contextlib.suppress(InvalidRequest):
-            left = self._body_length()
-            if left > MAX_DRAIN_BYTES:
-                self.close_connection = True
-                return
-            while left > 0 and (chunk := self.rfile.read(min(left, READ_BYTES))):
-                left -= len(chunk)
-            self._body_left = 0
 
     # ---- writing the answer
 
@@ -1938,78 +2369,89 @@ class Handler(BaseHTTPRequestHandler):
         self._note_usage(assembler.message.get("usage"))
         return assembler.message
 
-    def _stream(self, answer: Iterator[list[Event]]) -> None:
+    def _stream_events(self, answer: Iterator[list[Event]]) -> None:
         """Write each batch of events with one write; the 200 goes out with the first."""
         for batch in answer:
-            data = b""
-            if not self._streaming:
-                data = self._start_stream()
             frames = b"".join(map(to_frame, batch))
             log.debug("%s response %s", self._request_id, frames.decode("ascii"))
             for event in batch:
                 self._note_usage(event.get("usage") or (event.get("message") or {}).get("usage"))
-            is_last = batch[-1].get("type") == "message_stop"
-            self._write(data + self._chunk(frames, last=is_last))
+            self._write_chunk(frames, last=batch[-1].get("type") == "message_stop")
+            self._in_message = True
 
-    def _start_stream(self) -> bytes:
-        self._streaming = True
-        self._note["status"] = 200
-        headers = {"content-type": SSE_TYPE, "cache-control": "no-cache"}
-        self._is_chunked = self.request_version != "HTTP/1.0"
-        if self._is_chunked:
-            headers["transfer-encoding"] = "chunked"
-        else:
-            self.close_connection = True  # the end of the connection is the end of the body
-        return self._head(200, headers)
+    def _tick(self) -> None:
+        """Look after the client while it waits: see whether it left, show a stream life."""
+        if self._stream.has_left():
+            raise ClientGone
+        if self._streams and time.monotonic() - self._last_write_at >= KEEPALIVE_S:
+            # clients skip comments; before message_start an event would confuse some of them
+            ping = to_frame({"type": "ping"}) if self._in_message else b": waiting\n\n"
+            self._write_chunk(ping)
 
-    def _chunk(self, data: bytes, *, last: bool) -> bytes:
-        if not self._is_chunked:
-            return data
-        return b"%x\r\n%b\r\n%b" % (len(data), data, b"0\r\n\r\n" if last else b"")
+    def _write_chunk(self, data: bytes, *, last: bool = False) -> None:
+        """Write a part of a streamed body, the first one behind its head."""
+        head = b""
+        if not self._has_begun:
+            self._has_begun = True
+            self._note["status"] = 200
+            headers = {"content-type": SSE_TYPE, "cache-control": "no-cache"}
+            if self._head.is_http_11:
+                headers["transfer-encoding"] = "chunked"
+            head = self._to_head(200, headers)
+        if self._head.is_http_11:  # else the end of the connection is the end of the body
+            data = b"%x\r\n%b\r\n%b" % (len(data), data, b"0\r\n\r\n" if last else b"")
+        self._write(head + data)
 
     def _send_json(
         self, status: int, body: JsonObject, headers: Mapping[str, str] | None = None
     ) -> None:
         data = json.dumps(body).encode("ascii")
-        self._note["status"] = status
         log.debug("%s response %s", self._request_id, data.decode("ascii"))
-        self._drain_body()
-        length = str(len(data))
-        head = self._head(
-            status, {"content-type": JSON_TYPE, "content-length": length, **(headers or {})}
-        )
-        self._write(head if self.command == "HEAD" else head + data)
+        self._send(status, data, {"content-type": JSON_TYPE, **(headers or {})})
+
+    def _send(self, status: int, data: bytes, headers: Mapping[str, str]) -> None:
+        self._note["status"] = status
+        if self._body_is_unread and (self._head.get("content-length") not in ("", "0")):
+            self._closing = True  # nobody reads it: where the next request begins is unknown
+        if self._head.all("transfer-encoding") and self._body_is_unread:
+            self._closing = True
+        sized = headers if status == 204 else {**headers, "content-length": str(len(data))}
+        head = self._to_head(status, sized)
+        self._write(head if self._head.method == "HEAD" else head + data)
 
     def _send_error(self, error: ApiError) -> None:
         """Answer with an error: JSON with its status, or an event where a stream has begun."""
         self._note["error"] = _quoted(str(error), 200)
-        is_openai = self._path.endswith("/chat/completions")
+        self._closing = self._closing or isinstance(error, BadFraming)
+        is_openai = self._head.path.endswith("/chat/completions")
         body = to_openai_error(error) if is_openai else to_anthropic_error(error, self._request_id)
-        if self._streaming:
+        if self._has_begun:
             self._note["status"] = f"200+{error.kind}"
-            self._write(self._chunk(to_frame({**body, "type": "error"}), last=True))
+            self._write_chunk(to_frame({**body, "type": "error"}), last=True)
             return
-        allow = {"allow": self.ROUTES[self._path][0]} if error.status == 405 else {}
-        self._send_json(error.status, body, allow)
+        headers = {}
+        if error.status == 405:
+            headers["allow"] = self.ROUTES[self._head.path][0]
+        if error.retry_after_s is not None:
+            headers["retry-after"] = str(error.retry_after_s)
+        self._send_json(error.status, body, headers)
 
-    def _head(self, status: int, headers: Mapping[str, str]) -> bytes:
+    def _to_head(self, status: int, headers: Mapping[str, str]) -> bytes:
         """Return the status line and headers; all names and values are our own."""
         phrase = HTTPStatus(status).phrase if status in HTTPStatus._value2member_map_ else "Error"
         fixed = {
             "server": f"cc2api/{__version__}",
-            "date": self.date_time_string(),
+            "date": email.utils.formatdate(usegmt=True),
             "request-id": self._request_id,
             "x-request-id": self._request_id,
-            "connection": "close" if self.close_connection else "keep-alive",
+            "connection": "close" if self._closing else "keep-alive",
         }
-        lines = [f"{name}: {value}" for name, value in {**fixed, **headers}.items()]
+        lines = [f"{key}: {value}" for key, value in {**fixed, **self._cors, **headers}.items()]
         return "\r\n".join([f"HTTP/1.1 {status} {phrase}", *lines, "", ""]).encode("ascii")
 
     def _write(self, data: bytes) -> None:
-        try:
-            self.connection.sendall(data)
-        except OSError as exc:
-            raise ClientGone from exc
+        self._stream.write(data, self.server.gateway.settings.timeout)
+        self._last_write_at = time.monotonic()
 
     # ---- the log
 
@@ -2027,23 +2469,17 @@ class Handler(BaseHTTPRequestHandler):
     def _log_request(self) -> None:
         self._note["ms"] = round((time.monotonic() - self._started_at) * 1000)
         pairs = " ".join(f"{name}={value}" for name, value in self._note.items())
-        path = _quoted(self._path, 200)
-        log.info("method=%s path=%s id=%s %s", self.command, path, self._request_id, pairs)
+        path = _quoted(self._head.path, 200)
+        log.info("method=%s path=%s id=%s %s", self._head.method, path, self._request_id, pairs)
 
-    # ---- what http.server would do in its own way
 
-    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
-        """Answer what http.server itself refuses (a bad request line, an unknown method)."""
-        self._begin()
-        self._body_left = 0
-        self.close_connection = True
-        self.command = getattr(self, "command", None) or "-"
-        with contextlib.suppress(ClientGone):
-            self._send_error(ApiError(message or "bad request", status=int(code)))
-        self._log_request()
-
-    def log_message(self, format: str, *args: Any) -> None:
-        """Keep http.server from writing its own log lines."""
+def is_own_name(name: str, settings: Settings) -> bool:
+    """Say whether a Host names this server: an IP address, localhost, or --allowed-host."""
+    if name == "localhost" or name in (allowed.lower() for allowed in settings.allowed_host):
+        return True
+    with contextlib.suppress(ValueError):
+        return bool(ipaddress.ip_address(name))
+    return False
 
 
 def _quoted(text: str, limit: int) -> str:
@@ -2074,10 +2510,14 @@ def build_parser(environ: Mapping[str, str]) -> argparse.ArgumentParser:
             action = "store_true" if option.type == "bool" else argparse.BooleanOptionalAction
             parser.add_argument(flag, action=action, default=default, help=text)
             continue
+        metavar = option.metadata["metavar"]
+        if str(option.type).startswith("tuple"):
+            values = [v.strip() for v in default.split(",")] if isinstance(default, str) else []
+            parser.add_argument(flag, action="append", default=values, metavar=metavar, help=text)
+            continue
         if option.default not in (None, ""):
             text += " (default: %(default)s)"
-        kind = int if option.type == "int" else str
-        metavar = option.metadata["metavar"]
+        kind = {"int": int, "float": float}.get(str(option.type), str)
         parser.add_argument(flag, type=kind, default=default, metavar=metavar, help=text)
     return parser
 
@@ -2085,12 +2525,16 @@ def build_parser(environ: Mapping[str, str]) -> argparse.ArgumentParser:
 def parse_args(argv: Sequence[str] | None, environ: Mapping[str, str]) -> Settings:
     """Return the settings. Wrong options end the process with status 2, as argparse does."""
     parser = build_parser(environ)
-    settings = Settings(**vars(parser.parse_args(argv)))
-    if not 0 <= settings.port <= 65535:
+    given = vars(parser.parse_args(argv))
+    for option in dataclasses.fields(Settings):
+        value, low = given[option.name], option.metadata["low"]
+        if isinstance(value, (int, float)) and not low <= value:
+            parser.error(f"--{option.name.replace('_', '-')} must be at least {low:g}")
+        if isinstance(value, list):
+            given[option.name] = tuple(value)
+    if given["port"] > 65535:
         parser.error("--port must be between 0 and 65535")
-    if settings.spares < 0:
-        parser.error("--spares must not be negative")
-    return settings
+    return Settings(**given)
 
 
 def banner(gateway: Gateway, url: str, sign_in: str) -> str:
@@ -2135,9 +2579,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         format="%(asctime)s %(levelname)s %(message)s",
         stream=sys.stderr,
     )
+    if needs_keys(settings) and not KeyFile(settings.keys).is_usable():
+        where = f"{settings.host} is not a loopback address and {settings.keys} holds no key"
+        print(f"cc2api: {where}: add one, or use --allow-open", file=sys.stderr)
+        return 1
     try:
         cli = find_cli(settings.claude, environ)
-        server = Server((settings.host, settings.port), Handler)
+        server = Server((settings.host, settings.port))
     except CliUnusable as exc:
         print(f"cc2api: {exc}", file=sys.stderr)
         return 1
@@ -2145,20 +2593,36 @@ def main(argv: Sequence[str] | None = None) -> int:
         where = f"{settings.host} port {settings.port}"
         print(f"cc2api: cannot listen on {where}: {exc.strerror or exc}", file=sys.stderr)
         return 1
-    signals = catch_signals()
-    gateway = server.gateway = Gateway(settings, cli, environ)
-    thread = threading.Thread(
-        target=server.serve_forever, args=[ACCEPT_TICK_S], name="cc2api-accept", daemon=True
-    )
-    thread.start()
-    host = f"[{settings.host}]" if ":" in settings.host else settings.host
-    url = f"http://{host}:{server.server_port}"
-    print(banner(gateway, url, describe_sign_in(cli, environ)), flush=True)
-    signals.recv(1)
+    with catch_signals() as signals:
+        gateway = server.gateway = Gateway(settings, cli, environ)
+        thread = threading.Thread(
+            target=server.serve_forever, args=[ACCEPT_TICK_S], name="cc2api-accept", daemon=True
+        )
+        thread.start()
+        host = f"[{settings.host}]" if ":" in settings.host else settings.host
+        url = f"http://{host}:{server.server_port}"
+        print(banner(gateway, url, describe_sign_in(cli, environ)), flush=True)
+        signals.recv(1)
+        shut_down(server, signals)
+    return 0
+
+
+def shut_down(server: Server, signals: socket.socket) -> None:
+    """Stop accepting, let running answers finish up to `--drain`, then end every child.
+
+    A second signal ends the waiting.
+    """
+    server.is_stopping = True
     server.shutdown()
     server.server_close()
-    gateway.close()
-    return 0
+    deadline = time.monotonic() + server.gateway.settings.drain
+    signals.settimeout(0)
+    while not server.drain(ACCEPT_TICK_S) and time.monotonic() < deadline:
+        with contextlib.suppress(BlockingIOError):
+            signals.recv(1)
+            log.warning("second signal: running answers are cut off")
+            break
+    server.gateway.close()
 
 
 if __name__ == "__main__":

@@ -2,9 +2,11 @@
 """A stand-in for the CLI that misbehaves on order, for what the real one cannot be made to do.
 
 Orders for the next process are files in the directory FAKE_CLAUDE_ORDERS, removed when taken:
-`die-at-start`, `die-at-initialize`; `always-die` stays. Orders for an answer are words in the last
-user message: `die-before-answer`, `die-mid-answer`, `garbage`, `error-result`, `silent-end`,
-`split-lines`, `two-calls`. Every query is noted in `queries` in the same directory.
+`die-at-start`, `die-at-initialize`, `mute` (answers no control request), `ignore-eof`; `always-die`
+stays. Orders for an answer are words in the last user message: `die-before-answer`,
+`die-mid-answer`, `garbage`, `error-result`, `silent-end`, `retry-notice`, `fill-stderr`,
+`long-line`, `stall` (no event), `stall-after-start`, `flood` (deltas without end). Every query is
+noted in `queries` in the same directory.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +58,16 @@ def answer(text: str) -> None:
     put({"type": "system", "subtype": "status", "status": "requesting"})
     if "die-before-answer" in text:
         die("gone before the answer")
+    if "fill-stderr" in text:
+        sys.stderr.write("noise " * 200_000)
+        sys.stderr.flush()
+    if "long-line" in text:
+        sys.stdout.write("x" * 50_000_000 + "\n")
+        sys.stdout.flush()
+    if "retry-notice" in text:
+        put({"type": "system", "subtype": "api_retry", "attempt": 1, "error_status": 529})
+    if "stall-after-start" not in text and "stall" in text:
+        time.sleep(60)
     if "error-result" in text:
         put({**DONE, "is_error": True, "result": "API Error: 400 no good", "api_error_status": 400})
         return
@@ -68,6 +81,10 @@ def answer(text: str) -> None:
     event("message_start", message={**message, "content": [], "stop_reason": None, "usage": usage})
     event("content_block_start", index=0, content_block={"type": "text", "text": ""})
     event("content_block_delta", index=0, delta={"type": "text_delta", "text": "from the fake"})
+    if "stall-after-start" in text:
+        time.sleep(60)
+    while "flood" in text:
+        event("content_block_delta", index=0, delta={"type": "text_delta", "text": "x" * 1000})
     if "die-mid-answer" in text:
         die("gone in the middle")
     event("content_block_stop", index=0)
@@ -85,8 +102,12 @@ def main() -> None:
         return
     if ordered("die-at-start") or (ORDERS / "always-die").exists():
         die("gone at the start")
+    mute = ordered("mute")
+    ignores_eof = ordered("ignore-eof")
     for raw in sys.stdin:
         line = json.loads(raw)
+        if mute:
+            continue
         if line["type"] == "control_request":
             if line["request"]["subtype"] == "initialize" and ordered("die-at-initialize"):
                 die("gone at initialize")
@@ -96,6 +117,8 @@ def main() -> None:
             put(DONE)
         elif line["type"] == "user":
             answer(json.dumps(line["message"]["content"]))
+    if ignores_eof:
+        time.sleep(60)
 
 
 if __name__ == "__main__":

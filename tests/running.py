@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import cc2api
+
 JsonObject = dict[str, Any]
 ROOT = Path(__file__).parent.parent
 GATEWAY = ROOT / "cc2api.py"
@@ -81,7 +83,46 @@ class Answer:
         return events
 
 
-class RunningGateway:
+class Client:
+    """What can be asked of a gateway that listens on a port of this machine."""
+
+    port: int
+
+    def connect(self) -> http.client.HTTPConnection:
+        return http.client.HTTPConnection("127.0.0.1", self.port, timeout=WAIT_S)
+
+    def request(
+        self,
+        method: str,
+        path: str,
+        body: Any = None,
+        headers: dict[str, str] | None = None,
+        connection: http.client.HTTPConnection | None = None,
+    ) -> Answer:
+        """Make one request; `body` may be bytes or anything JSON can hold."""
+        used = connection or self.connect()
+        try:
+            data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
+            used.request(method, path, data, headers or {})
+            response = used.getresponse()
+            names = {name.lower(): value for name, value in response.getheaders()}
+            return Answer(response.status, names, response.read())
+        finally:
+            if connection is None:
+                used.close()
+
+    def post(self, body: Any, headers: dict[str, str] | None = None, **more: Any) -> Answer:
+        """POST to /v1/messages; the usual fields are filled in."""
+        if isinstance(body, dict):
+            body = {"model": "claude-sonnet-4-6", "max_tokens": 100, **body}
+        return self.request("POST", "/v1/messages", body, headers, **more)
+
+    def ask(self, text: str, **fields: Any) -> Answer:
+        """Ask one question."""
+        return self.post({"messages": [{"role": "user", "content": text}], **fields})
+
+
+class RunningGateway(Client):
     """A gateway process: `with RunningGateway(...) as gateway`."""
 
     def __init__(
@@ -165,42 +206,37 @@ class RunningGateway:
                 self._log_grew.wait(left)
         return hits[-1]
 
-    def connect(self) -> http.client.HTTPConnection:
-        return http.client.HTTPConnection("127.0.0.1", self.port, timeout=WAIT_S)
-
-    def request(
-        self,
-        method: str,
-        path: str,
-        body: Any = None,
-        headers: dict[str, str] | None = None,
-        connection: http.client.HTTPConnection | None = None,
-    ) -> Answer:
-        """Make one request; `body` may be bytes or anything JSON can hold."""
-        used = connection or self.connect()
-        try:
-            data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
-            used.request(method, path, data, headers or {})
-            response = used.getresponse()
-            names = {name.lower(): value for name, value in response.getheaders()}
-            return Answer(response.status, names, response.read())
-        finally:
-            if connection is None:
-                used.close()
-
-    def post(self, body: Any, headers: dict[str, str] | None = None, **more: Any) -> Answer:
-        """POST to /v1/messages; the usual fields are filled in."""
-        if isinstance(body, dict):
-            body = {"model": "claude-sonnet-4-6", "max_tokens": 100, **body}
-        return self.request("POST", "/v1/messages", body, headers, **more)
-
-    def ask(self, text: str, **fields: Any) -> Answer:
-        """Ask one question."""
-        return self.post({"messages": [{"role": "user", "content": text}], **fields})
-
     def children(self) -> list[int]:
         """Return the pids of the gateway's children that are not zombies."""
         return children_of(self.process.pid)
+
+
+class InProcessGateway(Client):
+    """A gateway in this process, for tests that shorten its time-outs. On the fake CLI."""
+
+    def __init__(self, tmp_path: Path, orders: str = "", **settings: Any) -> None:
+        """Start it; `orders` are files for the fake CLI, made before the first one starts."""
+        for order in orders.split():
+            (tmp_path / order).touch()
+        environ = clean_environment(tmp_path, FAKE_CLAUDE_ORDERS=str(tmp_path), **API_KEY)
+        cli = cc2api.find_cli(str(FAKE_CLAUDE), environ)
+        keys = str(tmp_path / "apikeys.txt")
+        self.settings = cc2api.Settings(**{"port": 0, "spares": 0, "keys": keys, **settings})
+        self.server = cc2api.Server((self.settings.host, 0))
+        self.gateway = self.server.gateway = cc2api.Gateway(self.settings, cli, environ)
+        self.port = self.server.server_port
+        self._thread = threading.Thread(target=self.server.serve_forever, args=[0.02])
+        self._thread.start()
+
+    def __enter__(self) -> InProcessGateway:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.server.is_stopping = True
+        self.server.shutdown()
+        self.server.server_close()
+        self.gateway.close()
+        self._thread.join()
 
 
 def children_of(pid: int) -> list[int]:

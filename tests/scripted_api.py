@@ -58,6 +58,7 @@ class Reply:
     gate: threading.Event | None = None  # waited for after `gate_after` events
     gate_after: int = 0
     gap_s: float = 0.0
+    left: threading.Event = field(default_factory=threading.Event)  # set when the CLI hung up
     repeat: int = 0  # times an extra text_delta is sent, for long streams
 
     def events(self, model: str) -> Iterator[JsonObject]:
@@ -149,7 +150,6 @@ class ScriptedApi:
 
     def __init__(self) -> None:
         self.calls: list[Call] = []
-        self.closed_early = threading.Event()  # set when a client left in mid-answer
         self._replies: dict[str, Reply] = {}
         self._lock = threading.Condition()
         self._server = _Server(("127.0.0.1", 0), _Handler)
@@ -211,7 +211,7 @@ class _Server(ThreadingHTTPServer):
     api: ScriptedApi
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        self.api.closed_early.set()  # a client that left: tests wait for it
+        pass  # a client that left
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -239,7 +239,12 @@ class _Handler(BaseHTTPRequestHandler):
         call = Call(self.path, headers, body, time.monotonic())
         reply = self.server.api.record(call)
         if reply.gate is not None and reply.gate_after == 0:
-            reply.gate.wait(30)
+            try:
+                self._wait_or_leave(reply.gate)
+            except OSError:
+                reply.left.set()
+                self.close_connection = True
+                return None
         if reply.status != 200:
             message = reply.message or f"scripted {reply.status}"
             return self._json(reply.status, _error(reply.status, message), reply.headers)
@@ -281,7 +286,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(b"0\r\n\r\n")
         except OSError:
             self.close_connection = True
-            self.server.api.closed_early.set()
+            reply.left.set()
 
     def _wait_or_leave(self, gate: threading.Event) -> None:
         """Wait for the gate, noticing a client that hangs up meanwhile."""

@@ -148,10 +148,16 @@ def test_models_are_resolved_by_the_clis_own_list() -> None:
 
 STARTS: list[tuple[list[str], dict[str, str], int, str]] = [
     (["--port", "70000"], {}, 2, "--port must be between"),
-    (["--spares", "-1"], {}, 2, "--spares must not be negative"),
+    (["--spares", "-1"], {}, 2, "--spares must be at least 0"),
     (["--nope"], {}, 2, "unrecognized arguments"),
     ([], {"CC2API_SPARES": "many"}, 2, "invalid int value: 'many'"),
-    (["--host", "203.0.113.7", "--claude", str(FAKE_CLAUDE)], {}, 1, "cannot listen on"),
+    (["--host", "203.0.113.7"], {}, 1, "add one, or use --allow-open"),
+    (
+        ["--host", "203.0.113.7", "--allow-open", "--claude", str(FAKE_CLAUDE)],
+        {},
+        1,
+        "cannot listen on",
+    ),
 ]
 
 

@@ -36,13 +36,13 @@ def test_a_child_that_dies_before_the_query_is_replaced_unseen(
     assert len(queries(tmp_path)) == 1
 
 
-def test_children_that_always_die_are_a_502_with_their_last_words(
+def test_children_that_always_die_are_a_503_with_their_last_words(
     start_fake: Any, tmp_path: Path
 ) -> None:
     gateway = start_fake("--spares", "0")
     order(tmp_path, "always-die")
     answer = gateway.ask("hello", stream=True)
-    assert answer.status == 502
+    assert answer.status == 503
     assert answer.json["error"]["type"] == "api_error"
     assert "gone at the start" in answer.json["error"]["message"]
     (tmp_path / "always-die").unlink()
