@@ -78,7 +78,7 @@ DEFAULT_MODEL_NAME: Final = "claude-code"  # the name under which clients ask fo
 MAX_BODY_BYTES: Final = 32 * 1024 * 1024  # the Messages API's own limit
 MAX_JSON_DEPTH: Final = 128  # deep enough for any schema; far from both languages' stack limits
 MAX_MESSAGES: Final = 100_000  # the Messages API's own limit
-MAX_LINE_BYTES: Final = 48 * 1024 * 1024  # of the child's output; a 32 MB body echoed back fits
+MAX_LINE_BYTES: Final = 16 * 1024 * 1024  # of the child's output; 128k tokens are about 1 MB
 READ_BYTES: Final = 64 * 1024  # a Linux pipe's capacity
 STDERR_TAIL_BYTES: Final = 2000  # enough for a stack trace's first lines in an error message
 
@@ -1579,6 +1579,31 @@ _DECORATION: Final = re.compile(
 _MODEL_ISSUE: Final = re.compile(r"There's an issue with the selected model \((.*?)\)", re.DOTALL)
 
 
+_INDEX: Final[_Shape] = {"index": _Rule(int, required=True)}
+_TYPED: Final = _Rule(dict, required=True, shape={"type": _NEEDED_TEXT})
+_MESSAGE: Final[_Shape] = {
+    "id": _NEEDED_TEXT,
+    "content": _Rule(list, required=True),
+    "usage": _Rule(dict, required=True),
+}
+_EVENTS: Final[dict[str, _Shape]] = {  # the events that are handed on, and what they must hold
+    "message_start": {"message": _Rule(dict, required=True, shape=_MESSAGE)},
+    "content_block_start": {**_INDEX, "content_block": _TYPED},
+    "content_block_delta": {**_INDEX, "delta": _TYPED},
+    "content_block_stop": _INDEX,
+    "message_delta": {
+        "delta": _Rule(dict, required=True, shape={"stop_reason": _Rule(str)}),
+        "usage": _Rule(dict, required=True),
+    },
+}
+_DELTAS: Final = {  # the field that a delta must hold as a string
+    "text_delta": "text",
+    "thinking_delta": "thinking",
+    "signature_delta": "signature",
+    "input_json_delta": "partial_json",
+}
+
+
 class AnswerReader:
     """Turn the lines of one answer into events, and tell when it is complete.
 
@@ -1594,6 +1619,8 @@ class AnswerReader:
         self._says_something = False
         self._cli_error: str | None = None
         self._refusal: JsonObject | None = None
+        self._blocks = 0  # content blocks begun
+        self._block_is_open = False
 
     @property
     def must_kill(self) -> bool:
@@ -1619,35 +1646,55 @@ class AnswerReader:
         event = line.get("event")
         if kind != "stream_event" or not isinstance(event, dict):
             return []
-        if self._cli_error and not (event.get("delta") or {}).get("stop_reason"):
+        delta = event.get("delta")
+        if self._cli_error and not (isinstance(delta, dict) and delta.get("stop_reason")):
             return []
         return self._feed_event(event)
 
     def _feed_event(self, event: Event) -> list[Event]:
         kind = event.get("type")
-        if kind == "message_start":
-            if self.started:
-                return []  # never two messages in one answer
-            self.started = True
-        elif not self.started:
-            return []
-        elif kind == "content_block_start":
-            block = event.get("content_block") or {}
-            self._says_something |= block.get("type") == "tool_use"
-        elif kind == "content_block_delta":
-            self.has_delta = True
-            text = (event.get("delta") or {}).get("text")
-            self._says_something |= isinstance(text, str) and bool(text.strip())
-        elif kind == "message_delta":
-            self._stop_reason = (event.get("delta") or {}).get("stop_reason")
-            if self._stop_reason is not None:
-                self.done = True
-                return [event, {"type": "message_stop"}]
-        elif kind == "message_stop":
+        if kind == "message_stop" and self.started:
             # without a stop reason: upstream's stream broke between two blocks, and the CLI is
             # about to ask for the rest by a second call (seen, 2.1.330)
             raise CliFailed("upstream's stream ended before its answer was complete")
+        if not isinstance(kind, str) or kind not in _EVENTS:
+            return []
+        if self.started == (kind == "message_start"):
+            return []
+        try:
+            self._check_event(event, kind)
+        except InvalidRequest as exc:
+            raise CliFailed(f"claude broke its protocol: {kind}.{exc}") from exc
+        if kind == "message_start":
+            self.started = True
+        elif kind == "content_block_delta":
+            self.has_delta = True
+            self._says_something |= bool(event["delta"].get("text", "").strip())
+        elif kind == "content_block_start":
+            self._says_something |= event["content_block"]["type"] == "tool_use"
+        elif kind == "message_delta" and event["delta"].get("stop_reason") is not None:
+            self._stop_reason = event["delta"]["stop_reason"]
+            self.done = True
+            return [event, {"type": "message_stop"}]
         return [event]
+
+    def _check_event(self, event: Event, kind: str) -> None:
+        """Check what clients' accumulators need (messages-api.md 4.3): fields, order of blocks."""
+        _check(event, "", _EVENTS[kind])
+        is_inside = kind in ("content_block_delta", "content_block_stop")
+        if "index" in _EVENTS[kind] and event["index"] != self._blocks - is_inside:
+            raise InvalidRequest("index: out of order")
+        if self._block_is_open != is_inside:
+            raise InvalidRequest("type: out of order")
+        if kind == "content_block_start":
+            block = event["content_block"]
+            _check(block, "content_block.", _BLOCKS.get(block["type"], ((), {}))[1])
+            self._blocks += 1
+        elif kind == "content_block_delta":
+            delta = event["delta"]
+            if name := _DELTAS.get(delta["type"]):
+                _check(delta, "delta.", {name: _NEEDED_TEXT})
+        self._block_is_open = kind in ("content_block_start", "content_block_delta")
 
 
 def to_refusal_delta(refusal: JsonObject, result: JsonObject) -> Event:
@@ -1672,7 +1719,7 @@ def to_api_error(result: JsonObject, cli_error: str | None = None) -> ApiError:
     """
     text = result.get("result")
     if not isinstance(text, str):
-        text = "; ".join(map(str, result.get("errors") or [])) or "claude gave no answer"
+        text = f"claude gave no answer: {result.get('errors')}"
     if not result.get("is_error"):
         return CliFailed("claude ended its turn without an answer")
     if text.startswith(("Not logged in", "Invalid API key")):
@@ -1680,7 +1727,7 @@ def to_api_error(result: JsonObject, cli_error: str | None = None) -> ApiError:
     if text.startswith("Prompt is too long"):
         return InvalidRequest("prompt is too long for the model's context window")
     kind = result.get("api_error_type")
-    kind = kind if kind in STATUS_BY_TYPE else None
+    kind = kind if isinstance(kind, str) and kind in STATUS_BY_TYPE else None
     status = result.get("api_error_status")
     if not isinstance(status, int) or not 400 <= status <= 599:
         status = STATUS_BY_TYPE.get(kind or "") or _STATUS_BY_CLI_ERROR.get(cli_error or "", 502)
@@ -1699,28 +1746,26 @@ class MessageAssembler:
         self._json: list[str] = []  # of the tool_use block that is open
 
     def add(self, event: Event) -> None:
-        """Take the next event; unknown ones are ignored."""
-        kind = event.get("type")
-        if kind == "message_start":
-            self.message = dict(event["message"])
-            self.message["content"] = []
-            self.message["usage"] = dict(self.message.get("usage") or {})
-        elif kind == "content_block_start":
-            self.message["content"].append(dict(event["content_block"]))
-            self._json = []
-        elif kind == "content_block_delta":
-            self._add_delta(self.message["content"][-1], event["delta"])
-        elif kind == "content_block_stop" and self._json:
-            self.message["content"][-1]["input"] = _parse_input("".join(self._json))
-        elif kind == "message_delta":
-            self.message.update(event.get("delta") or {})
-            usage = event.get("usage") or {}
-            self.message["usage"].update({k: v for k, v in usage.items() if v is not None})
-            if event.get("context_management") is not None:
-                self.message["context_management"] = event["context_management"]
+        """Take the next event that an AnswerReader gave out."""
+        match event["type"]:
+            case "message_start":
+                usage = dict(event["message"]["usage"])
+                self.message = {**event["message"], "content": [], "usage": usage}
+            case "content_block_start":
+                self.message["content"].append(dict(event["content_block"]))
+                self._json = []
+            case "content_block_delta":
+                self._add_delta(self.message["content"][-1], event["delta"])
+            case "content_block_stop" if self._json:
+                self.message["content"][-1]["input"] = _parse_input("".join(self._json))
+            case "message_delta":
+                self.message.update(event["delta"])
+                self.message["usage"].update(_without_nulls(event["usage"]))
+                if event.get("context_management") is not None:
+                    self.message["context_management"] = event["context_management"]
 
     def _add_delta(self, block: JsonObject, delta: JsonObject) -> None:
-        match delta.get("type"):
+        match delta["type"]:
             case "text_delta":
                 block["text"] = block.get("text", "") + delta["text"]
             case "thinking_delta":
@@ -1730,7 +1775,7 @@ class MessageAssembler:
             case "input_json_delta":
                 self._json.append(delta["partial_json"])
             case "citations_delta":
-                block["citations"] = [*(block.get("citations") or []), delta["citation"]]
+                block["citations"] = [*(block.get("citations") or []), delta.get("citation")]
             case "compaction_delta":
                 block["content"] = delta.get("content")
 
@@ -1798,9 +1843,8 @@ def _chat_text(entry: JsonObject, path: str) -> str:
 
 def to_completion(message: JsonObject, created: int) -> JsonObject:
     """Return a finished message as a chat completion; `created` is in Unix seconds."""
-    usage = message["usage"]
-    cached = usage.get("cache_read_input_tokens") or 0
-    written = usage.get("cache_creation_input_tokens") or 0
+    usage = collections.defaultdict(int, _without_nulls(message["usage"]))
+    cached, written = usage["cache_read_input_tokens"], usage["cache_creation_input_tokens"]
     prompt = usage["input_tokens"] + cached + written
     text = "".join(b["text"] for b in message["content"] if b.get("type") == "text")
     reply = {"role": "assistant", "content": text, "refusal": None}

@@ -56,7 +56,7 @@ def test_a_child_is_killed_where_it_might_go_on(
 
 def test_lines_of_other_kinds_and_of_subagents_bring_nothing() -> None:
     reader = cc2api.AnswerReader()
-    event = {"type": "message_start", "message": {}}
+    event = {"type": "message_start", "message": {"id": "msg_1", "content": [], "usage": {}}}
     assert reader.feed({"type": "brand_new"}) == []
     assert reader.feed({"type": "keep_alive"}) == []
     assert reader.feed(line(event, parent_tool_use_id="toolu_1")) == []

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from running import wait_until
+from running import InProcessGateway, wait_until
+
+import cc2api
 
 
 def order(tmp_path: Path, name: str) -> None:
@@ -154,3 +156,50 @@ def test_argv_and_environment_of_a_child_hold_nothing_of_a_request(start_fake: A
     assert environment[b"CLAUDE_CODE_DISABLE_AUTO_MEMORY"] == b"1"
     assert environment[b"ENABLE_CLAUDEAI_MCP_SERVERS"] == b"false"
     assert environment[b"ANTHROPIC_API_KEY"] == b"sk-ant-dummy", "the user's own sign-in"
+
+
+def test_a_child_that_fills_its_stderr_still_answers(start_fake: Any) -> None:
+    gateway = start_fake()
+    assert gateway.ask("fill-stderr").status == 200
+
+
+def test_a_line_without_measure_ends_the_child(start_fake: Any) -> None:
+    gateway = start_fake()
+    answer = gateway.ask("long-line")
+    assert answer.status == 502
+    assert gateway.ask("hello").status == 200
+
+
+def test_a_child_that_ignores_eof_is_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cc2api, "EXIT_GRACE_S", 0.2)
+    with InProcessGateway(tmp_path, orders="ignore-eof") as gateway:
+        assert gateway.ask("hello").status == 200
+        wait_until(lambda: gateway.gateway.pool.counts()["ending"] == 0)
+
+
+def test_a_cli_that_cannot_start_keeps_the_server_up(start_fake: Any, tmp_path: Path) -> None:
+    script = tmp_path / "claude"
+    fake = Path(__file__).parent / "fake_claude.py"
+    script.write_text(fake.read_text())
+    script.chmod(0o755)
+    gateway = start_fake("--claude", str(script), "--spares", "0")
+    script.rename(tmp_path / "away")
+    answer = gateway.ask("hello")
+    assert answer.status == 503
+    assert "cannot be started" in answer.json["error"]["message"]
+    (tmp_path / "away").rename(script)
+    assert gateway.ask("hello").status == 200
+
+
+def test_spares_grow_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with InProcessGateway(tmp_path, spares=1) as gateway:
+        pool = gateway.gateway.pool
+        wait_until(lambda: pool.counts()["idle"] == 1)
+        (first,) = pool._idle
+        monkeypatch.setattr(cc2api, "SPARE_MAX_AGE_S", 0.0)
+        assert gateway.ask("hello").status == 200
+        monkeypatch.undo()
+        assert first not in pool._idle
+        wait_until(lambda: not Path(f"/proc/{first.pid}").exists())

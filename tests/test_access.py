@@ -1,0 +1,249 @@
+"""Who may call, what stays out of sight, and that requests do not show in each other."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import json
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import pytest
+from running import LOGIN, InProcessGateway, RunningGateway, wait_until
+from scripted_api import ScriptedApi, text_reply
+
+import cc2api
+
+BODY: dict[str, Any] = {}  # fails with 400, where the caller is let in
+
+
+@pytest.fixture(scope="module")
+def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[InProcessGateway]:
+    allowed: dict[str, Any] = {
+        "cors_origin": ("https://app.example",),
+        "allowed_host": ("Box.example",),
+    }
+    with InProcessGateway(tmp_path_factory.mktemp("orders"), **allowed) as running:
+        yield running
+
+
+def status(gateway: Any, headers: dict[str, str]) -> int:
+    answer = gateway.request("POST", "/v1/messages", BODY, headers)
+    return int(answer.status)
+
+
+HOSTS = [
+    ("localhost", 400),
+    ("localhost:8080", 400),
+    ("LOCALHOST", 400),
+    ("127.0.0.1:9", 400),
+    ("10.1.2.3", 400),
+    ("[::1]:8080", 400),
+    ("box.example:80", 400),
+    ("evil.example", 403),
+    ("localhost.evil.example", 403),
+    ("127.0.0.1.evil.example", 403),
+]
+
+
+@pytest.mark.parametrize(("host", "expected"), HOSTS)
+def test_a_host_that_is_not_ours_is_refused(
+    gateway: InProcessGateway, host: str, expected: int
+) -> None:
+    assert status(gateway, {"Host": host}) == expected
+
+
+ORIGINS = [
+    ("http://localhost:81", 400),  # its own: the Host below
+    ("https://app.example", 400),
+    ("https://evil.example", 403),
+    ("http://localhost", 403),
+    ("null", 403),
+]
+
+
+@pytest.mark.parametrize(("origin", "expected"), ORIGINS)
+def test_a_foreign_page_is_refused(gateway: InProcessGateway, origin: str, expected: int) -> None:
+    assert status(gateway, {"Host": "localhost:81", "Origin": origin}) == expected
+
+
+def test_an_allowed_page_gets_its_preflight_and_its_headers(gateway: InProcessGateway) -> None:
+    page = {"Origin": "https://app.example"}
+    ask = {**page, "Access-Control-Request-Method": "POST"}
+    preflight = gateway.request("OPTIONS", "/v1/messages", None, ask)
+    assert (preflight.status, preflight.body) == (204, b"")
+    assert preflight.headers["access-control-allow-origin"] == "https://app.example"
+    assert "POST" in preflight.headers["access-control-allow-methods"]
+    assert "x-api-key" in preflight.headers["access-control-allow-headers"]
+    answer = gateway.request("POST", "/v1/messages", BODY, page)
+    assert answer.headers["access-control-allow-origin"] == "https://app.example"
+    foreign = gateway.request("OPTIONS", "/v1/messages", None, {"Origin": "https://evil.example"})
+    assert foreign.status == 403
+    assert "access-control-allow-origin" not in foreign.headers
+
+
+def test_with_keys_a_page_needs_a_key_and_any_host_will_do(tmp_path: Path) -> None:
+    (tmp_path / "apikeys.txt").write_text("sk-1\n")
+    with InProcessGateway(tmp_path) as gateway:
+        page = {"Origin": "https://evil.example", "Host": "box.example"}
+        assert status(gateway, page) == 401
+        assert status(gateway, {**page, "x-api-key": "sk-1"}) == 400
+
+
+def test_on_another_address_an_emptied_or_vanished_key_file_is_401(tmp_path: Path) -> None:
+    keys = tmp_path / "apikeys.txt"
+    keys.write_text("sk-1\n")
+    with InProcessGateway(tmp_path, host="0.0.0.0") as gateway:
+        assert status(gateway, {"x-api-key": "sk-1"}) == 400
+        keys.write_text("# none\n")
+        assert status(gateway, {"x-api-key": "sk-1"}) == 401
+        keys.unlink()
+        assert status(gateway, {"x-api-key": "sk-1"}) == 401
+        assert status(gateway, {}) == 401
+
+
+def test_allow_open_opens_it(tmp_path: Path) -> None:
+    with InProcessGateway(tmp_path, host="0.0.0.0", allow_open=True) as gateway:
+        assert status(gateway, {}) == 400
+
+
+@pytest.mark.parametrize(
+    ("host", "needs"),
+    [
+        ("127.0.0.1", False),
+        ("127.8.8.8", False),
+        ("::1", False),
+        ("localhost", False),
+        ("0.0.0.0", True),
+        ("::", True),
+        ("192.168.1.2", True),
+        ("my-box", True),
+    ],
+)
+def test_keys_are_needed_anywhere_but_on_loopback(host: str, needs: bool) -> None:
+    assert cc2api.needs_keys(cc2api.Settings(host=host)) is needs
+    assert cc2api.needs_keys(cc2api.Settings(host=host, allow_open=True)) is False
+
+
+# ---- out of sight
+
+
+def files_holding(word: bytes, *roots: Path) -> list[Path]:
+    """Return the files below some directories that hold a word."""
+    files = (path for root in roots for path in root.rglob("*") if path.is_file())
+    return [path for path in files if word in path.read_bytes()]
+
+
+@pytest.mark.parametrize("sign_in", ["key", "login"])
+def test_nothing_of_a_request_is_in_argv_environment_files_or_log(
+    start: Any, api: ScriptedApi, sign_in: str
+) -> None:
+    gateway: RunningGateway = start(**({} if sign_in == "key" else {"env": LOGIN}))
+    (gateway.dir / "apikeys.txt").write_text("sk-gateway-secret-1234\n")
+    word = f"mark-{uuid4().hex}"
+    gate = threading.Event()
+    api.on(word, text_reply("a b", gate=gate, gate_after=3))
+    fields = {"system": f"system {word}", "tools": [{"name": word[:20], "input_schema": {}}]}
+    messages = [
+        {"role": "user", "content": f"history {word}"},
+        {"role": "assistant", "content": f"said {word}"},
+        {"role": "user", "content": word},
+    ]
+    with concurrent.futures.ThreadPoolExecutor() as threads:
+        key = {"x-api-key": "sk-gateway-secret-1234"}
+        answer = threads.submit(gateway.post, {"messages": messages, **fields}, key)
+        assert api.wait_for(lambda: bool(api.calls_with(word)))
+        temp = None
+        for pid in gateway.children():
+            for name in ("cmdline", "environ"):
+                assert word.encode() not in Path(f"/proc/{pid}/{name}").read_bytes()
+                assert b"sk-gateway" not in Path(f"/proc/{pid}/{name}").read_bytes()
+            temp = Path(os.readlink(f"/proc/{pid}/cwd")).parent
+        assert temp is not None
+        roots = (gateway.dir, temp, Path("/tmp/claude-0"), Path("/tmp/claude"))
+        assert files_holding(word.encode(), *roots) == []
+        gate.set()
+        assert answer.result().status == 200
+    gateway.wait_for_log("status=200")
+    wait_until(lambda: len(gateway.children()) == 1)
+    assert files_holding(word.encode(), *roots) == []
+    assert list(gateway.dir.rglob("*.jsonl")) == [], "no transcripts"
+    log = "\n".join(gateway.log)
+    assert word not in log
+    assert "sk-gateway-secret" not in log
+    assert "key=…1234" in log
+
+
+def test_user_settings_hooks_and_memory_do_not_reach_the_model(
+    start: Any, api: ScriptedApi, tmp_path: Path
+) -> None:
+    config = tmp_path / "config"
+    config.mkdir()
+    ran = tmp_path / "ran"
+    hook = {"hooks": [{"type": "command", "command": f"touch {ran}"}]}
+    events = ("UserPromptSubmit", "SessionStart", "Stop")
+    server = {"command": "touch", "args": [str(ran)]}
+    (config / "settings.json").write_text(
+        json.dumps({"hooks": {e: [hook] for e in events}, "outputStyle": "Explanatory"})
+    )
+    (config / ".claude.json").write_text(json.dumps({"mcpServers": {"evil": server}}))
+    (config / "CLAUDE.md").write_text("MEMORY-OF-THE-USER")
+    gateway = start(env={**LOGIN, "CLAUDE_CONFIG_DIR": str(config)})
+    (gateway.dir / "CLAUDE.md").write_text("MEMORY-OF-THE-PROJECT")
+    word = f"mark-{uuid4().hex}"
+    assert gateway.ask(word).status == 200
+    body = json.dumps(api.calls_with(word)[0].body)
+    assert "MEMORY-OF" not in body
+    assert '"tools": []' in body
+    assert not ran.exists()
+
+
+# ---- isolation
+
+
+def test_interleaved_requests_show_nothing_of_each_other(start: Any, api: ScriptedApi) -> None:
+    gateway = start("--spares", "2", "--max-concurrency", "4")
+
+    def ask(number: int) -> str:
+        word = f"mark{number}-{uuid4().hex}"
+        fields: dict[str, Any] = {"max_tokens": 2000 + number}
+        if number % 2:
+            fields |= {"temperature": number / 100, "system": f"system {word}"}
+            fields |= {"tools": [{"name": f"tool{number}", "input_schema": {"type": "object"}}]}
+        if number % 3 == 0:
+            fields |= {"stop_sequences": [f"stop{number}"], "effort": "low"}
+        if number % 4 == 0:
+            fields |= {"thinking": {"type": "adaptive"}}
+        headers = {"anthropic-beta": f"beta-{number}"} if number % 2 == 0 else {}
+        model = ("claude-sonnet-4-6", "claude-opus-4-6")[number % 2]
+        messages = [
+            {"role": "user", "content": f"first {word}"},
+            {"role": "assistant", "content": f"second {word}"},
+            {"role": "user", "content": f"third {word}"},
+        ]
+        answer = gateway.post({"model": model, "messages": messages, **fields}, headers)
+        assert answer.status == 200
+        (call,) = api.calls_with(word)
+        body = call.body
+        assert body["model"] == model
+        assert body["max_tokens"] == fields["max_tokens"]
+        assert len(body["messages"]) == 3
+        assert body.get("temperature", 1) == fields.get("temperature", 1)
+        assert body["tools"] == fields.get("tools", [])
+        assert body.get("stop_sequences") == fields.get("stop_sequences")
+        assert body["thinking"] == fields.get("thinking", {"type": "disabled"})
+        assert body["output_config"]["effort"] == fields.get("effort", "high")
+        system = fields.get("system", "You are a helpful assistant.")
+        assert body["system"][-1]["text"] == system
+        betas = [b for b in call.headers["anthropic-beta"].split(",") if b.startswith("beta-")]
+        assert betas == ([f"beta-{number}"] if headers else [])
+        return word
+
+    with concurrent.futures.ThreadPoolExecutor(6) as threads:
+        words = list(threads.map(ask, range(24)))
+    for word in words:
+        seen = [call for call in api.calls if word in json.dumps(call.body)]
+        assert len(seen) == 1, "in its own request and in no other"
