@@ -135,8 +135,6 @@ class Call:
     path: str
     headers: dict[str, str]
     body: JsonObject
-    began: float
-    ended: float = float("inf")
 
     def last_user_text(self) -> str:
         """Return all the text of the last user message, tool results included."""
@@ -237,13 +235,7 @@ class _Handler(BaseHTTPRequestHandler):
         if not self.path.startswith("/v1/messages"):
             return self._json(404, _error(404, self.path), {})
         headers = {k.lower(): v for k, v in self.headers.items()}
-        call = Call(self.path, headers, body, time.monotonic())
-        try:
-            self._reply(self.server.api.record(call), body)
-        finally:
-            call.ended = time.monotonic()
-
-    def _reply(self, reply: Reply, body: JsonObject) -> None:
+        reply = self.server.api.record(Call(self.path, headers, body))
         if reply.gate is not None and reply.gate_after == 0:
             try:
                 self._wait_or_leave(reply.gate)
