@@ -64,6 +64,14 @@ def test_readme_help_and_settings_list_the_same_options() -> None:
         assert text in re.sub(r"\s+", " ", shown)
 
 
+def test_each_row_of_what_happens_when_is_a_test() -> None:
+    table = README.partition("## What happens when")[2].partition("\n## ")[0]
+    named = re.findall(r"\| `(test_\w+)` \|$", table, re.MULTILINE)
+    assert len(named) == len(re.findall(r"^\| (?!this|---)", table, re.MULTILINE)) > 20
+    sources = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
+    assert [name for name in named if f"def {name}(" not in sources] == []
+
+
 def test_the_seeds_example_answers_as_the_seed_shows(gateway: RunningGateway) -> None:
     answer = gateway.ask(
         "Translate this into bash: list all Python files recursively.",
