@@ -168,7 +168,6 @@ class ApiError(Exception):
     """An error the client is shown: `status`, Anthropic `type`, message, optional `details`."""
 
     status = 500
-    retry_after_s: int | None = None
 
     def __init__(
         self,
@@ -177,12 +176,14 @@ class ApiError(Exception):
         status: int | None = None,
         kind: str | None = None,
         details: JsonObject | None = None,
+        retry_after_s: int | None = None,
     ) -> None:
         super().__init__(message)
         self.status = status or self.status
         fallback = "api_error" if self.status >= 500 else "invalid_request_error"
         self.kind = kind or TYPE_BY_STATUS.get(self.status, fallback)
         self.details = details
+        self.retry_after_s = retry_after_s
 
 
 class InvalidRequest(ApiError):
@@ -197,41 +198,10 @@ class NotAuthenticated(ApiError):
     status = 401
 
 
-class NotFound(ApiError):
-    """No such route or model."""
-
-    status = 404
-
-
-class BodyTooLarge(ApiError):
-    """The request body is over `MAX_BODY_BYTES`."""
-
-    status = 413
-
-
 class CliFailed(ApiError):
     """The child could not be started, died, or broke its protocol."""
 
     status = 502
-
-
-class AnswerTimeout(ApiError):
-    """The whole answer took longer than `--timeout`."""
-
-    status = 504
-
-
-class Overloaded(ApiError):
-    """As many requests wait as may wait."""
-
-    status = 529
-    retry_after_s = OVERLOADED_RETRY_AFTER_S
-
-
-class Forbidden(ApiError):
-    """A web page or a host name that is not let in."""
-
-    status = 403
 
 
 class ClientGone(Exception):
@@ -337,12 +307,9 @@ class Turn:
     ignored: tuple[str, ...]  # unknown top-level fields, for one warning in the log
 
 
-EFFORTS: Final = ("low", "medium", "high", "xhigh", "max")
-
-
 @dataclass(frozen=True, slots=True)
 class _Rule:
-    """What a field must be: its kind, bounds or choices, and for an object the rules of its own."""
+    """What a field must be: its kind, lower and upper bound or choices, and its own fields."""
 
     kind: type
     required: bool = False  # else absent and null are fine
@@ -353,83 +320,86 @@ class _Rule:
 
 
 _Shape = Mapping[str, _Rule]
-_NEEDED_TEXT: Final = _Rule(str, required=True)
-_MARK: Final[_Shape] = {
-    "type": _Rule(str, required=True, choices=("ephemeral",)),
-    "ttl": _Rule(str, choices=("5m", "1h")),
+_KINDS: Final = {
+    **{"string": str, "integer": int, "number": float, "boolean": bool},
+    **{"dictionary": dict, "list": list, "any": object},
 }
-_CACHEABLE: Final[_Shape] = {"cache_control": _Rule(dict, shape=_MARK)}
-_FORMAT: Final[_Shape] = {
-    "type": _Rule(str, required=True, choices=("json_schema",)),
-    "schema": _Rule(dict, required=True),
-}
+_KIND_NAMES: Final = {kind: name for name, kind in _KINDS.items()}
+_RULE: Final = re.compile(
+    r"(?P<name>\w+)(?P<required>!?):(?P<kind>\w+)"
+    r"(?:=(?P<choices>[\w|/-]+))?(?:>=(?P<low>\d+))?(?:<=(?P<high>\d+))?\Z"
+)
+
+
+def _shape(rules: str, **shapes: _Shape) -> _Shape:
+    """Read rules as `name:kind`, with `!` behind a required name, and `=a|b`, `>=0`, `<=1`.
+
+    `shapes` are those of the fields that are dictionaries.
+    """
+    shape = {}
+    for text in rules.split():
+        rule = cast("re.Match[str]", _RULE.match(text))
+        shape[rule["name"]] = _Rule(
+            kind=_KINDS[rule["kind"]],
+            required=bool(rule["required"]),
+            low=float(rule["low"] or "-inf"),
+            high=float(rule["high"] or "inf"),
+            choices=tuple(rule["choices"].split("|")) if rule["choices"] else (),
+            shape=shapes.get(rule["name"], {}),
+        )
+    return shape
+
+
+_CACHEABLE: Final = _shape(
+    "cache_control:dictionary", cache_control=_shape("type!:string=ephemeral ttl:string=5m|1h")
+)
+_FORMAT: Final = _shape("type!:string=json_schema schema!:dictionary")
+_EFFORT: Final = "effort:string=low|medium|high|xhigh|max"
 # Fields that travel in CLAUDE_CODE_EXTRA_BODY just as they came. The sampling parameters, tools and
 # tool_choice have no other way; the rest are stable fields, or beta ones that a client sends
 # together with its `anthropic-beta` header.
-_PASSED: Final[_Shape] = {
-    "temperature": _Rule(float, low=0, high=1),
-    "top_p": _Rule(float, low=0, high=1),
-    "top_k": _Rule(int, low=0),
-    "stop_sequences": _Rule(list),
-    "tools": _Rule(list),
-    "tool_choice": _Rule(
-        dict,
-        shape={
-            "type": _Rule(str, required=True, choices=("auto", "any", "tool", "none")),
-            "name": _Rule(str),
-        },
-    ),
-    "service_tier": _Rule(str),
-    "speed": _Rule(str),
-    "container": _Rule(object),
-    "inference_geo": _Rule(str),
-    "diagnostics": _Rule(dict),
-    "mcp_servers": _Rule(list),
-    "context_management": _Rule(dict),
-}
-_THINKING: Final[_Shape] = {
-    "type": _Rule(str, required=True, choices=("enabled", "adaptive", "disabled", "between_tools")),
-    "budget_tokens": _Rule(int, low=1024),  # the API's own minimum
-    "display": _Rule(str),
-}
-_REQUEST: Final[_Shape] = {
+_PASSED: Final = _shape(
+    "temperature:number>=0<=1 top_p:number>=0<=1 top_k:integer>=0 stop_sequences:list tools:list"
+    " tool_choice:dictionary service_tier:string speed:string container:any inference_geo:string"
+    " diagnostics:dictionary mcp_servers:list context_management:dictionary",
+    tool_choice=_shape("type!:string=auto|any|tool|none name:string"),
+)
+_REQUEST: Final = {
     **_PASSED,
     **_CACHEABLE,  # the CLI marks the last block itself, which is what the top-level field asks for
-    "model": _NEEDED_TEXT,
-    "messages": _Rule(list, required=True),
-    "max_tokens": _Rule(int, low=0),
-    "stream": _Rule(bool),
-    "system": _Rule(object),
-    "thinking": _Rule(dict, shape=_THINKING),
-    "effort": _Rule(str, choices=EFFORTS),  # this gateway's own, older form of the next
-    "output_config": _Rule(
-        dict,
-        shape={"effort": _Rule(str, choices=EFFORTS), "format": _Rule(dict, shape=_FORMAT)},
+    **_shape(
+        "model!:string messages!:list max_tokens:integer>=0 stream:boolean system:any"
+        " thinking:dictionary output_config:dictionary output_format:dictionary"
+        " metadata:dictionary thread:any",
+        thinking=_shape(
+            "type!:string=enabled|adaptive|disabled|between_tools budget_tokens:integer>=1024"
+            " display:string"
+        ),
+        output_config={**_shape("format:dictionary", format=_FORMAT), **_shape(_EFFORT)},
+        output_format=_FORMAT,  # the older form of output_config.format
     ),
-    "output_format": _Rule(dict, shape=_FORMAT),  # the older form of output_config.format
-    "metadata": _Rule(dict),  # accepted and dropped: the CLI sends its own
-    "thread": _Rule(object),
+    **_shape(_EFFORT),  # this gateway's own, older form of output_config.effort
 }
+_TOOL: Final = {**_shape("type:string name:string"), **_CACHEABLE}
+_CUSTOM_TOOL: Final = _shape("name!:string input_schema!:dictionary")
+_TEXT_BLOCK: Final = {**_shape("type!:string=text text!:string"), **_CACHEABLE}
+_ENTRY: Final = _shape("role!:string=user|assistant|system content!:any")
 
 # The content blocks: where each may stand, and its required fields. Others pass verbatim.
 _USER, _ASSISTANT, _RESULT = "user messages", "assistant messages", "tool results"
-_TOOL_USE: Final = {"id": _NEEDED_TEXT, "name": _NEEDED_TEXT, "input": _Rule(dict, required=True)}
-_SOURCE: Final = {"source": _Rule(dict, required=True)}
+_TOOL_USE: Final = _shape("id!:string name!:string input!:dictionary")
 _BLOCKS: Final[dict[str, tuple[tuple[str, ...], _Shape]]] = {
-    "text": ((_USER, _ASSISTANT, _RESULT), {"text": _NEEDED_TEXT}),
-    "image": ((_USER, _RESULT), _SOURCE),
-    "document": ((_USER, _ASSISTANT, _RESULT), _SOURCE),
-    "search_result": (
-        (_USER, _RESULT),
-        {"source": _NEEDED_TEXT, "title": _NEEDED_TEXT, "content": _Rule(list, required=True)},
-    ),
-    "tool_result": ((_USER,), {"tool_use_id": _NEEDED_TEXT, "is_error": _Rule(bool)}),
-    "container_upload": ((_USER,), {"file_id": _NEEDED_TEXT}),
-    "tool_reference": ((_RESULT,), {"tool_name": _NEEDED_TEXT}),
+    "text": ((_USER, _ASSISTANT, _RESULT), _shape("text!:string")),
+    "image": ((_USER, _RESULT), _shape("source!:dictionary")),
+    "document": ((_USER, _ASSISTANT, _RESULT), _shape("source!:dictionary")),
+    "search_result": ((_USER, _RESULT), _shape("source!:string title!:string content!:list")),
+    "tool_result": ((_USER,), _shape("tool_use_id!:string is_error:boolean")),
+    "container_upload": ((_USER,), _shape("file_id!:string")),
+    "tool_reference": ((_RESULT,), _shape("tool_name!:string")),
     "browser_state": ((_RESULT,), {}),
     "tool_use": ((_ASSISTANT,), _TOOL_USE),
-    "thinking": ((_ASSISTANT,), {"thinking": _NEEDED_TEXT, "signature": _NEEDED_TEXT}),
-    "redacted_thinking": ((_ASSISTANT,), {"data": _NEEDED_TEXT}),
+    "thinking": ((_ASSISTANT,), _shape("thinking!:string signature!:string")),
+    "redacted_thinking": ((_ASSISTANT,), _shape("data!:string")),
     "server_tool_use": ((_ASSISTANT,), _TOOL_USE),
     "mcp_tool_use": ((_ASSISTANT,), _TOOL_USE),
     "compaction": ((_ASSISTANT,), {}),
@@ -440,32 +410,28 @@ _SERVER_TOOLS: Final = (
     *("code_execution", "bash_code_execution", "text_editor_code_execution"),
 )
 for _tool in _SERVER_TOOLS:
-    _BLOCKS[f"{_tool}_tool_result"] = ((_ASSISTANT,), {"tool_use_id": _NEEDED_TEXT})
-
+    _BLOCKS[f"{_tool}_tool_result"] = ((_ASSISTANT,), _shape("tool_use_id!:string"))
+_BLOCK: Final = {"type": _Rule(str, required=True, choices=tuple(_BLOCKS)), **_CACHEABLE}
 _IMAGE_MAGIC: Final = {
     "image/png": b"\x89PNG\r\n\x1a\n",
     "image/jpeg": b"\xff\xd8\xff",
     "image/gif": b"GIF8",
     "image/webp": b"RIFF",
 }
-_ENCODED: Final = {"data": _NEEDED_TEXT}
+_URL, _FILE = _shape("url!:string"), _shape("file_id!:string")
 _SOURCES: Final[dict[str, dict[str, _Shape]]] = {
     "image": {
-        "base64": {**_ENCODED, "media_type": _Rule(str, True, choices=tuple(_IMAGE_MAGIC))},
-        "url": {"url": _NEEDED_TEXT},
-        "file": {"file_id": _NEEDED_TEXT},
+        "base64": _shape(f"media_type!:string={'|'.join(_IMAGE_MAGIC)} data!:string"),
+        "url": _URL,
+        "file": _FILE,
     },
     "document": {
-        "base64": {**_ENCODED, "media_type": _Rule(str, True, choices=("application/pdf",))},
-        "text": {**_ENCODED, "media_type": _Rule(str, True, choices=("text/plain",))},
-        "url": {"url": _NEEDED_TEXT},
-        "file": {"file_id": _NEEDED_TEXT},
-        "content": {"content": _Rule(object, required=True)},
+        "base64": _shape("media_type!:string=application/pdf data!:string"),
+        "text": _shape("media_type!:string=text/plain data!:string"),
+        "url": _URL,
+        "file": _FILE,
+        "content": _shape("content!:any"),
     },
-}
-_KIND_NAMES: Final[dict[type, str]] = {
-    **{str: "string", int: "integer", float: "number"},
-    **{bool: "boolean", dict: "dictionary", list: "list"},
 }
 _TOOL_NAME: Final = re.compile(r"[a-zA-Z0-9_-]{1,128}\Z")
 _BETA: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*\Z")
@@ -630,10 +596,9 @@ def _parse_system(body: JsonObject) -> tuple[str, ...]:
     """Return the system prompt's texts; the CLI joins them with a blank line."""
     if isinstance(body.get("system"), str):
         return (body["system"],) if body["system"].strip() else ()
-    rules = {"type": _Rule(str, required=True, choices=("text",)), "text": _NEEDED_TEXT}
     texts = []
     for path, block in _objects(body, "system"):
-        _check(block, f"{path}.", {**rules, **_CACHEABLE})
+        _check(block, f"{path}.", _TEXT_BLOCK)
         if not block["text"].strip():
             raise InvalidRequest("system: text content blocks must be non-empty")
         texts.append(block["text"])
@@ -644,10 +609,9 @@ def _check_tools(body: JsonObject) -> None:
     """Check what the API would refuse of tools and lists; the rest of a tool passes verbatim."""
     names = set()
     for path, tool in _objects(body, "tools"):
-        _check(tool, f"{path}.", {"type": _Rule(str), "name": _Rule(str), **_CACHEABLE})
+        _check(tool, f"{path}.", _TOOL)
         if tool.get("type") in (None, "custom"):  # typed tools need neither name nor schema
-            rules = {"name": _NEEDED_TEXT, "input_schema": _Rule(dict, required=True)}
-            _check(tool, f"{path}.custom.", rules)
+            _check(tool, f"{path}.custom.", _CUSTOM_TOOL)
         name = tool.get("name")
         if name is not None and not _TOOL_NAME.match(name):
             problem = "String should match pattern '^[a-zA-Z0-9_-]{1,128}$'"
@@ -725,9 +689,7 @@ def _parse_messages(body: JsonObject) -> list[Message]:
 
 
 def _parse_message(path: str, entry: JsonObject) -> _Parsed:
-    roles = ("user", "assistant", "system")
-    rules = {"role": _Rule(str, True, choices=roles), "content": _Rule(object, required=True)}
-    _check(entry, f"{path}.", rules)
+    _check(entry, f"{path}.", _ENTRY)
     content = entry["content"]
     if content in ("", []):
         raise InvalidRequest(
@@ -749,19 +711,19 @@ def _parse_message(path: str, entry: JsonObject) -> _Parsed:
 
 def _as_reminder(path: str, block: JsonObject) -> _Placed:
     """Turn a block of a mid-conversation system entry into user text, in the CLI's own form."""
-    _check(block, f"{path}.", {"type": _Rule(str, choices=("text",))})
+    _check(block, f"{path}.", _TEXT_BLOCK)
     return path, {**block, "text": f"<system-reminder>\n{block['text']}\n</system-reminder>"}
 
 
 def _check_block(block: Any, path: str, where: str) -> None:
     """Check one content block: known type, in its place, with its required fields."""
     _check_value(block, path, _Rule(dict))
-    _check(block, f"{path}.", {"type": _Rule(str, True, choices=tuple(_BLOCKS))})
+    _check(block, f"{path}.", _BLOCK)
     kind = block["type"]
     places, shape = _BLOCKS[kind]
     if where not in places:
         raise InvalidRequest(f"{path}: `{kind}` blocks are not allowed in {where}")
-    _check(block, f"{path}.{kind}.", {**shape, **_CACHEABLE})
+    _check(block, f"{path}.{kind}.", shape)
     if kind == "text" and not block["text"].strip():
         problem = "contain non-whitespace text" if block["text"] else "be non-empty"
         raise InvalidRequest(f"{path}: text content blocks must {problem}")
@@ -1387,14 +1349,18 @@ class Pool:
     def acquire(self, patience: Patience) -> Child:
         """Take an idle child, or wait in order for one.
 
-        Raises Overloaded, CliFailed, and what the patience raises.
+        Raises ApiError (529), CliFailed, and what the patience raises.
         """
         waiter = _Waiter()
         with self._changed:
             if self._closed:
                 raise CliFailed("the gateway is shutting down", status=503)
             if len(self._waiters) >= self._max_waiting + self._room():
-                raise Overloaded("Overloaded: too many requests are waiting")
+                raise ApiError(
+                    "Overloaded: too many requests are waiting",
+                    status=529,
+                    retry_after_s=OVERLOADED_RETRY_AFTER_S,
+                )
             self._waiters.append(waiter)
             self._serve_waiters()
             self._changed.notify_all()
@@ -1439,11 +1405,7 @@ class Pool:
     def counts(self) -> dict[str, int]:
         """Return how many children there are in each state."""
         with self._changed:
-            return {
-                "idle": len(self._idle),
-                "busy": len(self._lent),
-                "ending": len(self._ending),
-            }
+            return {"idle": len(self._idle), "busy": len(self._lent), "ending": len(self._ending)}
 
     def close(self) -> None:
         """End every child, lent ones too, and wait until the last is reaped."""
@@ -1579,28 +1541,24 @@ _DECORATION: Final = re.compile(
 _MODEL_ISSUE: Final = re.compile(r"There's an issue with the selected model \((.*?)\)", re.DOTALL)
 
 
-_INDEX: Final[_Shape] = {"index": _Rule(int, required=True)}
-_TYPED: Final = _Rule(dict, required=True, shape={"type": _NEEDED_TEXT})
-_MESSAGE: Final[_Shape] = {
-    "id": _NEEDED_TEXT,
-    "content": _Rule(list, required=True),
-    "usage": _Rule(dict, required=True),
-}
 _EVENTS: Final[dict[str, _Shape]] = {  # the events that are handed on, and what they must hold
-    "message_start": {"message": _Rule(dict, required=True, shape=_MESSAGE)},
-    "content_block_start": {**_INDEX, "content_block": _TYPED},
-    "content_block_delta": {**_INDEX, "delta": _TYPED},
-    "content_block_stop": _INDEX,
-    "message_delta": {
-        "delta": _Rule(dict, required=True, shape={"stop_reason": _Rule(str)}),
-        "usage": _Rule(dict, required=True),
-    },
+    "message_start": _shape(
+        "message!:dictionary", message=_shape("id!:string content!:list usage!:dictionary")
+    ),
+    "content_block_start": _shape(
+        "index!:integer content_block!:dictionary", content_block=_shape("type!:string")
+    ),
+    "content_block_delta": _shape("index!:integer delta!:dictionary", delta=_shape("type!:string")),
+    "content_block_stop": _shape("index!:integer"),
+    "message_delta": _shape(
+        "delta!:dictionary usage!:dictionary", delta=_shape("stop_reason:string")
+    ),
 }
-_DELTAS: Final = {  # the field that a delta must hold as a string
-    "text_delta": "text",
-    "thinking_delta": "thinking",
-    "signature_delta": "signature",
-    "input_json_delta": "partial_json",
+_DELTAS: Final[dict[str, _Shape]] = {
+    "text_delta": _shape("text!:string"),
+    "thinking_delta": _shape("thinking!:string"),
+    "signature_delta": _shape("signature!:string"),
+    "input_json_delta": _shape("partial_json!:string"),
 }
 
 
@@ -1691,9 +1649,7 @@ class AnswerReader:
             _check(block, "content_block.", _BLOCKS.get(block["type"], ((), {}))[1])
             self._blocks += 1
         elif kind == "content_block_delta":
-            delta = event["delta"]
-            if name := _DELTAS.get(delta["type"]):
-                _check(delta, "delta.", {name: _NEEDED_TEXT})
+            _check(event["delta"], "delta.", _DELTAS.get(event["delta"]["type"], {}))
         self._block_is_open = kind in ("content_block_start", "content_block_delta")
 
 
@@ -1732,7 +1688,7 @@ def to_api_error(result: JsonObject, cli_error: str | None = None) -> ApiError:
     if not isinstance(status, int) or not 400 <= status <= 599:
         status = STATUS_BY_TYPE.get(kind or "") or _STATUS_BY_CLI_ERROR.get(cli_error or "", 502)
     if model := _MODEL_ISSUE.match(text):
-        return NotFound(f"model: {model.group(1)}")
+        return ApiError(f"model: {model.group(1)}", status=404)
     if decorated := _DECORATION.match(text):
         text = decorated.group("message")
     return ApiError(text, status=status, kind=kind)
@@ -1809,8 +1765,7 @@ def parse_chat_request(body: JsonObject, *, login: bool = False) -> Turn:
     system: list[JsonObject] = []
     messages: list[JsonObject] = []
     for path, entry in _objects(body, "messages"):
-        roles = ("system", "developer", "user", "assistant")
-        _check(entry, f"{path}.", {"role": _Rule(str, required=True, choices=roles)})
+        _check(entry, f"{path}.", _shape("role!:string=system|developer|user|assistant"))
         if entry["role"] in ("system", "developer"):
             system.append({"type": "text", "text": _chat_text(entry, path)})
         else:
@@ -1832,12 +1787,11 @@ def _chat_text(entry: JsonObject, path: str) -> str:
     """Return a chat message's text, given as a string or as text parts."""
     content = entry.get("content")
     if not isinstance(content, list):
-        _check(entry, f"{path}.", {"content": _NEEDED_TEXT})
+        _check(entry, f"{path}.", _shape("content!:string"))
         return str(content)
-    rules = {"type": _Rule(str, required=True, choices=("text",)), "text": _NEEDED_TEXT}
     for index, part in enumerate(content):
         _check_value(part, f"{path}.content.{index}", _Rule(dict))
-        _check(part, f"{path}.content.{index}.", rules)
+        _check(part, f"{path}.content.{index}.", _TEXT_BLOCK)
     return "".join(part["text"] for part in content)
 
 
@@ -1905,7 +1859,7 @@ class Gateway:
         The last event is always message_stop. `tick` is called every TICK_S and may raise
         ClientGone. Raises ApiError; closing the generator early ends the child at once.
         """
-        late = AnswerTimeout(f"no whole answer within {self.settings.timeout:g} s")
+        late = ApiError(f"no whole answer within {self.settings.timeout:g} s", status=504)
         patience = Patience(self.settings.timeout, tick, late)
         for attempt in range(1, SETUP_ATTEMPTS + 1):
             child = self.pool.acquire(patience)
@@ -2017,6 +1971,9 @@ class Head:
         return next(iter(self.all(name)), "")
 
 
+_TOO_LARGE: Final = f"Request exceeds the maximum size of {MAX_BODY_BYTES} bytes"
+
+
 class BadFraming(ApiError):
     """What was sent is not HTTP as it should be; the connection is closed after the answer."""
 
@@ -2044,7 +2001,7 @@ def parse_head(lines: Sequence[bytes]) -> Head:
 def body_length(head: Head) -> int | None:
     """Return the length of the body that follows a head; None where it comes in chunks.
 
-    Raises BadFraming, where it is not certain, and BodyTooLarge.
+    Raises BadFraming, where it is not certain or too large.
     """
     codings, lengths = head.all("transfer-encoding"), head.all("content-length")
     if codings:
@@ -2056,7 +2013,7 @@ def body_length(head: Head) -> int | None:
     if len(lengths) > 1 or not re.fullmatch("[0-9]+", lengths[0]):
         raise BadFraming("Content-Length must be given once, as a decimal number")
     if len(lengths[0]) > len(str(MAX_BODY_BYTES)) or int(lengths[0]) > MAX_BODY_BYTES:
-        raise BodyTooLarge(f"Request exceeds the maximum size of {MAX_BODY_BYTES} bytes")
+        raise BadFraming(_TOO_LARGE, status=413)
     return int(lengths[0])
 
 
@@ -2098,7 +2055,7 @@ class ClientStream:
         body = bytearray()
         while size := self._read_chunk_size(deadline):
             if len(body) + size > MAX_BODY_BYTES:
-                raise BodyTooLarge(f"Request exceeds the maximum size of {MAX_BODY_BYTES} bytes")
+                raise BadFraming(_TOO_LARGE, status=413)
             body += self._read_exactly(size, deadline)
             if self.read_line(2, deadline):
                 raise BadFraming("a chunk is longer than announced")
@@ -2339,7 +2296,7 @@ class Handler(BaseRequestHandler):
             self._send(204, b"", {"allow": f"{method or 'GET'}, OPTIONS"})
             return
         if not name:
-            raise NotFound(f"{self._head.method} {self._head.path}: no such route")
+            raise ApiError(f"{self._head.method} {self._head.path}: no such route", status=404)
         if self._head.method != method and (self._head.method, method) != ("HEAD", "GET"):
             raise ApiError(f"{self._head.method} is not allowed here, {method} is", status=405)
         if method == "POST":
@@ -2361,10 +2318,12 @@ class Handler(BaseRequestHandler):
             return
         name = re.sub(r":\d*\Z", "", host).strip("[]").lower()
         if name and not is_own_name(name, settings):
-            raise Forbidden(f"Host {_quoted(name, 100)} is not served; see --allowed-host")
+            raise ApiError(
+                f"Host {_quoted(name, 100)} is not served; see --allowed-host", status=403
+            )
         own = (f"http://{host}", f"https://{host}")
         if origin and not self._cors and origin not in own:
-            raise Forbidden("pages of this origin may not call; see --cors-origin")
+            raise ApiError("pages of this origin may not call; see --cors-origin", status=403)
 
     # ---- routes
 

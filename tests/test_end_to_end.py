@@ -306,12 +306,7 @@ THINKING = [
 
 @pytest.mark.parametrize(("asked", "model", "sent"), THINKING)
 def test_thinking_goes_upstream_as_asked(
-    gateway: RunningGateway,
-    api: ScriptedApi,
-    claude: str,
-    asked: Any,
-    model: str,
-    sent: JsonObject,
+    gateway: RunningGateway, api: ScriptedApi, claude: str, asked: Any, model: str, sent: JsonObject
 ) -> None:
     if model == "claude-opus-5-5" and is_older(claude):
         sent = {"type": "disabled"}  # it does not know the model

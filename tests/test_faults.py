@@ -100,9 +100,7 @@ def test_a_killed_spare_is_skipped_and_replaced(start_fake: Any) -> None:
     wait_until(lambda: len(set(gateway.children()) - set(killed)) == 2)
 
 
-def test_a_claimed_spare_is_replaced_and_each_process_serves_one_request(
-    start_fake: Any,
-) -> None:
+def test_a_claimed_spare_is_replaced_and_each_process_serves_one_request(start_fake: Any) -> None:
     gateway = start_fake("--spares", "1")
     wait_until(lambda: len(gateway.children()) == 1)
     first = gateway.children()

@@ -13,11 +13,7 @@ import pytest
 import cc2api
 
 JsonObject = dict[str, Any]
-BASE: JsonObject = {
-    "model": "m",
-    "max_tokens": 8,
-    "messages": [{"role": "user", "content": "hi"}],
-}
+BASE: JsonObject = {"model": "m", "max_tokens": 8, "messages": [{"role": "user", "content": "hi"}]}
 PNG = "iVBORw0KGgoAAAANSUhEUg=="
 USE = {"type": "tool_use", "id": "t1", "name": "f", "input": {}}
 RESULT = {"type": "tool_result", "tool_use_id": "t1", "content": "r"}
@@ -158,7 +154,7 @@ BAD: list[tuple[JsonObject, str]] = [
     ),
     (
         in_user({"type": "text", "text": "x", "cache_control": {"type": "ephemeral", "ttl": "2h"}}),
-        "messages.0.content.0.text.cache_control.ttl: ",
+        "messages.0.content.0.cache_control.ttl: ",
     ),
     (
         {"messages": [*BASE["messages"], {"role": "system", "content": [image(data=PNG)]}]},
