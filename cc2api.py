@@ -177,6 +177,7 @@ class ApiError(Exception):
         kind: str | None = None,
         details: JsonObject | None = None,
         retry_after_s: int | None = None,
+        should_retry: bool | None = None,
     ) -> None:
         super().__init__(message)
         self.status = status or self.status
@@ -184,6 +185,7 @@ class ApiError(Exception):
         self.kind = kind or TYPE_BY_STATUS.get(self.status, fallback)
         self.details = details
         self.retry_after_s = retry_after_s
+        self.should_retry = should_retry  # False: SDKs would only pay for the same again
 
 
 class InvalidRequest(ApiError):
@@ -214,6 +216,7 @@ class ClientGone(Exception):
 
 
 OPEN: Final = "open"  # the caller's name where no key is asked for
+MIN_NAMED_KEY: Final = 12  # characters; of a shorter key four would tell too much
 
 
 class KeyFile:
@@ -224,43 +227,28 @@ class KeyFile:
         self.path = Path(path)
         self.required = required
 
-    def load(self) -> list[str]:
-        """Return the keys, [] where there are none.
-
-        Raises NotAuthenticated when there is a file that cannot be read or decoded.
-        """
+    def load(self) -> list[str] | None:
+        """Return the keys, [] for none; None where there is a file that cannot be read."""
         try:
             text = self.path.read_bytes().decode("utf-8-sig")
         except FileNotFoundError:
             return []
         except (OSError, UnicodeDecodeError) as exc:
             log.error("key file %s cannot be read, nobody is let in: %s", self.path, exc)
-            raise NotAuthenticated("the gateway's key file cannot be read") from exc
+            return None
         lines = (line.strip() for line in text.split("\n"))
         return [line for line in lines if line and not line.startswith("#")]
-
-    def are_asked_for(self) -> bool:
-        """Say whether callers need a key."""
-        try:
-            return self.required or bool(self.load())
-        except NotAuthenticated:
-            return True
-
-    def is_usable(self) -> bool:
-        """Say whether there is a key that a caller could give."""
-        try:
-            return bool(self.load())
-        except NotAuthenticated:
-            return False
 
     def check(self, api_key: str, authorization: str) -> str:
         """Return the caller's name for the log: OPEN, or the last four characters of its key.
 
         Takes the values of the headers `x-api-key`, which wins as on the public API, and
-        `Authorization`, each "" where absent.
-        Raises NotAuthenticated when keys are in force and the caller has none of them.
+        `Authorization`, each "" where absent. Raises NotAuthenticated when keys are in force and
+        the caller has none of them.
         """
         keys = self.load()
+        if keys is None:
+            raise NotAuthenticated("the gateway's key file cannot be read")
         if not keys and not self.required:
             return OPEN
         scheme, _, token = authorization.strip().partition(" ")
@@ -271,7 +259,7 @@ class KeyFile:
         matches = [hmac.compare_digest(given.encode(), key.encode()) for key in keys]
         if not any(matches):
             raise NotAuthenticated("invalid x-api-key or bearer token")
-        return "…" + given[-4:]
+        return "…" + (given[-4:] if len(given) >= MIN_NAMED_KEY else "")
 
 
 # ===================================================================== Requests
@@ -372,7 +360,7 @@ _REQUEST: Final = {
         " thinking:dictionary output_config:dictionary output_format:dictionary"
         " metadata:dictionary thread:any",
         thinking=_shape(
-            "type!:string=enabled|adaptive|disabled|between_tools budget_tokens:integer>=1024"
+            "type!:string=enabled|adaptive|disabled|between_tools budget_tokens:integer"
             " display:string"
         ),
         output_config={**_shape("format:dictionary", format=_FORMAT), **_shape(_EFFORT)},
@@ -394,7 +382,7 @@ _BLOCKS: Final[dict[str, tuple[tuple[str, ...], _Shape]]] = {
     "document": ((_USER, _ASSISTANT, _RESULT), _shape("source!:dictionary")),
     "search_result": ((_USER, _RESULT), _shape("source!:string title!:string content!:list")),
     "tool_result": ((_USER,), _shape("tool_use_id!:string is_error:boolean")),
-    "container_upload": ((_USER,), _shape("file_id!:string")),
+    "container_upload": ((_USER, _ASSISTANT), _shape("file_id!:string")),
     "tool_reference": ((_RESULT,), _shape("tool_name!:string")),
     "browser_state": ((_RESULT,), {}),
     "tool_use": ((_ASSISTANT,), _TOOL_USE),
@@ -402,6 +390,7 @@ _BLOCKS: Final[dict[str, tuple[tuple[str, ...], _Shape]]] = {
     "redacted_thinking": ((_ASSISTANT,), _shape("data!:string")),
     "server_tool_use": ((_ASSISTANT,), _TOOL_USE),
     "mcp_tool_use": ((_ASSISTANT,), _TOOL_USE),
+    "mcp_tool_listing": ((_ASSISTANT,), {}),
     "compaction": ((_ASSISTANT,), {}),
     "fallback": ((_ASSISTANT,), {}),
 }
@@ -512,7 +501,9 @@ def _parse_turn(body: JsonObject, betas: str, *, login: bool) -> Turn:
         raise InvalidRequest("model: String should have at least 1 character")
     _check_tools(body)
     system = _parse_system(body)
-    thinking = _parse_thinking(body)
+    thinking = body.get("thinking")
+    if thinking is not None and thinking["type"] == "disabled":
+        thinking = None
     if thinking is None and body.get("top_p") is not None and body.get("temperature") is None:
         # With thinking off the CLI sends temperature 1 (seen, 2.1.330), and upstream refuses the
         # two together. Off by way of the body, it sends none.
@@ -626,20 +617,6 @@ def _check_tools(body: JsonObject) -> None:
         _check_value(sequence, f"stop_sequences.{index}", _Rule(str))
 
 
-def _parse_thinking(body: JsonObject) -> JsonObject | None:
-    """Return the `thinking` object where it turns thinking on; None where it is off or absent."""
-    thinking: JsonObject | None = body.get("thinking")
-    if thinking is None or thinking["type"] == "disabled":
-        return None
-    if thinking["type"] == "enabled":
-        budget, max_tokens = thinking.get("budget_tokens"), body.get("max_tokens")
-        if budget is None:
-            raise InvalidRequest("thinking.enabled.budget_tokens: Field required")
-        if max_tokens is not None and budget >= max_tokens:
-            raise InvalidRequest("`max_tokens` must be greater than `thinking.budget_tokens`.")
-    return thinking
-
-
 def _parse_betas(header: str) -> tuple[str, ...]:
     """Split an anthropic-beta header; the CLI's own names of itself are left to the CLI."""
     names = (name.strip() for name in header.split(","))
@@ -676,6 +653,11 @@ def _parse_messages(body: JsonObject) -> list[Message]:
         blocks = [placed for part in parts for placed in part.blocks]
         if any(part.folded for part in parts):  # tool results must stay in front
             blocks.sort(key=lambda placed: placed[1]["type"] != "tool_result")
+        if all("thinking" in block["type"] for _, block in blocks):  # the CLI would drop it
+            path = blocks[-1][0].partition(".content")[0]
+            raise InvalidRequest(
+                f"{path}: The final block in an assistant message cannot be `thinking`."
+            )
         whole = parts[0].text if len(parts) == 1 else None
         messages.append(Message(role, [b for _, b in blocks] if whole is None else whole))
         all_blocks.append(blocks)
@@ -773,14 +755,21 @@ def _check_tool_result(block: JsonObject, path: str) -> None:
 def _check_tool_pairs(messages: Sequence[list[_Placed]]) -> None:
     """Check that each tool_use is answered in the next message, and each result has its tool_use.
 
-    The CLI would invent the missing result and blank the orphan; the API refuses both.
+    The CLI would invent the missing result and blank the orphan; the API refuses both. A server
+    tool has its result in the same message.
     """
     seen: set[str] = set()
     asked: list[str] = []  # the ids of the message before
     asked_path = ""
     for blocks in messages:
         answered = []
+        results = [block.get("tool_use_id") for _, block in blocks]
         for path, block in blocks:
+            if block["type"] == "server_tool_use" and block["id"] not in results:
+                raise InvalidRequest(
+                    f"{path}: `{block['name']}` tool use with id `{block['id']}` was found without"
+                    f" a corresponding `{block['name']}_tool_result` block"
+                )
             if block["type"] != "tool_result":
                 continue
             if block["tool_use_id"] not in asked or block["tool_use_id"] in answered:
@@ -1158,8 +1147,10 @@ class Child:
         return bool(self._lines)
 
     def kill(self) -> None:
-        """End the process at once (SIGKILL); `reap` collects it."""
-        self._process.kill()
+        """End the process at once, and what it has started; `reap` collects it."""
+        if self._process.poll() is None:  # so that the group is still its own
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self.pid, signal.SIGKILL)
 
     def finish(self) -> None:
         """Close the child's stdin: the CLI ends by itself after what it is doing."""
@@ -1222,7 +1213,8 @@ class Child:
         with contextlib.suppress(KeyError, OSError):  # what it said last may still be in the pipe
             os.set_blocking(self._stderr, False)
             self._read_stderr()
-        words = self._last_words.decode("utf-8", "replace").strip()
+        # on one line, and nothing in it that could pass for a line of its own
+        words = " ".join(self._last_words.decode("ascii", "replace").split())
         code = self._process.returncode
         how = "closed its output" if code is None else f"ended with status {code}"
         return f"claude {how}" + (f": {words}" if words else "")
@@ -1245,7 +1237,9 @@ def open_turn(child: Child, turn: Turn, patience: Patience) -> None:
         child.send(to_line(message, model))
         if message.role == "user":
             # user lines are queued but assistant lines applied at once: wait, or order is lost
-            while child.read_line(patience).get("type") != "result":
+            silent = ChildDied("claude did not take the history in time")
+            short = patience.at_most(CONTROL_TIMEOUT_S, silent)
+            while child.read_line(short).get("type") != "result":
                 pass
 
 
@@ -1367,7 +1361,7 @@ class Pool:
         try:
             while not waiter.ready.wait(patience.slice_s()):
                 pass
-        except (ApiError, ClientGone):
+        except BaseException:
             with self._changed:
                 waiter.has_left = True
                 if waiter in self._waiters:
@@ -1411,7 +1405,9 @@ class Pool:
         """End every child, lent ones too, and wait until the last is reaped."""
         with self._changed:
             self._closed = True
-            for child in (*self._idle, *self._lent):
+            for child in self._lent:
+                child.kill()  # whoever has it notices, and releases it
+            for child in self._idle:
                 child.kill()
                 self._ending[child] = time.monotonic()
             self._idle.clear()
@@ -1419,7 +1415,7 @@ class Pool:
                 waiter.ready.set()
             self._waiters.clear()
             self._changed.notify_all()
-        self._keeper.join()
+        self._keeper.join(EXIT_GRACE_S)
 
     def _room(self) -> int:
         """Return how many more children may be lent. Holds the lock."""
@@ -1461,7 +1457,7 @@ class Pool:
                     waiter = self._waiters.popleft()
                     self._starting = 1
                 elif not self._lacks_spare():
-                    if self._closed and not self._ending:
+                    if self._closed and not self._ending and not self._lent:
                         return
                     self._changed.wait(REAP_TICK_S if self._ending else KEEPER_TICK_S)
                     continue
@@ -1485,7 +1481,7 @@ class Pool:
         child, failure = None, ""
         try:
             child = self._start()
-        except OSError as exc:
+        except Exception as exc:  # noqa: BLE001 - without this thread nothing works any more
             failure = f"claude cannot be started: {exc}"
             log.error("%s", failure)
         with self._changed:
@@ -1554,6 +1550,11 @@ _EVENTS: Final[dict[str, _Shape]] = {  # the events that are handed on, and what
         "delta!:dictionary usage!:dictionary", delta=_shape("stop_reason:string")
     ),
 }
+_BLOCK_DEFAULTS: Final[dict[str, JsonObject]] = {
+    "text": {"text": ""},
+    "thinking": {"thinking": "", "signature": ""},
+    "tool_use": {"input": {}},
+}
 _DELTAS: Final[dict[str, _Shape]] = {
     "text_delta": _shape("text!:string"),
     "thinking_delta": _shape("thinking!:string"),
@@ -1619,6 +1620,12 @@ class AnswerReader:
             return []
         if self.started == (kind == "message_start"):
             return []
+        block = event.get("content_block")
+        if kind == "content_block_start" and isinstance(block, dict):
+            # some Anthropic-compatible upstreams leave these out, and SDKs stumble over that
+            defaults = _BLOCK_DEFAULTS.get(str(block.get("type")), {})
+            missing = {name: value for name, value in defaults.items() if name not in block}
+            event = {**event, "content_block": {**block, **missing}}
         try:
             self._check_event(event, kind)
         except InvalidRequest as exc:
@@ -1627,7 +1634,7 @@ class AnswerReader:
             self.started = True
         elif kind == "content_block_delta":
             self.has_delta = True
-            self._says_something |= bool(event["delta"].get("text", "").strip())
+            self._says_something |= bool(str(event["delta"].get("text") or "").strip())
         elif kind == "content_block_start":
             self._says_something |= event["content_block"]["type"] == "tool_use"
         elif kind == "message_delta" and event["delta"].get("stop_reason") is not None:
@@ -1740,7 +1747,7 @@ def _parse_input(text: str) -> Any:
     """Parse a tool's input; {} where max_tokens cut it short or nothing was sent."""
     try:
         return json.loads(text) if text else {}
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
 
 
@@ -1760,8 +1767,10 @@ _FINISH_REASONS: Final = {
 
 def parse_chat_request(body: JsonObject, *, login: bool = False) -> Turn:
     """Check a chat completions request and return it as a Turn. Raises InvalidRequest."""
-    if body.get("stream"):
-        raise InvalidRequest("stream: this endpoint does not stream yet; use /v1/messages")
+    for name in ("stream", "tools", "functions", "response_format"):
+        if body.get(name):
+            raise InvalidRequest(f"{name}: not supported on this endpoint yet; use /v1/messages")
+    _check(body, "", _shape("temperature:number>=0<=2 n:integer<=1"))
     system: list[JsonObject] = []
     messages: list[JsonObject] = []
     for path, entry in _objects(body, "messages"):
@@ -1773,6 +1782,8 @@ def parse_chat_request(body: JsonObject, *, login: bool = False) -> Turn:
     max_tokens = body.get("max_completion_tokens") or body.get("max_tokens")
     stop = body.get("stop")
     passed = {name: body.get(name) for name in ("model", "temperature", "top_p")}
+    if passed["temperature"] is not None:
+        passed["temperature"] = min(passed["temperature"], 1)
     translated = {
         **passed,
         "messages": messages,
@@ -1859,7 +1870,8 @@ class Gateway:
         The last event is always message_stop. `tick` is called every TICK_S and may raise
         ClientGone. Raises ApiError; closing the generator early ends the child at once.
         """
-        late = ApiError(f"no whole answer within {self.settings.timeout:g} s", status=504)
+        message = f"no whole answer within {self.settings.timeout:g} s"
+        late = ApiError(message, status=504, should_retry=False)
         patience = Patience(self.settings.timeout, tick, late)
         for attempt in range(1, SETUP_ATTEMPTS + 1):
             child = self.pool.acquire(patience)
@@ -1934,14 +1946,10 @@ def needs_keys(settings: Settings) -> bool:
 
 JSON_TYPE: Final = "application/json"
 SSE_TYPE: Final = "text/event-stream; charset=utf-8"
-# What a browser may send across origins: what the SDKs for JavaScript do send.
 CORS_HEADERS: Final = {
     "access-control-allow-methods": "GET, POST, OPTIONS",
-    "access-control-allow-headers": "authorization, content-type, x-api-key, anthropic-version,"
-    " anthropic-beta, anthropic-dangerous-direct-browser-access, x-stainless-arch,"
-    " x-stainless-helper-method, x-stainless-lang, x-stainless-os, x-stainless-package-version,"
-    " x-stainless-retry-count, x-stainless-runtime, x-stainless-runtime-version,"
-    " x-stainless-timeout",
+    "access-control-allow-headers": "authorization, *",  # the star does not cover authorization
+    "access-control-expose-headers": "request-id, x-request-id, retry-after",
     "access-control-max-age": "600",
 }
 _UNSAFE: Final = re.compile(r"[^\x21-\x7e]|[\"\\=]")
@@ -2095,8 +2103,10 @@ class ClientStream:
 
     def _fill(self, deadline: float) -> None:
         """Read some bytes into the buffer."""
-        self._sock.settimeout(max(0.001, deadline - time.monotonic()))
         try:
+            if (left := deadline - time.monotonic()) <= 0:
+                raise TimeoutError
+            self._sock.settimeout(left)
             data = self._sock.recv(READ_BYTES)
         except TimeoutError:
             raise BadFraming("the request did not come in time", status=408) from None
@@ -2183,7 +2193,11 @@ class Server(ThreadingHTTPServer):
             log.warning("over %d connections: one was turned away", MAX_CONNECTIONS)
             self.shutdown_request(request)
             return
-        super().process_request(request, client_address)
+        try:
+            super().process_request(request, client_address)
+        except BaseException:  # no thread to be had
+            self._free_places.release()
+            raise
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
         """Run a connection, then free its place."""
@@ -2256,7 +2270,7 @@ class Handler(BaseRequestHandler):
         self._head = Head("-", "-", True, ())
         self._started_at = self._last_write_at = time.monotonic()
         self._request_id = "req_" + uuid.uuid4().hex[:24]
-        self._body_is_unread = True
+        self._body_left: int | None = 0  # of the request, None in chunks
         self._streams = False  # the client asked for a stream
         self._has_begun = False  # the 200 is out
         self._in_message = False  # message_start is out
@@ -2289,6 +2303,7 @@ class Handler(BaseRequestHandler):
     def _route(self) -> None:
         if self.server.is_stopping:
             raise CliFailed("the gateway is shutting down", status=503)
+        self._body_left = body_length(self._head)
         key, bearer = self._head.get("x-api-key"), self._head.get("authorization")
         self._check_origin()
         method, name = self.ROUTES.get(self._head.path, ("", ""))
@@ -2314,7 +2329,8 @@ class Handler(BaseRequestHandler):
             if allowed in ("*", origin):
                 self._cors = {**CORS_HEADERS, "access-control-allow-origin": allowed}
                 self._cors["vary"] = "origin"
-        if self.server.gateway.keys.are_asked_for():
+        keys = self.server.gateway.keys
+        if keys.required or keys.load() != []:
             return
         name = re.sub(r":\d*\Z", "", host).strip("[]").lower()
         if name and not is_own_name(name, settings):
@@ -2354,11 +2370,10 @@ class Handler(BaseRequestHandler):
     # ---- reading the request
 
     def _read_json(self) -> JsonObject:
-        length = body_length(self._head)
         if self._head.get("expect").lower() == "100-continue":
             self._write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        raw = self._stream.read_body(length)
-        self._body_is_unread = False
+        raw = self._stream.read_body(self._body_left)
+        self._body_left = 0
         log.debug("%s request %s", self._request_id, raw.decode("utf-8", "replace"))
         return parse_json(raw)
 
@@ -2414,17 +2429,16 @@ class Handler(BaseRequestHandler):
 
     def _send(self, status: int, data: bytes, headers: Mapping[str, str]) -> None:
         self._note["status"] = status
-        if self._body_is_unread and (self._head.get("content-length") not in ("", "0")):
-            self._closing = True  # nobody reads it: where the next request begins is unknown
-        if self._head.all("transfer-encoding") and self._body_is_unread:
-            self._closing = True
+        # with a body that nobody reads, it is not known where the next request begins
+        self._closing = self._closing or self._body_left != 0
         sized = headers if status == 204 else {**headers, "content-length": str(len(data))}
         head = self._to_head(status, sized)
         self._write(head if self._head.method == "HEAD" else head + data)
 
     def _send_error(self, error: ApiError) -> None:
         """Answer with an error: JSON with its status, or an event where a stream has begun."""
-        self._note["error"] = _quoted(str(error), 200)
+        self._note["error"] = error.kind  # the message may quote the request
+        log.debug("%s error %s", self._request_id, error)
         self._closing = self._closing or isinstance(error, BadFraming)
         is_openai = self._head.path.endswith("/chat/completions")
         body = to_openai_error(error) if is_openai else to_anthropic_error(error, self._request_id)
@@ -2437,6 +2451,8 @@ class Handler(BaseRequestHandler):
             headers["allow"] = self.ROUTES[self._head.path][0]
         if error.retry_after_s is not None:
             headers["retry-after"] = str(error.retry_after_s)
+        if error.should_retry is not None:
+            headers["x-should-retry"] = str(error.should_retry).lower()
         self._send_json(error.status, body, headers)
 
     def _to_head(self, status: int, headers: Mapping[str, str]) -> bytes:
@@ -2505,7 +2521,7 @@ def build_parser(environ: Mapping[str, str]) -> argparse.ArgumentParser:
     for option in dataclasses.fields(Settings):
         flag = "--" + option.name.replace("_", "-")
         variable = "CC2API_" + option.name.upper()
-        default = environ.get(variable, option.default)
+        default = environ.get(variable) or option.default
         text = option.metadata["help"]
         if str(option.type).startswith("bool"):
             if isinstance(default, str):
@@ -2515,8 +2531,7 @@ def build_parser(environ: Mapping[str, str]) -> argparse.ArgumentParser:
             continue
         metavar = option.metadata["metavar"]
         if str(option.type).startswith("tuple"):
-            values = [v.strip() for v in default.split(",")] if isinstance(default, str) else []
-            parser.add_argument(flag, action="append", default=values, metavar=metavar, help=text)
+            parser.add_argument(flag, action="append", metavar=metavar, help=text)
             continue
         if option.default not in (None, ""):
             text += " (default: %(default)s)"
@@ -2531,10 +2546,11 @@ def parse_args(argv: Sequence[str] | None, environ: Mapping[str, str]) -> Settin
     given = vars(parser.parse_args(argv))
     for option in dataclasses.fields(Settings):
         value, low = given[option.name], option.metadata["low"]
-        if isinstance(value, (int, float)) and not low <= value:
-            parser.error(f"--{option.name.replace('_', '-')} must be at least {low:g}")
-        if isinstance(value, list):
-            given[option.name] = tuple(value)
+        if isinstance(value, (int, float)) and not low <= value < float("inf"):
+            parser.error(f"--{option.name.replace('_', '-')} must be at least {low:g}, and finite")
+        if str(option.type).startswith("tuple"):
+            listed = environ.get("CC2API_" + option.name.upper(), "").split(",")
+            given[option.name] = tuple(value or filter(None, map(str.strip, listed)))
     if given["port"] > 65535:
         parser.error("--port must be between 0 and 65535")
     return Settings(**given)
@@ -2542,13 +2558,13 @@ def parse_args(argv: Sequence[str] | None, environ: Mapping[str, str]) -> Settin
 
 def banner(gateway: Gateway, url: str, sign_in: str) -> str:
     """Return what is printed at the start."""
-    try:
-        count = len(gateway.keys.load())
-        keys = (
-            f"{count} in {gateway.keys.path}" if count else "open: anyone who can connect may call"
-        )
-    except NotAuthenticated as exc:
-        keys = f"NOBODY CAN CALL: {exc}"
+    loaded = gateway.keys.load()
+    if loaded is None:
+        keys = f"NOBODY CAN CALL: {gateway.keys.path} cannot be read"
+    elif loaded:
+        keys = f"{len(loaded)} in {gateway.keys.path}"
+    else:
+        keys = "open: anyone who can connect may call"
     auth = " -H 'x-api-key: YOUR-KEY'" if not keys.startswith("open") else ""
     return f"""\
 cc2api {__version__} listens on {url}
@@ -2582,7 +2598,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         format="%(asctime)s %(levelname)s %(message)s",
         stream=sys.stderr,
     )
-    if needs_keys(settings) and not KeyFile(settings.keys).is_usable():
+    if needs_keys(settings) and not KeyFile(settings.keys).load():
         where = f"{settings.host} is not a loopback address and {settings.keys} holds no key"
         print(f"cc2api: {where}: add one, or use --allow-open", file=sys.stderr)
         return 1

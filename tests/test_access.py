@@ -77,7 +77,7 @@ def test_an_allowed_page_gets_its_preflight_and_its_headers(gateway: InProcessGa
     assert (preflight.status, preflight.body) == (204, b"")
     assert preflight.headers["access-control-allow-origin"] == "https://app.example"
     assert "POST" in preflight.headers["access-control-allow-methods"]
-    assert "x-api-key" in preflight.headers["access-control-allow-headers"]
+    assert preflight.headers["access-control-allow-headers"] == "authorization, *"
     answer = gateway.request("POST", "/v1/messages", BODY, page)
     assert answer.headers["access-control-allow-origin"] == "https://app.example"
     foreign = gateway.request("OPTIONS", "/v1/messages", None, {"Origin": "https://evil.example"})

@@ -149,6 +149,7 @@ def test_models_are_resolved_by_the_clis_own_list() -> None:
 STARTS: list[tuple[list[str], dict[str, str], int, str]] = [
     (["--port", "70000"], {}, 2, "--port must be between"),
     (["--spares", "-1"], {}, 2, "--spares must be at least 0"),
+    (["--timeout", "inf"], {}, 2, "and finite"),
     (["--nope"], {}, 2, "unrecognized arguments"),
     ([], {"CC2API_SPARES": "many"}, 2, "invalid int value: 'many'"),
     (["--host", "203.0.113.7"], {}, 1, "add one, or use --allow-open"),
@@ -177,6 +178,10 @@ def test_flags_beat_variables_beat_defaults() -> None:
     assert settings == cc2api.Settings(port=9001, debug=True, bare=False, spares=3)
     assert cc2api.parse_args(["--port", "1", "--bare"], environ).port == 1
     assert cc2api.parse_args([], {}) == cc2api.Settings()
+    assert cc2api.parse_args([], {"CC2API_BARE": "", "CC2API_PORT": ""}) == cc2api.Settings()
+    origins = {"CC2API_CORS_ORIGIN": "https://a, https://b"}
+    assert cc2api.parse_args([], origins).cors_origin == ("https://a", "https://b")
+    assert cc2api.parse_args(["--cors-origin", "c"], origins).cors_origin == ("c",)
 
 
 def test_a_port_in_use_is_one_line(tmp_path: Path, start_fake: Any) -> None:

@@ -155,3 +155,11 @@ def test_a_refusal_that_the_cli_kept_to_itself_is_told() -> None:
         {"type": "message_delta", "delta": delta, "usage": {"output_tokens": 42}},
         {"type": "message_stop"},
     ]
+
+
+def test_what_some_upstreams_leave_out_of_a_block_is_filled_in() -> None:
+    reader = cc2api.AnswerReader()
+    reader.feed(line(next(Reply().events("m"))))
+    bare = {"type": "content_block_start", "index": 0, "content_block": {"type": "thinking"}}
+    (event,) = reader.feed(line(bare))
+    assert event["content_block"] == {"type": "thinking", "thinking": "", "signature": ""}

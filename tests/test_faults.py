@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from running import InProcessGateway, wait_until
+from running import InProcessGateway, children_of, wait_until
 
 import cc2api
 
@@ -201,3 +201,34 @@ def test_spares_grow_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         monkeypatch.undo()
         assert first not in pool._idle
         wait_until(lambda: not Path(f"/proc/{first.pid}").exists())
+
+
+def test_what_a_wrapper_around_the_cli_has_started_is_killed_too(
+    start_fake: Any, tmp_path: Path
+) -> None:
+    wrapper = tmp_path / "claude"
+    fake = Path(__file__).parent / "fake_claude.py"
+    wrapper.write_text(f'#!/bin/sh\n{fake} "$@"\nexit $?\n')
+    wrapper.chmod(0o755)
+    gateway = start_fake("--claude", str(wrapper), "--spares", "1")
+    wait_until(lambda: len(gateway.children()) == 1)
+    (shell,) = gateway.children()
+    wait_until(lambda: len(children_of(shell)) == 1)
+    (real,) = children_of(shell)
+    assert gateway.stop() == 0
+    wait_until(lambda: not Path(f"/proc/{real}").exists())
+
+
+def test_the_pool_survives_whatever_starting_a_child_raises(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with InProcessGateway(tmp_path) as gateway:
+        start = gateway.gateway.pool._start
+
+        def fail() -> cc2api.Child:
+            raise MemoryError("no more")
+
+        monkeypatch.setattr(gateway.gateway.pool, "_start", fail)
+        assert gateway.ask("hello").status == 503
+        monkeypatch.setattr(gateway.gateway.pool, "_start", start)
+        assert gateway.ask("hello").status == 200

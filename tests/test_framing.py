@@ -181,6 +181,34 @@ def test_bad_framing_is_answered_in_json_and_closed(
     assert json.loads(body)["type"] == "error"
 
 
+@pytest.mark.parametrize("path", [b"/", b"/nope", b"/v1/messages"])
+@pytest.mark.parametrize("method", [b"GET", b"OPTIONS", b"DELETE"])
+def test_a_body_that_nobody_reads_is_never_taken_for_a_request(
+    gateway: InProcessGateway, method: bytes, path: bytes
+) -> None:
+    smuggled = b"GET /smuggled HTTP/1.1\r\n" + HOST + b"\r\n"
+    head = method + b" " + path + b" HTTP/1.1\r\n" + HOST
+    length = b"Content-Length: %d\r\n" % len(smuggled)
+    for lengths in (length, b"Content-Length: 0\r\n" + length, b"Content-Length:\r\n" + length):
+        said = talk(gateway.port, head + lengths + b"\r\n" + smuggled)
+        assert said.count(b"HTTP/1.1 ") == 1
+
+
+def test_a_flooding_client_does_not_hold_its_place(
+    gateway: InProcessGateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cc2api, "LINGER_S", 0.3)
+    with socket.create_connection(("127.0.0.1", gateway.port), timeout=20) as sock:
+        sock.sendall(b"bad\r\n")
+        with pytest.raises(OSError):  # noqa: PT011 - reset or broken pipe, as it happens
+            send_for_ever(sock)
+
+
+def send_for_ever(sock: socket.socket) -> None:
+    while True:
+        sock.sendall(b"x" * 10_000)
+
+
 def test_a_chunked_request_is_answered(gateway: InProcessGateway) -> None:
     chunked = b"%x\r\n%b\r\n0\r\n\r\n" % (len(BODY), BODY)
     head = b"POST /v1/messages HTTP/1.1\r\n" + HOST + b"Transfer-Encoding: chunked\r\n\r\n"

@@ -173,6 +173,7 @@ def test_an_answer_that_takes_too_long_is_504_or_an_error_event(
     with InProcessGateway(tmp_path, timeout=1.0) as gateway:
         whole = gateway.ask(order)
         assert (whole.status, whole.json["error"]["type"]) == (504, "timeout_error")
+        assert whole.headers["x-should-retry"] == "false", "it would only be paid for again"
         streamed = gateway.ask(order, stream=True)
         if order == "stall":
             assert streamed.status == 504

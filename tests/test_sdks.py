@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from uuid import uuid4
 
 import anthropic
@@ -12,8 +13,10 @@ from scripted_api import DEFAULT_TEXT, Reply, ScriptedApi
 
 
 @pytest.fixture
-def client(gateway: RunningGateway) -> anthropic.Anthropic:
-    return anthropic.Anthropic(base_url=gateway.url, api_key="none-needed", max_retries=0)
+def client(gateway: RunningGateway) -> Iterator[anthropic.Anthropic]:
+    key = "none-needed"
+    with anthropic.Anthropic(base_url=gateway.url, api_key=key, max_retries=0) as made:
+        yield made
 
 
 def test_anthropic_create(client: anthropic.Anthropic) -> None:
@@ -63,10 +66,10 @@ def test_anthropic_errors_are_of_their_classes(
 
 
 def test_openai_create(gateway: RunningGateway) -> None:
-    client = openai.OpenAI(base_url=gateway.url + "/v1", api_key="none-needed", max_retries=0)
-    completion = client.chat.completions.create(
-        model="claude-code", messages=[{"role": "user", "content": "hi"}]
-    )
+    with openai.OpenAI(base_url=gateway.url + "/v1", api_key="none-needed") as client:
+        completion = client.chat.completions.create(
+            model="claude-code", messages=[{"role": "user", "content": "hi"}]
+        )
     assert completion.choices[0].message.content == DEFAULT_TEXT
     assert completion.usage is not None
     assert completion.usage.total_tokens == 61
