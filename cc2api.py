@@ -1752,8 +1752,44 @@ def _parse_input(text: str) -> Any:
 
 
 # =========================================================== OpenAI translation
-# OpenAI chat completions to the Messages API and back. Pure. Text only, and not streaming, so far.
+# OpenAI chat completions to the Messages API and back: a translation, not a second pipeline. Pure.
 
+_CHAT: Final = _shape(
+    "model!:string messages!:list stream:boolean stream_options:dictionary n:integer>=1<=1"
+    " temperature:number>=0<=2 top_p:number>=0<=1 max_tokens:integer>=1 user:string"
+    " max_completion_tokens:integer>=1 tools:list functions:list parallel_tool_calls:boolean"
+    " response_format:dictionary"
+    " reasoning_effort:string=none|minimal|low|medium|high|xhigh|max",
+    stream_options=_shape("include_usage:boolean"),
+    response_format=_shape(
+        "type!:string=text|json_object|json_schema json_schema:dictionary",
+        json_schema=_shape("schema!:dictionary"),
+    ),
+)
+_CHAT_ENTRY: Final = _shape("role!:string=system|developer|user|assistant|tool|function")
+_FUNCTION: Final = _shape("name!:string description:string parameters:dictionary strict:boolean")
+_CHAT_TOOL: Final = _shape("type!:string=function|custom function:dictionary custom:dictionary")
+_TOOL_CALL: Final = _shape(
+    "id!:string function:dictionary custom:dictionary",
+    function=_shape("name!:string arguments:string"),
+    custom=_shape("name!:string input!:string"),
+)
+_PART_TYPES: Final = "type!:string=text|refusal|image_url|file"
+_PART: Final[dict[str, _Shape]] = {
+    "text": _shape("text!:string"),
+    "refusal": _shape("refusal!:string"),
+    "image_url": _shape("image_url!:dictionary", image_url=_shape("url!:string")),
+    "file": _shape("file!:dictionary", file=_shape("file_data!:string filename:string")),
+}
+_DATA_URL: Final = re.compile(r"data:([\w.+-]+/[\w.+-]+)(?:;[\w=-]+)*;base64,(.*)\Z", re.DOTALL)
+_NO_PARAMETERS: Final = {"type": "object", "properties": {}}
+_CUSTOM_INPUT: Final = {
+    "type": "object",
+    "properties": {"input": {"type": "string"}},
+    "required": ["input"],
+}
+_JSON_OBJECT_PROMPT: Final = "Answer with one bare JSON object and nothing else: no code fences."
+_EFFORT_BY_REASONING: Final = {"none": None, "minimal": "low"}  # others keep their name
 _FINISH_REASONS: Final = {
     "end_turn": "stop",
     "stop_sequence": "stop",
@@ -1765,69 +1801,406 @@ _FINISH_REASONS: Final = {
 }
 
 
-def parse_chat_request(body: JsonObject, *, login: bool = False) -> Turn:
-    """Check a chat completions request and return it as a Turn. Raises InvalidRequest."""
-    for name in ("stream", "tools", "functions", "response_format"):
+@dataclass(frozen=True, slots=True)
+class ChatStyle:
+    """How the client wants its chat completion, beyond what a Turn says."""
+
+    created: int  # Unix seconds
+    include_usage: bool = False
+    custom_tools: frozenset[str] = frozenset()  # answered as `custom`, not `function`
+    is_legacy: bool = False  # `functions` were given: answered as `function_call`
+
+
+def parse_chat_request(
+    body: JsonObject, created: int, *, login: bool = False
+) -> tuple[Turn, ChatStyle]:
+    """Check a chat completions request; return the Turn, and the style of the answer.
+
+    Raises InvalidRequest. Fields that Anthropic's own OpenAI layer ignores are ignored.
+    """
+    for name in ("audio", "logprobs", "top_logprobs"):
         if body.get(name):
-            raise InvalidRequest(f"{name}: not supported on this endpoint yet; use /v1/messages")
-    _check(body, "", _shape("temperature:number>=0<=2 n:integer<=1"))
-    system: list[JsonObject] = []
-    messages: list[JsonObject] = []
-    for path, entry in _objects(body, "messages"):
-        _check(entry, f"{path}.", _shape("role!:string=system|developer|user|assistant"))
-        if entry["role"] in ("system", "developer"):
-            system.append({"type": "text", "text": _chat_text(entry, path)})
-        else:
-            messages.append({"role": entry["role"], "content": _chat_text(entry, path)})
-    max_tokens = body.get("max_completion_tokens") or body.get("max_tokens")
+            raise InvalidRequest(f"{name}: not supported by this gateway")
+    if "audio" in (body.get("modalities") or []):
+        raise InvalidRequest("modalities: audio is not supported by this gateway")
+    if (body.get("n") or 1) != 1:
+        raise InvalidRequest("n: only 1 is supported by this gateway")
+    _check(body, "", _CHAT)
+    tools, custom = _chat_tools(body)
+    choice, tools = _chat_tool_choice(body, tools)
+    system, messages = _chat_messages(body)
+    form = body.get("response_format") or {}
+    if form.get("type") == "json_object":
+        system.append({"type": "text", "text": _JSON_OBJECT_PROMPT})
+    if form.get("type") == "json_schema" and not form.get("json_schema"):
+        raise InvalidRequest("response_format.json_schema: Field required")
+    effort = body.get("reasoning_effort")
     stop = body.get("stop")
-    passed = {name: body.get(name) for name in ("model", "temperature", "top_p")}
-    if passed["temperature"] is not None:
-        passed["temperature"] = min(passed["temperature"], 1)
+    stops = [stop] if isinstance(stop, str) else stop
+    temperature = body.get("temperature")
     translated = {
-        **passed,
+        "model": body["model"],
         "messages": messages,
         "system": system,
-        "max_tokens": max_tokens,
-        "stop_sequences": [stop] if isinstance(stop, str) else stop,
+        "stream": body.get("stream"),
+        "max_tokens": body.get("max_completion_tokens") or body.get("max_tokens"),
+        "temperature": None if temperature is None else min(temperature, 1),
+        "top_p": body.get("top_p"),
+        "stop_sequences": stops and [s for s in stops if not isinstance(s, str) or s.strip()],
+        "tools": tools or None,
+        "tool_choice": choice if tools else None,
+        "effort": _EFFORT_BY_REASONING.get(effort, effort) if effort else None,
+        "output_format": None,
     }
-    return _parse_turn(translated, "", login=login)
+    if form.get("type") == "json_schema":
+        schema = form["json_schema"]["schema"]
+        translated["output_format"] = {"type": "json_schema", "schema": schema}
+    turn = _parse_turn(translated, "", login=login)
+    usage = bool((body.get("stream_options") or {}).get("include_usage"))
+    return turn, ChatStyle(created, usage, custom, bool(body.get("functions")))
 
 
-def _chat_text(entry: JsonObject, path: str) -> str:
-    """Return a chat message's text, given as a string or as text parts."""
+def _chat_tools(body: JsonObject) -> tuple[list[JsonObject], frozenset[str]]:
+    """Return the tools in Anthropic's form, and the names of those that are `custom`."""
+    tools, custom = [], set()
+    for path, tool in _objects(body, "tools"):
+        _check(tool, f"{path}.", _CHAT_TOOL)
+        kind = tool["type"]
+        inner: Any = tool.get(kind)
+        _check_value(inner, f"{path}.{kind}", _Rule(dict))
+        _check(inner, f"{path}.{kind}.", _FUNCTION)
+        if kind == "custom":
+            custom.add(inner["name"])
+        tools.append(_to_tool(inner, _CUSTOM_INPUT if kind == "custom" else _NO_PARAMETERS))
+    for path, function in _objects(body, "functions"):
+        _check(function, f"{path}.", _FUNCTION)
+        tools.append(_to_tool(function, _NO_PARAMETERS))
+    return tools, frozenset(custom)
+
+
+def _to_tool(function: JsonObject, default_schema: JsonObject) -> JsonObject:
+    schema = function.get("parameters") or default_schema
+    tool = {name: function.get(name) for name in ("name", "description", "strict")}
+    return {**_without_nulls(tool), "input_schema": schema}
+
+
+def _chat_tool_choice(
+    body: JsonObject, tools: list[JsonObject]
+) -> tuple[JsonObject | None, list[JsonObject]]:
+    """Return tool_choice in Anthropic's form, and the tools that it leaves."""
+    choice = body.get("tool_choice") or body.get("function_call")
+    simple = {"none": "none", "auto": "auto", "required": "any"}
+    named: Any = None
+    if isinstance(choice, dict):
+        kind = str(choice.get("type", "function"))
+        named = choice if "name" in choice else choice.get(kind)
+        if kind == "allowed_tools" and isinstance(named, dict):
+            allowed = [tool.get(tool.get("type")) for tool in named.get("tools") or []]
+            names = [function.get("name") for function in allowed if isinstance(function, dict)]
+            tools = [tool for tool in tools if tool["name"] in names]
+            choice, named = named.get("mode", "auto"), None
+    if named is not None and isinstance(named, dict) and isinstance(named.get("name"), str):
+        result = {"type": "tool", "name": named["name"]}
+    elif choice is None or (isinstance(choice, str) and choice in simple):
+        result = {"type": simple[choice or "auto"]}
+    else:
+        raise InvalidRequest("tool_choice: Input should be none, auto, required or name a tool")
+    if body.get("parallel_tool_calls") is False and result["type"] != "none":
+        return {**result, "disable_parallel_tool_use": True}, tools
+    return (result if choice is not None else None), tools
+
+
+def _chat_messages(body: JsonObject) -> tuple[list[JsonObject], list[JsonObject]]:
+    """Return system blocks, hoisted from wherever they stand, and the messages."""
+    system: list[JsonObject] = []
+    messages: list[JsonObject] = []
+    called: dict[str, str] = {}  # ids of tool calls that have been made; by name for `function`
+    for path, entry in _objects(body, "messages"):
+        _check(entry, f"{path}.", _CHAT_ENTRY)
+        role = entry["role"]
+        if role in ("system", "developer"):
+            system += [block for block in _chat_blocks(entry, path) if block["text"].strip()]
+        elif role == "user":
+            messages.append({"role": "user", "content": _chat_blocks(entry, path)})
+        elif role == "assistant":
+            blocks = [*_chat_blocks(entry, path), *_chat_calls(entry, path)]
+            called.update({b["id"]: b["id"] for b in blocks if b["type"] == "tool_use"})
+            called.update({b["name"]: b["id"] for b in blocks if b["type"] == "tool_use"})
+            kept = [block for block in blocks if block["type"] != "text" or block["text"].strip()]
+            if kept:
+                messages.append({"role": "assistant", "content": kept})
+        else:
+            field_name = "tool_call_id" if role == "tool" else "name"
+            call = entry.get(field_name)
+            if not isinstance(call, str) or call not in called:
+                raise InvalidRequest(f"{path}.{field_name}: no such tool call was made before")
+            result: JsonObject = {"type": "tool_result", "tool_use_id": called[call]}
+            content = [b for b in _chat_blocks(entry, path) if b.get("text") != ""]
+            messages.append({"role": "user", "content": [{**result, "content": content}]})
+    return system, messages
+
+
+def _chat_blocks(entry: JsonObject, path: str) -> list[JsonObject]:
+    """Return a chat message's content as Anthropic blocks."""
     content = entry.get("content")
+    if content is None and entry["role"] == "assistant":
+        content = entry.get("refusal") or ""
+    if isinstance(content, str):
+        return [{"type": "text", "text": content}] if content or entry["role"] == "user" else []
     if not isinstance(content, list):
-        _check(entry, f"{path}.", _shape("content!:string"))
-        return str(content)
+        raise InvalidRequest(f"{path}.content: Input should be a valid string or list")
+    blocks = []
     for index, part in enumerate(content):
-        _check_value(part, f"{path}.content.{index}", _Rule(dict))
-        _check(part, f"{path}.content.{index}.", _TEXT_BLOCK)
-    return "".join(part["text"] for part in content)
+        place = f"{path}.content.{index}"
+        _check_value(part, place, _Rule(dict))
+        _check(part, f"{place}.", _shape(_PART_TYPES))
+        _check(part, f"{place}.", _PART[part["type"]])
+        if part["type"] in ("image_url", "file") and entry["role"] != "user":
+            raise InvalidRequest(f"{place}.type: only text is taken in {entry['role']} messages")
+        blocks.append(_chat_part(part, place))
+    return blocks
 
 
-def to_completion(message: JsonObject, created: int) -> JsonObject:
-    """Return a finished message as a chat completion; `created` is in Unix seconds."""
-    usage = collections.defaultdict(int, _without_nulls(message["usage"]))
-    cached, written = usage["cache_read_input_tokens"], usage["cache_creation_input_tokens"]
-    prompt = usage["input_tokens"] + cached + written
-    text = "".join(b["text"] for b in message["content"] if b.get("type") == "text")
-    reply = {"role": "assistant", "content": text, "refusal": None}
+def _chat_part(part: JsonObject, path: str) -> JsonObject:
+    """Return a content part as an Anthropic block."""
+    if part["type"] in ("text", "refusal"):
+        return {"type": "text", "text": part[part["type"]]}
+    if part["type"] == "image_url":
+        url = part["image_url"]["url"]
+        if data := _DATA_URL.match(url):
+            media_type = data[1].replace("image/jpg", "image/jpeg")
+            source = {"type": "base64", "media_type": media_type, "data": data[2]}
+            _check_source(source, f"{path}.image_url.url", "image")
+            return {"type": "image", "source": source}
+        if not url.startswith(("http://", "https://")):
+            raise InvalidRequest(f"{path}.image_url.url: Input should be an http or data URL")
+        return {"type": "image", "source": {"type": "url", "url": url}}
+    file = part["file"]
+    data = _DATA_URL.match(file["file_data"])
+    media_type, encoded = (data[1], data[2]) if data else ("application/pdf", file["file_data"])
+    block: JsonObject = {"type": "document"}
+    if file.get("filename"):
+        block["title"] = file["filename"]
+    if media_type == "application/pdf":
+        source = {"type": "base64", "media_type": media_type, "data": encoded}
+    else:
+        try:
+            text = base64.b64decode(encoded, validate=True).decode("utf-8")
+        except ValueError:
+            raise InvalidRequest(f"{path}.file.file_data: neither a PDF nor text") from None
+        source = {"type": "text", "media_type": "text/plain", "data": text}
+    _check_source(source, f"{path}.file.file_data", "document")
+    return {**block, "source": source}
+
+
+def _chat_calls(entry: JsonObject, path: str) -> Iterator[JsonObject]:
+    """Yield an assistant message's tool calls as tool_use blocks."""
+    for place, call in _objects(entry, "tool_calls"):
+        _check(call, f"{path}.{place}.", _TOOL_CALL)
+        if custom := call.get("custom"):
+            yield _to_tool_use(call["id"], custom["name"], {"input": custom["input"]})
+            continue
+        where = f"{path}.{place}.function"
+        function: Any = call.get("function")
+        _check_value(function, where, _Rule(dict))
+        yield _to_tool_use(call["id"], function["name"], _arguments(function, where))
+    if (function := entry.get("function_call")) is not None:
+        where = f"{path}.function_call"
+        _check_value(function, where, _Rule(dict))
+        _check(function, f"{where}.", _shape("name!:string arguments:string"))
+        call_id = "call_" + re.sub(r"\W", "_", f"{path}_{function['name']}")
+        yield _to_tool_use(call_id, function["name"], _arguments(function, where))
+
+
+def _to_tool_use(call_id: str, name: str, given: JsonObject) -> JsonObject:
+    return {"type": "tool_use", "id": call_id, "name": name, "input": given}
+
+
+def _arguments(function: JsonObject, path: str) -> JsonObject:
+    try:
+        parsed = json.loads(function.get("arguments") or "{}")
+    except (ValueError, RecursionError):
+        parsed = None
+    if not isinstance(parsed, dict):
+        raise InvalidRequest(f"{path}.arguments: Input should be a JSON object in a string")
+    return parsed
+
+
+def to_chat_usage(usage: JsonObject) -> JsonObject:
+    """Return a message's usage as OpenAI counts it."""
+    counts = collections.defaultdict(int, _without_nulls(usage))
+    cached, written = counts["cache_read_input_tokens"], counts["cache_creation_input_tokens"]
+    prompt, completion = counts["input_tokens"] + cached + written, counts["output_tokens"]
+    thinking = (usage.get("output_tokens_details") or {}).get("thinking_tokens") or 0
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+        "prompt_tokens_details": {"cached_tokens": cached, "cache_write_tokens": written},
+        "completion_tokens_details": {"reasoning_tokens": thinking},
+    }
+
+
+def _to_tool_call(block: JsonObject, arguments: str, style: ChatStyle) -> JsonObject:
+    """Return a tool call in the style that the client knows."""
+    if block["name"] in style.custom_tools:
+        given = _parse_input(arguments).get("input", "")
+        custom = {"name": block["name"], "input": given}
+        return {"id": block["id"], "type": "custom", "custom": custom}
+    function = {"name": block["name"], "arguments": arguments}
+    return {"id": block["id"], "type": "function", "function": function}
+
+
+def to_completion(message: JsonObject, style: ChatStyle) -> JsonObject:
+    """Return a finished message as a chat completion."""
+    blocks = message["content"]
+    calls = [
+        _to_tool_call(block, json.dumps(block["input"]), style)
+        for block in blocks
+        if block["type"] == "tool_use"
+    ]
+    text = "".join(block["text"] for block in blocks if block["type"] == "text")
+    thinking = "".join(block["thinking"] for block in blocks if block["type"] == "thinking")
+    details = message.get("stop_details") or {}
+    refusal = details.get("explanation") if message["stop_reason"] == "refusal" else None
+    reply: JsonObject = {"role": "assistant", "content": text or (None if calls else "")}
+    reply["refusal"] = refusal
+    if thinking:
+        reply["reasoning_content"] = thinking
     finish = _FINISH_REASONS.get(message["stop_reason"], "stop")
+    if calls and style.is_legacy:
+        reply["function_call"], finish = calls[0]["function"], "function_call"
+    elif calls:
+        reply["tool_calls"] = calls
     return {
         "id": "chatcmpl-" + str(message["id"]).removeprefix("msg_"),
         "object": "chat.completion",
-        "created": created,
-        "model": message["model"],
+        "created": style.created,
+        "model": message.get("model"),
         "choices": [{"index": 0, "message": reply, "logprobs": None, "finish_reason": finish}],
-        "usage": {
-            "prompt_tokens": prompt,
-            "completion_tokens": usage["output_tokens"],
-            "total_tokens": prompt + usage["output_tokens"],
-            "prompt_tokens_details": {"cached_tokens": cached, "cache_write_tokens": written},
-        },
+        "usage": to_chat_usage(message["usage"]),
         "system_fingerprint": None,
     }
+
+
+class ChunkWriter:
+    """Turn the events of one answer into chat completion chunks (messages-api.md 7.3).
+
+    `feed` returns the chunks that an event makes; after message_stop `[DONE]` is still to be sent.
+    """
+
+    def __init__(self, style: ChatStyle) -> None:
+        self._style = style
+        self._base: JsonObject = {}
+        self._usage: JsonObject = {}
+        self._stop_reason: str | None = None
+        self._calls = 0
+        self._tool: JsonObject | None = None  # the tool_use block that is open
+        self._arguments = ""  # what has been sent, or for custom tools kept, of its input
+
+    def feed(self, event: Event) -> list[JsonObject]:
+        """Return the chunks for the next event that an AnswerReader gave out."""
+        match event["type"]:
+            case "message_start":
+                return [self._start(event["message"])]
+            case "content_block_start" if event["content_block"]["type"] == "tool_use":
+                return self._start_tool(event["content_block"])
+            case "content_block_delta":
+                return self._feed_delta(event["delta"])
+            case "content_block_stop" if self._tool is not None:
+                return self._end_tool(self._tool)
+            case "message_delta":
+                self._usage.update(_without_nulls(event["usage"]))
+                self._stop_reason = event["delta"].get("stop_reason")
+            case "message_stop":
+                return self._end()
+        return []
+
+    def _chunk(self, delta: JsonObject, finish: str | None = None) -> JsonObject:
+        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}
+        return {**self._base, "choices": [choice]}
+
+    def _start(self, message: JsonObject) -> JsonObject:
+        self._base = {
+            "id": "chatcmpl-" + str(message["id"]).removeprefix("msg_"),
+            "object": "chat.completion.chunk",
+            "created": self._style.created,
+            "model": message.get("model"),
+            "system_fingerprint": None,
+        }
+        if self._style.include_usage:
+            self._base["usage"] = None
+        self._usage = _without_nulls(message["usage"])
+        return self._chunk({"role": "assistant", "content": ""})
+
+    def _call(self, **fields: Any) -> JsonObject:
+        """Return the chunk of a part of the current tool call."""
+        if self._style.is_legacy:
+            return self._chunk({"function_call": fields["function"]})
+        return self._chunk({"tool_calls": [{"index": self._calls - 1, **fields}]})
+
+    def _start_tool(self, block: JsonObject) -> list[JsonObject]:
+        self._tool, self._arguments = block, ""
+        self._calls += 1
+        if block["name"] in self._style.custom_tools:
+            return []  # its input is inside JSON, so it goes out whole
+        function = {"name": block["name"], "arguments": ""}
+        return [self._call(id=block["id"], type="function", function=function)]
+
+    def _feed_delta(self, delta: JsonObject) -> list[JsonObject]:
+        match delta["type"]:
+            case "text_delta" if delta["text"]:
+                return [self._chunk({"content": delta["text"]})]
+            case "thinking_delta" if delta["thinking"]:
+                return [self._chunk({"reasoning_content": delta["thinking"]})]
+            case "input_json_delta" if delta["partial_json"] and self._tool:
+                self._arguments += delta["partial_json"]
+                if self._tool["name"] not in self._style.custom_tools:
+                    return [self._call(function={"arguments": delta["partial_json"]})]
+        return []
+
+    def _end_tool(self, block: JsonObject) -> list[JsonObject]:
+        self._tool = None
+        if block["name"] in self._style.custom_tools:
+            return [self._call(**_to_tool_call(block, self._arguments, self._style))]
+        return [] if self._arguments else [self._call(function={"arguments": "{}"})]
+
+    def _end(self) -> list[JsonObject]:
+        finish = _FINISH_REASONS.get(self._stop_reason or "", "stop")
+        if finish == "tool_calls" and self._style.is_legacy:
+            finish = "function_call"
+        chunks = [self._chunk({}, finish)]
+        if self._style.include_usage:
+            chunks.append({**self._base, "choices": [], "usage": to_chat_usage(self._usage)})
+        return chunks
+
+
+# Anthropic status to OpenAI's status, type and code (messages-api.md 7.4); others keep the status.
+_OPENAI_ERRORS: Final[dict[int, tuple[int, str, str | None]]] = {
+    400: (400, "invalid_request_error", None),
+    401: (401, "invalid_request_error", "invalid_api_key"),
+    402: (429, "insufficient_quota", "insufficient_quota"),
+    403: (403, "permission_error", None),
+    404: (404, "invalid_request_error", "model_not_found"),
+    413: (413, "invalid_request_error", None),
+    429: (429, "rate_limit_error", "rate_limit_exceeded"),
+    529: (503, "server_error", "overloaded"),
+}
+
+
+def to_openai_error(error: ApiError) -> tuple[int, JsonObject]:
+    """Return OpenAI's status and envelope for an error; `param` is the path that it names."""
+    default = (error.status, "server_error" if error.status >= 500 else error.kind, None)
+    status, kind, code = _OPENAI_ERRORS.get(error.status, default)
+    message = str(error)
+    path = re.match(r"([a-z_]+(?:\.\w+)*): ", message)
+    param = re.sub(r"\.(\d+)", r"[\1]", path[1]) if path and status == 400 else None
+    if "Field required" in message:
+        code = "missing_required_parameter"
+    if "prompt is too long" in message or "context limit" in message:
+        code = "context_length_exceeded"
+    inner = {"message": message, "type": kind, "param": param, "code": code}
+    return status, {"error": inner}
 
 
 # ====================================================================== Gateway
@@ -2147,7 +2520,12 @@ class ClientStream:
 
 def to_frame(event: Event) -> bytes:
     """Return an event as an SSE frame; ASCII, since some clients split lines at U+2028."""
-    return f"event: {event.get('type')}\ndata: {json.dumps(event)}\n\n".encode("ascii")
+    return f"event: {event.get('type')}\n".encode("ascii") + to_data(event)
+
+
+def to_data(chunk: JsonObject) -> bytes:
+    """Return a chat completion chunk as an SSE frame, which has no name."""
+    return b"data: %b\n\n" % json.dumps(chunk).encode("ascii")
 
 
 def to_anthropic_error(error: ApiError, request_id: str) -> JsonObject:
@@ -2156,12 +2534,6 @@ def to_anthropic_error(error: ApiError, request_id: str) -> JsonObject:
     if error.details is not None:
         inner["details"] = error.details
     return {"type": "error", "error": inner, "request_id": request_id}
-
-
-def to_openai_error(error: ApiError) -> JsonObject:
-    """Return an error in the chat completions API's envelope."""
-    inner = {"message": str(error), "type": error.kind, "param": None, "code": None}
-    return {"error": inner}
 
 
 class Server(ThreadingHTTPServer):
@@ -2274,6 +2646,7 @@ class Handler(BaseRequestHandler):
         self._streams = False  # the client asked for a stream
         self._has_begun = False  # the 200 is out
         self._in_message = False  # message_start is out
+        self._is_chat = False  # the answer is one of chat completions
         self._cors: dict[str, str] = {}
         self._note: dict[str, object] = {}  # what the log line says beyond method and path
 
@@ -2347,25 +2720,37 @@ class Handler(BaseRequestHandler):
         self._send_json(200, {"service": "cc2api", "version": __version__})
 
     def _messages(self) -> None:
-        gateway = self.server.gateway
-        body = self._read_json()
         betas = ",".join(self._head.all("anthropic-beta"))
-        turn = parse_messages_request(body, betas, login=gateway.login)
-        self._note_turn(turn)
-        self._streams = turn.stream
-        with contextlib.closing(gateway.answer(turn, self._tick)) as answer:
-            if turn.stream:
-                self._stream_events(answer)
-            else:
-                self._send_json(200, self._assemble(answer))
+        login = self.server.gateway.login
+        turn = parse_messages_request(self._read_json(), betas, login=login)
+        self._run(turn, to_frame, lambda message: message)
 
     def _chat_completions(self) -> None:
-        gateway = self.server.gateway
-        turn = parse_chat_request(self._read_json(), login=gateway.login)
+        login = self.server.gateway.login
+        turn, style = parse_chat_request(self._read_json(), int(time.time()), login=login)
+        self._is_chat = True
+        writer = ChunkWriter(style)
+
+        def encode(event: Event) -> bytes:
+            frames = b"".join(map(to_data, writer.feed(event)))
+            return frames + b"data: [DONE]\n\n" if event["type"] == "message_stop" else frames
+
+        self._run(turn, encode, lambda message: to_completion(message, style))
+
+    def _run(
+        self,
+        turn: Turn,
+        encode: Callable[[Event], bytes],
+        finish: Callable[[JsonObject], JsonObject],
+    ) -> None:
+        """Have a turn answered: `encode` makes the frames of a stream, `finish` the whole body."""
         self._note_turn(turn)
-        with contextlib.closing(gateway.answer(turn, self._tick)) as answer:
-            message = self._assemble(answer)
-        self._send_json(200, to_completion(message, int(time.time())))
+        self._streams = turn.stream
+        with contextlib.closing(self.server.gateway.answer(turn, self._tick)) as answer:
+            if turn.stream:
+                self._stream_events(answer, encode)
+            else:
+                self._send_json(200, finish(self._assemble(answer)))
 
     # ---- reading the request
 
@@ -2387,14 +2772,17 @@ class Handler(BaseRequestHandler):
         self._note_usage(assembler.message.get("usage"))
         return assembler.message
 
-    def _stream_events(self, answer: Iterator[list[Event]]) -> None:
+    def _stream_events(
+        self, answer: Iterator[list[Event]], encode: Callable[[Event], bytes]
+    ) -> None:
         """Write each batch of events with one write; the 200 goes out with the first."""
         for batch in answer:
-            frames = b"".join(map(to_frame, batch))
+            frames = b"".join(map(encode, batch))
             log.debug("%s response %s", self._request_id, frames.decode("ascii"))
             for event in batch:
                 self._note_usage(event.get("usage") or (event.get("message") or {}).get("usage"))
-            self._write_chunk(frames, last=batch[-1].get("type") == "message_stop")
+            if frames:  # an empty chunk would end the body
+                self._write_chunk(frames, last=batch[-1].get("type") == "message_stop")
             self._in_message = True
 
     def _tick(self) -> None:
@@ -2402,9 +2790,10 @@ class Handler(BaseRequestHandler):
         if self._stream.has_left():
             raise ClientGone
         if self._streams and time.monotonic() - self._last_write_at >= KEEPALIVE_S:
-            # clients skip comments; before message_start an event would confuse some of them
-            ping = to_frame({"type": "ping"}) if self._in_message else b": waiting\n\n"
-            self._write_chunk(ping)
+            # clients skip comments; before message_start an event would confuse some of them, and
+            # the OpenAI API has no such event
+            is_event = self._in_message and not self._is_chat
+            self._write_chunk(to_frame({"type": "ping"}) if is_event else b": waiting\n\n")
 
     def _write_chunk(self, data: bytes, *, last: bool = False) -> None:
         """Write a part of a streamed body, the first one behind its head."""
@@ -2440,11 +2829,12 @@ class Handler(BaseRequestHandler):
         self._note["error"] = error.kind  # the message may quote the request
         log.debug("%s error %s", self._request_id, error)
         self._closing = self._closing or isinstance(error, BadFraming)
-        is_openai = self._head.path.endswith("/chat/completions")
-        body = to_openai_error(error) if is_openai else to_anthropic_error(error, self._request_id)
+        status, body = error.status, to_anthropic_error(error, self._request_id)
+        if self._is_chat or self._head.path.endswith("/chat/completions"):
+            status, body = to_openai_error(error)
         if self._has_begun:
             self._note["status"] = f"200+{error.kind}"
-            self._write_chunk(to_frame({**body, "type": "error"}), last=True)
+            self._write_chunk(to_data(body) if self._is_chat else to_frame(body), last=True)
             return
         headers = {}
         if error.status == 405:
@@ -2453,7 +2843,7 @@ class Handler(BaseRequestHandler):
             headers["retry-after"] = str(error.retry_after_s)
         if error.should_retry is not None:
             headers["x-should-retry"] = str(error.should_retry).lower()
-        self._send_json(error.status, body, headers)
+        self._send_json(status, body, headers)
 
     def _to_head(self, status: int, headers: Mapping[str, str]) -> bytes:
         """Return the status line and headers; all names and values are our own."""

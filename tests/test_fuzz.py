@@ -19,7 +19,8 @@ words = st.sampled_from(
     [
         *("user", "assistant", "system", "text", "image", "document", "tool_use", "tool_result"),
         *("thinking", "base64", "url", "ephemeral", "1h", "enabled", "adaptive", "t1", "custom"),
-        *("json_schema", "auto", "tool", "low", "image/png", "aGk=", "", " "),
+        *("json_schema", "auto", "tool", "low", "image/png", "aGk=", "", " ", "function", "{}"),
+        *("image_url", "file", "data:image/png;base64,aGk=", "http://x/", "required", "developer"),
     ]
 )
 names = st.sampled_from(
@@ -28,7 +29,9 @@ names = st.sampled_from(
         *("tool_use_id", "is_error", "cache_control", "ttl", "model", "max_tokens", "messages"),
         *("system", "tools", "tool_choice", "thinking", "budget_tokens", "effort", "stream"),
         *("output_config", "format", "schema", "stop_sequences", "thread", "input_schema"),
-        *("signature", "top_p", "metadata"),
+        *("signature", "top_p", "metadata", "tool_calls", "tool_call_id", "function", "functions"),
+        *("arguments", "response_format", "parallel_tool_calls", "stop", "n", "function_call"),
+        *("image_url", "file", "file_data", "json_schema", "reasoning_effort", "stream_options"),
     ]
 )
 values = st.recursive(
@@ -85,7 +88,7 @@ def test_any_json_is_a_valid_turn_or_a_400(body: Any, betas: str, login: bool) -
 @given(requests, st.booleans())
 def test_any_chat_request_is_a_valid_turn_or_a_400(body: Any, login: bool) -> None:
     try:
-        cc2api.parse_chat_request(body, login=login)
+        cc2api.parse_chat_request(body, 0, login=login)
     except cc2api.InvalidRequest:
         return
 

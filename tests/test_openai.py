@@ -1,0 +1,473 @@
+"""Chat completions: the translation both ways, and the openai SDK on the real CLI."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import copy
+import json
+from collections.abc import Iterator
+from typing import Any
+from uuid import uuid4
+
+import openai
+import pytest
+from pydantic import BaseModel
+from running import RunningGateway
+from scripted_api import DEFAULT_TEXT, Reply, ScriptedApi, text_reply
+
+import cc2api
+
+JsonObject = dict[str, Any]
+PNG = "iVBORw0KGgoAAAANSUhEUg=="
+CALL = {"id": "call_1", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
+STYLE = cc2api.ChatStyle(created=7)
+
+
+def parse(**fields: Any) -> tuple[cc2api.Turn, cc2api.ChatStyle]:
+    body = {"model": "m", "messages": [{"role": "user", "content": "hi"}], **fields}
+    return cc2api.parse_chat_request(copy.deepcopy(body), 7)
+
+
+def messages_of(*messages: JsonObject) -> list[tuple[str, Any]]:
+    turn, _ = parse(messages=list(messages))
+    return [(m.role, m.content) for m in (*turn.history, turn.query)]
+
+
+# ---- requests
+
+
+def test_system_and_developer_messages_are_hoisted_in_order() -> None:
+    turn, _ = parse(
+        messages=[
+            {"role": "system", "content": "one"},
+            {"role": "user", "content": "hi", "name": "bob"},
+            {"role": "developer", "content": [{"type": "text", "text": "two"}]},
+        ]
+    )
+    assert turn.system == ("one", "two")
+    assert turn.query.content == [{"type": "text", "text": "hi"}]
+
+
+def test_images_and_files_become_blocks() -> None:
+    pdf = base64.b64encode(b"%PDF-1.4").decode()
+    words = base64.b64encode("héllo".encode()).decode()
+    parts = [
+        {"type": "text", "text": "see"},
+        {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{PNG}"}},
+        {"type": "image_url", "image_url": {"url": "https://x/y.png", "detail": "low"}},
+        {"type": "file", "file": {"file_data": f"data:application/pdf;base64,{pdf}"}},
+        {"type": "file", "file": {"file_data": f"data:text/plain;base64,{words}", "filename": "n"}},
+    ]
+    image = {"type": "base64", "media_type": "image/png", "data": PNG}
+    document = {"type": "base64", "media_type": "application/pdf", "data": pdf}
+    plain = {"type": "text", "media_type": "text/plain", "data": "héllo"}
+    assert messages_of({"role": "user", "content": parts}) == [
+        (
+            "user",
+            [
+                {"type": "text", "text": "see"},
+                {"type": "image", "source": image},
+                {"type": "image", "source": {"type": "url", "url": "https://x/y.png"}},
+                {"type": "document", "source": document},
+                {"type": "document", "title": "n", "source": plain},
+            ],
+        )
+    ]
+
+
+def test_tool_calls_and_their_results_become_blocks_of_two_messages() -> None:
+    second = {**CALL, "id": "call_2", "function": {"name": "g", "arguments": ""}}
+    got = messages_of(
+        {"role": "user", "content": "go"},
+        {"role": "assistant", "content": None, "tool_calls": [CALL, second], "refusal": None},
+        {"role": "tool", "tool_call_id": "call_1", "content": "one"},
+        {"role": "tool", "tool_call_id": "call_2", "content": [{"type": "text", "text": "two"}]},
+        {"role": "user", "content": "and?"},
+    )
+    one, two = {"type": "text", "text": "one"}, {"type": "text", "text": "two"}
+    assert got[1:] == [
+        (
+            "assistant",
+            [
+                {"type": "tool_use", "id": "call_1", "name": "f", "input": {"a": 1}},
+                {"type": "tool_use", "id": "call_2", "name": "g", "input": {}},
+            ],
+        ),
+        (
+            "user",
+            [
+                {"type": "tool_result", "tool_use_id": "call_1", "content": [one]},
+                {"type": "tool_result", "tool_use_id": "call_2", "content": [two]},
+                {"type": "text", "text": "and?"},
+            ],
+        ),
+    ]
+
+
+def test_the_legacy_function_role() -> None:
+    call = {"name": "f", "arguments": "{}"}
+    got = messages_of(
+        {"role": "user", "content": "go"},
+        {"role": "assistant", "content": None, "function_call": call},
+        {"role": "function", "name": "f", "content": "r"},
+    )
+    (use,), (result,) = got[1][1], got[2][1]
+    assert use["id"] == result["tool_use_id"]
+
+
+def test_an_empty_assistant_turn_is_left_out() -> None:
+    got = messages_of(
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": None},
+        {"role": "user", "content": "b"},
+    )
+    assert got == [("user", [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}])]
+
+
+TOOLS = [
+    {"type": "function", "function": {"name": "f"}},
+    {"type": "function", "function": {"name": "g", "strict": True, "parameters": {"x": 1}}},
+    {"type": "custom", "custom": {"name": "c", "description": "d"}},
+]
+PARAMETERS: list[tuple[JsonObject, JsonObject]] = [
+    ({"max_tokens": 5}, {"max_tokens": 5}),
+    ({"max_tokens": 5, "max_completion_tokens": 6}, {"max_tokens": 6}),
+    ({"temperature": 1.7}, {"temperature": 1}),
+    ({"top_p": 0.5, "temperature": 0}, {"top_p": 0.5, "temperature": 0}),
+    ({"stop": "END"}, {"stop_sequences": ["END"]}),
+    ({"stop": ["a", " ", "b"]}, {"stop_sequences": ["a", "b"]}),
+    ({"tools": TOOLS, "tool_choice": "required"}, {"tool_choice": {"type": "any"}}),
+    ({"tools": TOOLS, "tool_choice": "none"}, {"tool_choice": {"type": "none"}}),
+    (
+        {"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "g"}}},
+        {"tool_choice": {"type": "tool", "name": "g"}},
+    ),
+    (
+        {"tools": TOOLS, "parallel_tool_calls": False},
+        {"tool_choice": {"type": "auto", "disable_parallel_tool_use": True}},
+    ),
+    (
+        {
+            "tools": TOOLS,
+            "tool_choice": {
+                "type": "allowed_tools",
+                "allowed_tools": {"mode": "required", "tools": [TOOLS[0]]},
+            },
+        },
+        {
+            "tool_choice": {"type": "any"},
+            "tools": [{"name": "f", "input_schema": {"type": "object", "properties": {}}}],
+        },
+    ),
+    (
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": {}}}},
+        {"output_config": {"format": {"type": "json_schema", "schema": {}}}},
+    ),
+    ({"seed": 1, "logit_bias": {}, "store": False, "user": "u", "tool_choice": "auto"}, {}),
+]
+
+
+@pytest.mark.parametrize(("fields", "sent"), PARAMETERS, ids=lambda value: str(value)[:50])
+def test_parameters_are_translated(fields: JsonObject, sent: JsonObject) -> None:
+    turn, _ = parse(**fields)
+    if "tools" in fields and "tools" not in sent:
+        assert [tool["name"] for tool in turn.extra_body.pop("tools")] == ["f", "g", "c"]
+    assert turn.extra_body == sent
+    assert turn.ignored == ()
+
+
+def test_reasoning_effort_is_effort() -> None:
+    efforts = ("none", "minimal", "low", "medium", "high", "xhigh", "max", None)
+    seen = [parse(reasoning_effort=effort)[0].effort for effort in efforts]
+    assert seen == [None, "low", "low", "medium", "high", "xhigh", "max", None]
+
+
+def test_json_object_asks_for_bare_json() -> None:
+    turn, _ = parse(response_format={"type": "json_object"})
+    assert "JSON object" in turn.system[-1]
+
+
+MISTAKES: list[tuple[JsonObject, str | None]] = [
+    ({"model": None}, "model"),
+    ({"messages": None}, "messages"),
+    ({"messages": [{"role": "robot", "content": "x"}]}, "messages[0].role"),
+    ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content"),
+    (
+        {"messages": [{"role": "user", "content": [{"type": "video"}]}]},
+        "messages[0].content[0].type",
+    ),
+    (
+        {"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]},
+        "messages[0].content[0].type",
+    ),
+    (
+        {"messages": [{"role": "user", "content": [{"type": "file", "file": {"file_id": "x"}}]}]},
+        "messages[0].content[0].file.file_data",
+    ),
+    (
+        {"messages": [{"role": "tool", "tool_call_id": "x", "content": "r"}]},
+        "messages[0].tool_call_id",
+    ),
+    (
+        {
+            "messages": [
+                {
+                    "role": "assistant",
+                    "tool_calls": [{**CALL, "function": {"name": "f", "arguments": "not json"}}],
+                }
+            ]
+        },
+        "messages[0].tool_calls[0].function.arguments",
+    ),
+    ({"n": 2}, "n"),
+    ({"logprobs": True}, "logprobs"),
+    ({"modalities": ["text", "audio"]}, "modalities"),
+    ({"audio": {"voice": "x"}}, "audio"),
+    ({"temperature": 3}, "temperature"),
+    ({"tools": [{"type": "function"}]}, "tools[0].function"),
+    ({"tool_choice": "always"}, "tool_choice"),
+    ({"response_format": {"type": "xml"}}, "response_format.type"),
+    ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
+]
+
+
+@pytest.mark.parametrize(("fields", "param"), MISTAKES, ids=lambda value: str(value)[:60])
+def test_a_mistake_is_400_with_its_param(fields: JsonObject, param: str | None) -> None:
+    with pytest.raises(cc2api.InvalidRequest) as caught:
+        parse(**fields)
+    status, body = cc2api.to_openai_error(caught.value)
+    assert status == 400
+    assert body["error"]["type"] == "invalid_request_error"
+    assert body["error"]["param"] == param
+
+
+ERRORS = [
+    (401, 401, "invalid_request_error", "invalid_api_key"),
+    (402, 429, "insufficient_quota", "insufficient_quota"),
+    (404, 404, "invalid_request_error", "model_not_found"),
+    (429, 429, "rate_limit_error", "rate_limit_exceeded"),
+    (500, 500, "server_error", None),
+    (504, 504, "server_error", None),
+    (529, 503, "server_error", "overloaded"),
+]
+
+
+@pytest.mark.parametrize(("status", "theirs", "kind", "code"), ERRORS)
+def test_statuses_are_openais(status: int, theirs: int, kind: str, code: str | None) -> None:
+    got, body = cc2api.to_openai_error(cc2api.ApiError("words", status=status))
+    expected = {"message": "words", "type": kind, "param": None, "code": code}
+    assert (got, body) == (theirs, {"error": expected})
+
+
+# ---- answers
+
+
+def chunks_of(reply: Reply, style: cc2api.ChatStyle = STYLE) -> list[JsonObject]:
+    writer = cc2api.ChunkWriter(style)
+    return [chunk for event in reply.events("m") for chunk in writer.feed(event)]
+
+
+def deltas_of(reply: Reply, style: cc2api.ChatStyle = STYLE) -> list[JsonObject]:
+    return [c["choices"][0]["delta"] for c in chunks_of(reply, style) if c["choices"]]
+
+
+def tool(name: str, given: JsonObject, number: int) -> JsonObject:
+    return {"type": "tool_use", "id": f"toolu_{number}", "name": name, "input": given}
+
+
+def test_chunks_follow_the_rules() -> None:
+    blocks = [
+        {"type": "thinking", "thinking": "hm", "signature": "s"},
+        {"type": "text", "text": "a b"},
+        tool("f", {"x": 1}, 1),
+        tool("g", {}, 2),
+    ]
+    chunks = chunks_of(Reply(blocks=blocks, stop_reason="tool_use"))
+    assert {c["id"][:9] for c in chunks} == {"chatcmpl-"}
+    assert len({(c["id"], c["created"], c["object"]) for c in chunks}) == 1
+    assert chunks[0]["object"] == "chat.completion.chunk"
+    assert "usage" not in chunks[-1]
+    deltas = [c["choices"][0]["delta"] for c in chunks]
+    assert deltas[:4] == [
+        {"role": "assistant", "content": ""},
+        {"reasoning_content": "hm"},
+        {"content": "a "},
+        {"content": "b"},
+    ]
+    calls = [d["tool_calls"][0] for d in deltas if "tool_calls" in d]
+    starts = [c for c in calls if "id" in c]
+    assert [(c["index"], c["id"], c["function"]["name"]) for c in starts] == [
+        (0, "toolu_1", "f"),
+        (1, "toolu_2", "g"),
+    ]
+    arguments = [
+        "".join(c["function"]["arguments"] for c in calls if c["index"] == i) for i in (0, 1)
+    ]
+    assert [json.loads(text) for text in arguments] == [{"x": 1}, {}]
+    finishes = [c["choices"][0]["finish_reason"] for c in chunks]
+    assert finishes == [None] * (len(chunks) - 1) + ["tool_calls"]
+
+
+def test_a_call_without_arguments_gets_an_empty_object() -> None:
+    writer = cc2api.ChunkWriter(STYLE)
+    events = list(Reply(blocks=[tool("f", {}, 1)]).events("m"))
+    quiet = [e for e in events if e["type"] != "content_block_delta"]
+    deltas = [c["choices"][0]["delta"] for e in quiet for c in writer.feed(e)]
+    assert deltas[2] == {"tool_calls": [{"index": 0, "function": {"arguments": "{}"}}]}
+
+
+def test_usage_comes_last_and_only_when_asked_for() -> None:
+    style = cc2api.ChatStyle(7, include_usage=True)
+    chunks = chunks_of(text_reply("x"), style)
+    assert chunks[-1]["choices"] == []
+    assert chunks[-1]["usage"]["total_tokens"] == 61
+    assert chunks[-1]["usage"]["prompt_tokens_details"]["cached_tokens"] == 5
+    assert all(chunk["usage"] is None for chunk in chunks[:-1])
+
+
+def test_custom_tools_and_legacy_functions_are_answered_in_kind() -> None:
+    _, style = parse(tools=TOOLS)
+    reply = Reply(blocks=[tool("c", {"input": "raw"}, 1)], stop_reason="tool_use")
+    custom = {"id": "toolu_1", "type": "custom", "custom": {"name": "c", "input": "raw"}}
+    assert deltas_of(reply, style)[1] == {"tool_calls": [{"index": 0, **custom}]}
+    _, style = parse(functions=[{"name": "f"}])
+    chunks = chunks_of(Reply(blocks=[tool("f", {"a": 1}, 1)], stop_reason="tool_use"), style)
+    assert chunks[1]["choices"][0]["delta"] == {"function_call": {"name": "f", "arguments": ""}}
+    assert chunks[-1]["choices"][0]["finish_reason"] == "function_call"
+
+
+def completion_of(reply: Reply) -> JsonObject:
+    assembler = cc2api.MessageAssembler()
+    for event in reply.events("m"):
+        assembler.add(event)
+    return cc2api.to_completion(assembler.message, STYLE)
+
+
+@pytest.mark.parametrize(
+    ("stop_reason", "finish"),
+    [
+        ("end_turn", "stop"),
+        ("stop_sequence", "stop"),
+        ("max_tokens", "length"),
+        ("refusal", "content_filter"),
+        ("model_context_window_exceeded", "length"),
+    ],
+)
+def test_finish_reasons(stop_reason: str, finish: str) -> None:
+    reply = text_reply("x", stop_reason=stop_reason)
+    assert completion_of(reply)["choices"][0]["finish_reason"] == finish
+    assert chunks_of(reply)[-1]["choices"][0]["finish_reason"] == finish
+
+
+def test_a_completion_of_tool_calls_has_null_content() -> None:
+    reply = Reply(blocks=[tool("f", {"a": 1}, 1)], stop_reason="tool_use")
+    choice = completion_of(reply)["choices"][0]
+    function = {"name": "f", "arguments": '{"a": 1}'}
+    call = {"id": "toolu_1", "type": "function", "function": function}
+    message = {"role": "assistant", "content": None, "refusal": None, "tool_calls": [call]}
+    assert choice["message"] == message
+    assert choice["finish_reason"] == "tool_calls"
+
+
+def test_a_refusal_is_told() -> None:
+    details = {"type": "refusal", "category": "cyber", "explanation": "not that"}
+    reply = Reply(blocks=[], stop_reason="refusal", stop_details=details)
+    message = completion_of(reply)["choices"][0]["message"]
+    assert (message["content"], message["refusal"]) == ("", "not that")
+
+
+# ---- the SDK
+
+
+@pytest.fixture
+def client(gateway: RunningGateway) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=gateway.url + "/v1", api_key="any", max_retries=0) as made:
+        yield made
+
+
+def marker() -> str:
+    return f"mark-{uuid4().hex}"
+
+
+def test_sdk_stream_helper_runs_a_tool_loop(client: openai.OpenAI, api: ScriptedApi) -> None:
+    word = marker()
+    api.on(
+        word, Reply(blocks=[tool("f", {"a": 1}, 1), tool("f", {"a": 2}, 2)], stop_reason="tool_use")
+    )
+    messages: list[Any] = [{"role": "user", "content": word}]
+    tools: list[Any] = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
+    with client.chat.completions.stream(model="sonnet", messages=messages, tools=tools) as stream:
+        final = stream.get_final_completion()
+    message = final.choices[0].message
+    assert message.tool_calls is not None
+    assert [json.loads(c.function.arguments) for c in message.tool_calls] == [{"a": 1}, {"a": 2}]
+    messages.append(message.model_dump())
+    messages += [
+        {"role": "tool", "tool_call_id": c.id, "content": f"done {c.id} {word[-6:]}"}
+        for c in message.tool_calls
+    ]
+    second = client.chat.completions.create(model="sonnet", messages=messages, tools=tools)
+    assert second.choices[0].message.content == DEFAULT_TEXT
+    sent = api.calls_with(f"done toolu_2 {word[-6:]}")[0].body["messages"]
+    assert [m["role"] for m in sent] == ["user", "assistant", "user"]
+    assert [b["tool_use_id"] for b in sent[2]["content"]] == ["toolu_1", "toolu_2"]
+
+
+def test_sdk_raw_stream_with_usage(client: openai.OpenAI) -> None:
+    stream = client.chat.completions.create(
+        model="sonnet",
+        messages=[{"role": "user", "content": "hi"}],
+        stream=True,
+        stream_options={"include_usage": True},
+    )
+    chunks = list(stream)
+    assert "".join(c.choices[0].delta.content or "" for c in chunks[:-1]) == DEFAULT_TEXT
+    assert chunks[-1].usage is not None
+    assert chunks[-1].usage.completion_tokens == 42
+
+
+class City(BaseModel):
+    name: str
+
+
+def test_sdk_structured_output(client: openai.OpenAI, api: ScriptedApi) -> None:
+    word = marker()
+    api.on(word, text_reply('{"name": "Rome"}'))
+    parsed = client.chat.completions.parse(
+        model="sonnet", messages=[{"role": "user", "content": word}], response_format=City
+    )
+    assert parsed.choices[0].message.parsed == City(name="Rome")
+    sent = api.calls_with(word)[0].body["output_config"]["format"]
+    assert sent["schema"]["properties"]["name"]["type"] == "string"
+
+
+def test_sdk_errors_are_of_their_classes(client: openai.OpenAI, api: ScriptedApi) -> None:
+    word = marker()
+    api.on(word, Reply(status=429, message="slow down"))
+    messages: list[Any] = [{"role": "user", "content": word}]
+    with pytest.raises(openai.RateLimitError, match="slow down") as caught:
+        client.chat.completions.create(model="sonnet", messages=messages)
+    assert caught.value.code == "rate_limit_exceeded"
+    assert (caught.value.request_id or "").startswith("req_")
+    broken = marker()
+    error = {"type": "overloaded_error", "message": "Overloaded"}
+    api.on(broken, text_reply("a b c", error=error, error_after=4))
+    messages = [{"role": "user", "content": broken}]
+    stream = client.chat.completions.create(model="sonnet", messages=messages, stream=True)
+    with pytest.raises(openai.APIError, match="Overloaded"):
+        list(stream)
+
+
+def test_sdk_async_with_5_parallel_streams(gateway: RunningGateway) -> None:
+    async def one(client: openai.AsyncOpenAI, number: int) -> str:
+        stream = await client.chat.completions.create(
+            model="sonnet", messages=[{"role": "user", "content": f"hi {number}"}], stream=True
+        )
+        return "".join([c.choices[0].delta.content or "" async for c in stream])
+
+    async def all_of_them() -> list[str]:
+        async with openai.AsyncOpenAI(base_url=gateway.url + "/v1", api_key="any") as client:
+            return await asyncio.gather(*(one(client, number) for number in range(5)))
+
+    assert asyncio.run(all_of_them()) == [DEFAULT_TEXT] * 5
