@@ -55,6 +55,7 @@ import sys
 import tempfile
 import threading
 import time
+import urllib.parse
 import uuid
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -128,6 +129,9 @@ class Settings:
     )
     allowed_host: tuple[str, ...] = _option(
         (), "host name that clients may call this server by; repeatable", "NAME"
+    )
+    model_map: tuple[str, ...] = _option(
+        (), "serve the model name NAME with MODEL; repeatable", "NAME=MODEL"
     )
     spares: int = _option(1, "idle claude processes kept ready", "N")
     max_concurrency: int = _option(8, "requests answered at once", "N", low=1)
@@ -1220,11 +1224,11 @@ class Child:
         return f"claude {how}" + (f": {words}" if words else "")
 
 
-def open_turn(child: Child, turn: Turn, patience: Patience) -> None:
+def open_turn(child: Child, turn: Turn, patience: Patience) -> list[JsonObject]:
     """Bring a blank child to the point where only the last user message is missing.
 
     Follows cli-contract.md, "Claiming a spare": initialize, settings, thinking, history. Nothing
-    goes upstream. Raises as Child does.
+    goes upstream. Returns the CLI's list of models. Raises as Child does.
     """
     prompt = {"systemPrompt": list(turn.system)} if turn.system else {}
     reply = child.request("initialize", patience, hooks=None, **prompt)
@@ -1232,7 +1236,8 @@ def open_turn(child: Child, turn: Turn, patience: Patience) -> None:
     # null leaves thinking to extra_body; 0 turns it off where the model can be without
     tokens = None if turn.thinking else 0
     child.request("set_max_thinking_tokens", patience, max_thinking_tokens=tokens)
-    model = resolve_model(turn.model, reply.get("models") or [])
+    models = reply.get("models") or []
+    model = resolve_model(turn.model, models)
     for message in turn.history:
         child.send(to_line(message, model))
         if message.role == "user":
@@ -1241,6 +1246,7 @@ def open_turn(child: Child, turn: Turn, patience: Patience) -> None:
             short = patience.at_most(CONTROL_TIMEOUT_S, silent)
             while child.read_line(short).get("type") != "result":
                 pass
+    return cast("list[JsonObject]", models)
 
 
 def to_flag_settings(turn: Turn) -> JsonObject:
@@ -1268,6 +1274,31 @@ def resolve_model(name: str, models: Iterable[JsonObject]) -> str:
         if model.get("value") == wanted:
             return str(model.get("resolvedModel") or name).removesuffix("[1m]")
     return name.removesuffix("[1m]")
+
+
+def to_model_list(models: Iterable[JsonObject]) -> list[JsonObject]:
+    """Return the CLI's models as both SDKs parse them (messages-api.md section 6), newest first.
+
+    The CLI tells no dates: the epoch stands for an unknown one, as the API's documentation has it,
+    and the newest is the one with the highest version in its id.
+    """
+    items: dict[str, JsonObject] = {}
+    for model in models:
+        model_id = resolve_model(str(model.get("value")), [model])
+        items[model_id] = {
+            "type": "model",
+            "object": "model",
+            "id": model_id,
+            "display_name": model.get("displayName") or model_id,
+            "created_at": "1970-01-01T00:00:00Z",
+            "created": 0,
+            "owned_by": "anthropic",
+        }
+    return sorted(items.values(), key=_version_of, reverse=True)
+
+
+def _version_of(item: JsonObject) -> list[int]:
+    return [int(number) for number in re.findall(r"\d+", item["id"])]
 
 
 def to_line(message: Message, model: str, *, query: bool = False) -> JsonObject:
@@ -2217,6 +2248,8 @@ class Gateway:
         self.keys = KeyFile(settings.keys, required=needs_keys(settings))
         bare = wants_bare(settings.bare, environ)
         self.login = not bare
+        self._model_map = dict(pair.split("=", 1) for pair in settings.model_map)
+        self._models: list[JsonObject] = []  # the CLI's, as the last child told them
         self._temp = tempfile.TemporaryDirectory(prefix="cc-", ignore_cleanup_errors=True)
         # With a login the model is told this directory's name, so it is empty and says nothing.
         work_dir, temp_dir = Path(self._temp.name, "work"), Path(self._temp.name, "tmp")
@@ -2243,15 +2276,14 @@ class Gateway:
         The last event is always message_stop. `tick` is called every TICK_S and may raise
         ClientGone. Raises ApiError; closing the generator early ends the child at once.
         """
-        message = f"no whole answer within {self.settings.timeout:g} s"
-        late = ApiError(message, status=504, should_retry=False)
-        patience = Patience(self.settings.timeout, tick, late)
+        turn = dataclasses.replace(turn, model=self._model_map.get(turn.model, turn.model))
+        patience = self._patience(tick)
         for attempt in range(1, SETUP_ATTEMPTS + 1):
             child = self.pool.acquire(patience)
             reader = AnswerReader()
             try:
                 try:
-                    open_turn(child, turn, patience)
+                    self._models = open_turn(child, turn, patience) or self._models
                 except ChildDied as exc:
                     log.warning("%s; nothing was sent upstream (attempt %d)", exc, attempt)
                     if attempt == SETUP_ATTEMPTS:
@@ -2261,6 +2293,28 @@ class Gateway:
                 return
             finally:
                 self.pool.release(child, kill=reader.must_kill)
+
+    def models(self, tick: Callable[[], None]) -> list[JsonObject]:
+        """Return the models as the CLI lists them; every answered request refreshes the list."""
+        if not self._models:
+            child = self.pool.acquire(self._patience(tick))
+            try:
+                reply = child.request("initialize", self._patience(tick), hooks=None)
+                self._models = reply.get("models") or []
+            except ChildDied as exc:
+                raise CliFailed(str(exc), status=503) from exc
+            finally:
+                self.pool.release(child, kill=False)
+        return self._models
+
+    def model_id(self, name: str) -> str:
+        """Return the id behind an alias, a mapped name, or an id itself."""
+        return resolve_model(self._model_map.get(name, name), self._models)
+
+    def _patience(self, tick: Callable[[], None]) -> Patience:
+        message = f"no whole answer within {self.settings.timeout:g} s"
+        late = ApiError(message, status=504, should_retry=False)
+        return Patience(self.settings.timeout, tick, late)
 
     def _read_answer(
         self, child: Child, reader: AnswerReader, turn: Turn, patience: Patience
@@ -2339,7 +2393,8 @@ class Head:
     """A request line and its headers; names in lower case, in the order they came."""
 
     method: str
-    path: str  # without the query
+    path: str  # without the query, percent-decoded
+    query: str
     is_http_11: bool
     headers: tuple[tuple[str, str], ...]
 
@@ -2372,8 +2427,9 @@ def parse_head(lines: Sequence[bytes]) -> Head:
         if header is None:
             raise BadFraming("malformed header line")
         headers.append((header[1].decode("ascii").lower(), header[2].decode("latin-1")))
-    path = request[2].decode("ascii").partition("?")[0]
-    head = Head(request[1].decode("ascii"), path, request[3] == b"1", tuple(headers))
+    path, _, query = request[2].decode("ascii").partition("?")
+    path = urllib.parse.unquote(path)
+    head = Head(request[1].decode("ascii"), path, query, request[3] == b"1", tuple(headers))
     if len(head.all("host")) != 1 and (head.is_http_11 or head.all("host")):
         raise BadFraming("exactly one Host header is needed")
     return head
@@ -2607,10 +2663,14 @@ class Handler(BaseRequestHandler):
     server: Server
     request: socket.socket
 
+    # Without their /v1: a base URL is configured with it or without, and some clients add one.
     ROUTES: ClassVar[dict[str, tuple[str, str]]] = {
         "/": ("GET", "_index"),
-        "/v1/messages": ("POST", "_messages"),
-        "/v1/chat/completions": ("POST", "_chat_completions"),
+        "/api/hello": ("GET", "_index"),  # Claude Code's own probe
+        "/messages": ("POST", "_messages"),
+        "/chat/completions": ("POST", "_chat_completions"),
+        "/models": ("GET", "_model_list"),
+        "/models/": ("GET", "_model"),
     }
 
     def handle(self) -> None:
@@ -2639,7 +2699,7 @@ class Handler(BaseRequestHandler):
         self._stream.linger()
 
     def _begin(self) -> None:
-        self._head = Head("-", "-", True, ())
+        self._head = Head("-", "-", "", True, ())
         self._started_at = self._last_write_at = time.monotonic()
         self._request_id = "req_" + uuid.uuid4().hex[:24]
         self._body_left: int | None = 0  # of the request, None in chunks
@@ -2679,7 +2739,7 @@ class Handler(BaseRequestHandler):
         self._body_left = body_length(self._head)
         key, bearer = self._head.get("x-api-key"), self._head.get("authorization")
         self._check_origin()
-        method, name = self.ROUTES.get(self._head.path, ("", ""))
+        method, name = self._find_route()
         if self._head.method == "OPTIONS":
             self._send(204, b"", {"allow": f"{method or 'GET'}, OPTIONS"})
             return
@@ -2687,9 +2747,15 @@ class Handler(BaseRequestHandler):
             raise ApiError(f"{self._head.method} {self._head.path}: no such route", status=404)
         if self._head.method != method and (self._head.method, method) != ("HEAD", "GET"):
             raise ApiError(f"{self._head.method} is not allowed here, {method} is", status=405)
-        if method == "POST":
+        if name != "_index":
             self._note["key"] = self.server.gateway.keys.check(key, bearer)
         getattr(self, name)()
+
+    def _find_route(self) -> tuple[str, str]:
+        """Return the method and the handler for the path, ("", "") where there is none."""
+        path = re.sub(r"\A(/v1)+(?=/)", "", self._head.path)
+        self._model_name = path.partition("/models/")[2]
+        return self.ROUTES.get("/models/" if self._model_name else path, ("", ""))
 
     def _check_origin(self) -> None:
         """Keep web pages out, of other origins and of names made to resolve to us (rebinding).
@@ -2718,6 +2784,31 @@ class Handler(BaseRequestHandler):
 
     def _index(self) -> None:
         self._send_json(200, {"service": "cc2api", "version": __version__})
+
+    def _model_list(self) -> None:
+        """Answer all models, as OpenAI's clients expect, or a page of them after `after_id`."""
+        models = to_model_list(self.server.gateway.models(self._tick))
+        query = urllib.parse.parse_qs(self._head.query)
+        ids = [model["id"] for model in models]
+        after, limit = query.get("after_id", [""])[0], query.get("limit", ["1000"])[0]
+        if after and after not in ids:
+            raise InvalidRequest("after_id: no such model")
+        if not re.fullmatch(r"[1-9]\d{0,2}|1000", limit):
+            raise InvalidRequest("limit: Input should be a number from 1 to 1000")
+        rest = models[ids.index(after) + 1 :] if after else models
+        page = rest[: int(limit)]
+        body: JsonObject = {"object": "list", "data": page, "has_more": len(page) < len(rest)}
+        body["first_id"], body["last_id"] = (page[i]["id"] if page else None for i in (0, -1))
+        self._send_json(200, body)
+
+    def _model(self) -> None:
+        gateway = self.server.gateway
+        models = to_model_list(gateway.models(self._tick))
+        wanted = gateway.model_id(self._model_name)
+        for model in models:
+            if model["id"] == wanted:
+                return self._send_json(200, model)
+        raise ApiError(f"model: {self._model_name}", status=404)
 
     def _messages(self) -> None:
         betas = ",".join(self._head.all("anthropic-beta"))
@@ -2755,6 +2846,11 @@ class Handler(BaseRequestHandler):
     # ---- reading the request
 
     def _read_json(self) -> JsonObject:
+        if self._head.get("content-encoding").lower() not in ("", "identity"):
+            raise InvalidRequest(
+                "Content-Encoding: request bodies must not be encoded",
+                details={"error_code": "request_body_encoding_unsupported"},
+            )
         if self._head.get("expect").lower() == "100-continue":
             self._write(b"HTTP/1.1 100 Continue\r\n\r\n")
         raw = self._stream.read_body(self._body_left)
@@ -2838,7 +2934,7 @@ class Handler(BaseRequestHandler):
             return
         headers = {}
         if error.status == 405:
-            headers["allow"] = self.ROUTES[self._head.path][0]
+            headers["allow"] = self._find_route()[0]
         if error.retry_after_s is not None:
             headers["retry-after"] = str(error.retry_after_s)
         if error.should_retry is not None:
@@ -2943,6 +3039,8 @@ def parse_args(argv: Sequence[str] | None, environ: Mapping[str, str]) -> Settin
             given[option.name] = tuple(value or filter(None, map(str.strip, listed)))
     if given["port"] > 65535:
         parser.error("--port must be between 0 and 65535")
+    if not all("=" in pair for pair in given["model_map"]):
+        parser.error("--model-map takes NAME=MODEL")
     return Settings(**given)
 
 
