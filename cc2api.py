@@ -37,6 +37,7 @@ import contextlib
 import dataclasses
 import email.utils
 import functools
+import hashlib
 import hmac
 import importlib.util
 import ipaddress
@@ -63,11 +64,12 @@ from http import HTTPStatus
 from http.server import ThreadingHTTPServer
 from pathlib import Path
 from socketserver import BaseRequestHandler
-from typing import Any, ClassVar, Final, Literal, cast
+from typing import Any, ClassVar, Final, Literal, TypeVar, cast
 
 __version__ = "0.1.0"
 
 JsonObject = dict[str, Any]
+_T = TypeVar("_T")
 log = logging.getLogger("cc2api")
 
 # `client_composed`, which makes prompts verbatim, came with this version (CLI changelog, and seen:
@@ -92,6 +94,7 @@ SPARE_MAX_AGE_S: Final = 3600.0  # long-idle processes may hold stale sign-ins a
 KEEPER_TICK_S: Final = 5.0  # how soon a dead or stale spare is noticed without a request
 REAP_TICK_S: Final = 0.02  # a killed child is gone within this
 EXIT_GRACE_S: Final = 5.0  # from EOF on stdin to SIGKILL; the CLI needs 0.04 s
+MAX_COUNTS: Final = 256  # token counts kept; agents count the same conversation again and again
 OVERLOADED_RETRY_AFTER_S: Final = 5  # told to clients that find the queue full
 
 MAX_CONNECTIONS: Final = 512  # open at once, each a thread; far below the usual 1024 descriptors
@@ -471,6 +474,11 @@ def _finite(text: str) -> float:
     if not math.isfinite(number):
         raise ValueError(f"{text} is not a JSON number")
     return number
+
+
+def parse_count_request(body: JsonObject, betas: str = "") -> Turn:
+    """Check a count_tokens request, which needs no max_tokens, and return it as a Turn."""
+    return _parse_turn(body, betas, login=False)
 
 
 def parse_messages_request(body: JsonObject, betas: str = "", *, login: bool = False) -> Turn:
@@ -891,6 +899,10 @@ CHILD_VARIABLES: Final = {
     "DISABLE_AUTO_COMPACT": "1",  # no summarising call behind the client's back
     "DISABLE_COMPACT": "1",
     "DISABLE_AUTOUPDATER": "1",  # the pool notices an update; children must not make one
+    # For tools that are counted: their names and descriptions as given, and all of them.
+    "CLAUDE_AGENT_SDK_MCP_NO_PREFIX": "1",
+    "CLAUDE_CODE_MAX_MCP_DESCRIPTION_LENGTH": "1000000",
+    "ENABLE_TOOL_SEARCH": "false",
 }
 # Not handed down: what a request sets for itself, and the marks of a Claude Code session that this
 # gateway may have been started from (the CLI finds its own).
@@ -1100,6 +1112,7 @@ class Child:
         self._last_words = b""
         self._requests = itertools.count(1)
         self._has_babbled = False
+        self.tool_server: JsonObject = {}  # what the tools' MCP server answers, by method
 
     def is_alive(self) -> bool:
         """Say whether the process runs; reaps it where it does not."""
@@ -1140,11 +1153,25 @@ class Child:
                 line = json.loads(raw)
             except (ValueError, RecursionError):
                 line = None
+            if isinstance(line, dict) and line.get("type") == "control_request":
+                self._answer(line)
+                continue
             if isinstance(line, dict):
                 return line
             if raw.strip() and not self._has_babbled:
                 self._has_babbled = True
                 log.warning("claude pid=%d prints lines that are not JSON", self.pid)
+
+    def _answer(self, line: JsonObject) -> None:
+        """Answer what the CLI asks of the tool server (a newer one knows from initialize)."""
+        request = line.get("request")
+        message = request.get("message") if isinstance(request, dict) else None
+        if not isinstance(message, dict):
+            return
+        result = self.tool_server.get(str(message.get("method")), {})
+        reply = {"jsonrpc": "2.0", "id": message.get("id"), "result": result}
+        response = {"request_id": line.get("request_id"), "response": {"mcp_response": reply}}
+        self.send({"type": "control_response", "response": {"subtype": "success", **response}})
 
     def has_line(self) -> bool:
         """Say whether `read_line` has something at once."""
@@ -1224,14 +1251,73 @@ class Child:
         return f"claude {how}" + (f": {words}" if words else "")
 
 
-def open_turn(child: Child, turn: Turn, patience: Patience) -> list[JsonObject]:
+TOOL_SERVER: Final = "t"
+COUNTED_TOOLS_DEDUCTION: Final = 500  # tokens that get_context_usage takes off all tools together
+MESSAGE_WRAPPER_TOKENS: Final = 7  # "foo", one token, counts as 8 when it is a message
+# Counted with the tools, so that their sum is never below the deduction, and by itself.
+PADDING_TOOL: Final[JsonObject] = {
+    "name": "padding",
+    "description": "word " * 1000,
+    "input_schema": {"type": "object", "properties": {}},
+}
+
+
+def read_context_usage(
+    child: Child, turn: Turn, tools: Sequence[JsonObject], patience: Patience
+) -> tuple[int, int, int]:
+    """Have the CLI count a turn with the API's own count_tokens: nothing is generated.
+
+    Returns the tokens of system prompt, messages and tools, as get_context_usage gives them: the
+    system prompt wrapped in a message, the tools less COUNTED_TOOLS_DEDUCTION. Raises as Child
+    does.
+    """
+    whole = dataclasses.replace(turn, history=(*turn.history, turn.query))
+    open_turn(child, whole, patience, tools)
+    usage = child.request("get_context_usage", patience)
+    counts = {c.get("name"): c.get("tokens") for c in usage.get("categories") or []}
+    system, messages, counted = (
+        int(counts.get(name) or 0) for name in ("System prompt", "Messages", "MCP tools")
+    )
+    return system, messages, counted
+
+
+def to_tool_server(tools: Sequence[JsonObject]) -> JsonObject:
+    """Return what an MCP server with these tools answers, by method.
+
+    Tools without a schema (typed and server tools) are described by their own JSON.
+    """
+    listed = [
+        {
+            "name": tool.get("name") or tool.get("type"),
+            "description": tool.get("description") or json.dumps(tool),
+            "inputSchema": tool.get("input_schema") or PADDING_TOOL["input_schema"],
+        }
+        for tool in tools
+    ]
+    server = {"name": TOOL_SERVER, "version": __version__}
+    protocol = {"protocolVersion": "2025-11-25", "capabilities": {"tools": {}}}
+    return {"initialize": {**protocol, "serverInfo": server}, "tools/list": {"tools": listed}}
+
+
+def open_turn(
+    child: Child, turn: Turn, patience: Patience, tools: Sequence[JsonObject] = ()
+) -> list[JsonObject]:
     """Bring a blank child to the point where only the last user message is missing.
 
     Follows cli-contract.md, "Claiming a spare": initialize, settings, thinking, history. Nothing
-    goes upstream. Returns the CLI's list of models. Raises as Child does.
+    goes upstream. `tools` are registered with the CLI, to be counted. Returns the CLI's list of
+    models. Raises as Child does.
     """
-    prompt = {"systemPrompt": list(turn.system)} if turn.system else {}
-    reply = child.request("initialize", patience, hooks=None, **prompt)
+    fields: JsonObject = {"systemPrompt": list(turn.system)} if turn.system else {}
+    if tools:
+        child.tool_server = server = to_tool_server(tools)
+        manifest = {
+            "initializeResult": server["initialize"],
+            "toolsListResult": server["tools/list"],
+        }
+        fields["sdkMcpServers"] = [TOOL_SERVER]
+        fields["sdkMcpServerManifests"] = {TOOL_SERVER: manifest}
+    reply = child.request("initialize", patience, hooks=None, **fields)
     child.request("apply_flag_settings", patience, settings=to_flag_settings(turn))
     # null leaves thinking to extra_body; 0 turns it off where the model can be without
     tokens = None if turn.thinking else 0
@@ -2250,6 +2336,8 @@ class Gateway:
         self.login = not bare
         self._model_map = dict(pair.split("=", 1) for pair in settings.model_map)
         self._models: list[JsonObject] = []  # the CLI's, as the last child told them
+        self._counts: dict[object, int] = {}  # of tokens, by digest of the request; guarded by:
+        self._counts_lock = threading.Lock()
         self._temp = tempfile.TemporaryDirectory(prefix="cc-", ignore_cleanup_errors=True)
         # With a login the model is told this directory's name, so it is empty and says nothing.
         work_dir, temp_dir = Path(self._temp.name, "work"), Path(self._temp.name, "tmp")
@@ -2294,17 +2382,73 @@ class Gateway:
             finally:
                 self.pool.release(child, kill=reader.must_kill)
 
+    def count_tokens(self, turn: Turn, tick: Callable[[], None]) -> int:
+        """Return how many input tokens a turn has, by the API's own count; nothing is generated."""
+        turn = dataclasses.replace(turn, model=self._model_map.get(turn.model, turn.model))
+        tools = turn.extra_body.get("tools") or []
+        counted = [
+            dataclasses.asdict(turn)[name] for name in ("model", "system", "history", "query")
+        ]
+        text = json.dumps([*counted, tools], sort_keys=True).encode("ascii")
+        return self._counted(hashlib.sha256(text).digest(), lambda: self._count(turn, tools, tick))
+
+    def _counted(self, key: object, count: Callable[[], int]) -> int:
+        """Return a count from the cache, or make it and keep it."""
+        with self._counts_lock:
+            if key in self._counts:
+                return self._counts[key]
+        found = count()
+        with self._counts_lock:
+            if len(self._counts) >= MAX_COUNTS:
+                del self._counts[next(iter(self._counts))]
+            self._counts[key] = found
+        return found
+
+    def _count(self, turn: Turn, tools: list[JsonObject], tick: Callable[[], None]) -> int:
+        padded = [*tools, PADDING_TOOL] if tools else []
+        system, messages, counted = self._context_usage(turn, padded, tick)
+        total = messages + (max(0, system - MESSAGE_WRAPPER_TOKENS) if turn.system else 0)
+        if not tools:
+            return total
+        blank = dataclasses.replace(turn, system=(), history=(), query=Message("user", "foo"))
+
+        def count_beside() -> int:
+            """Count what stands beside the tools when they are counted: "foo" and the padding."""
+            second = {**PADDING_TOOL, "name": "padding2"}
+            _, foo, one = self._context_usage(blank, [PADDING_TOOL], tick)
+            _, _, two = self._context_usage(blank, [PADDING_TOOL, second], tick)
+            return foo + two - one
+
+        beside = self._counted(("beside tools", turn.model), count_beside)
+        return total + max(0, counted + COUNTED_TOOLS_DEDUCTION - beside)
+
+    def _context_usage(
+        self, turn: Turn, tools: Sequence[JsonObject], tick: Callable[[], None]
+    ) -> tuple[int, int, int]:
+        def use(child: Child, patience: Patience) -> tuple[int, int, int]:
+            return read_context_usage(child, turn, tools, patience)
+
+        return self._with_child(use, tick)
+
+    def _with_child(self, use: Callable[[Child, Patience], _T], tick: Callable[[], None]) -> _T:
+        """Have a child do something that asks the model nothing."""
+        patience = self._patience(tick)
+        child = self.pool.acquire(patience)
+        try:
+            return use(child, patience)
+        except ChildDied as exc:
+            raise CliFailed(str(exc), status=503) from exc
+        finally:
+            self.pool.release(child, kill=False)
+
     def models(self, tick: Callable[[], None]) -> list[JsonObject]:
         """Return the models as the CLI lists them; every answered request refreshes the list."""
         if not self._models:
-            child = self.pool.acquire(self._patience(tick))
-            try:
-                reply = child.request("initialize", self._patience(tick), hooks=None)
-                self._models = reply.get("models") or []
-            except ChildDied as exc:
-                raise CliFailed(str(exc), status=503) from exc
-            finally:
-                self.pool.release(child, kill=False)
+
+            def ask(child: Child, patience: Patience) -> list[JsonObject]:
+                return child.request("initialize", patience, hooks=None).get("models") or []
+
+            self._models = self._with_child(ask, tick)
         return self._models
 
     def model_id(self, name: str) -> str:
@@ -2668,6 +2812,7 @@ class Handler(BaseRequestHandler):
         "/": ("GET", "_index"),
         "/api/hello": ("GET", "_index"),  # Claude Code's own probe
         "/messages": ("POST", "_messages"),
+        "/messages/count_tokens": ("POST", "_count_tokens"),
         "/chat/completions": ("POST", "_chat_completions"),
         "/models": ("GET", "_model_list"),
         "/models/": ("GET", "_model"),
@@ -2815,6 +2960,13 @@ class Handler(BaseRequestHandler):
         login = self.server.gateway.login
         turn = parse_messages_request(self._read_json(), betas, login=login)
         self._run(turn, to_frame, lambda message: message)
+
+    def _count_tokens(self) -> None:
+        turn = parse_count_request(self._read_json(), ",".join(self._head.all("anthropic-beta")))
+        self._note_turn(turn)
+        count = self.server.gateway.count_tokens(turn, self._tick)
+        self._note["input_tokens"] = count
+        self._send_json(200, {"input_tokens": count})
 
     def _chat_completions(self) -> None:
         login = self.server.gateway.login

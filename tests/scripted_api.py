@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import re
 import threading
 import time
 import uuid
@@ -149,6 +150,7 @@ class ScriptedApi:
 
     def __init__(self) -> None:
         self.calls: list[Call] = []
+        self.counted = 0  # count_tokens requests
         self._replies: dict[str, Reply] = {}
         self._lock = threading.Condition()
         self._server = _Server(("127.0.0.1", 0), _Handler)
@@ -194,6 +196,24 @@ class ScriptedApi:
                 self._lock.wait(min(left, 0.05))
         return True
 
+    def count(self, body: JsonObject) -> int:
+        """Count the words of a request, and 7 for each message and 346 for having tools."""
+        self.counted += 1
+        words = sum(
+            len(re.findall(r"\w+", block["text"]))
+            if block["type"] == "text"
+            else len(json.dumps(block)) // 10
+            for message in body["messages"]
+            for block in (
+                [{"type": "text", "text": message["content"]}]
+                if isinstance(message["content"], str)
+                else message["content"]
+            )
+        )
+        tools = body.get("tools") or []
+        in_tools = sum(len(re.findall(r"\w+", json.dumps(tool))) for tool in tools)
+        return words + 7 * len(body["messages"]) + in_tools + (346 if tools else 0)
+
     def record(self, call: Call) -> Reply:
         """Note a request and choose its reply."""
         with self._lock:
@@ -232,6 +252,8 @@ class _Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         raw = self.rfile.read(int(self.headers.get("content-length") or 0))
         body = json.loads(raw)
+        if self.path.startswith("/v1/messages/count_tokens"):
+            return self._json(200, {"input_tokens": self.server.api.count(body)}, {})
         if not self.path.startswith("/v1/messages"):
             return self._json(404, _error(404, self.path), {})
         headers = {k.lower(): v for k, v in self.headers.items()}

@@ -1,0 +1,82 @@
+"""Token counts are the API's own, asked for by the real CLI; nothing is ever generated."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+from uuid import uuid4
+
+import anthropic
+from running import Answer, RunningGateway
+from scripted_api import ScriptedApi
+
+JsonObject = dict[str, Any]
+TOOLS: list[JsonObject] = [
+    {"name": "lookup", "description": "one two three", "input_schema": {"type": "object"}},
+    {"name": "other", "description": "w " * 3000, "input_schema": {"type": "object"}},
+]
+
+
+def count(gateway: RunningGateway, text: str, **fields: Any) -> int:
+    body = {"model": "claude-sonnet-4-6", "messages": [{"role": "user", "content": text}]}
+    answer: Answer = gateway.request("POST", "/v1/messages/count_tokens", {**body, **fields})
+    assert answer.status == 200, answer.body
+    return int(answer.json["input_tokens"])
+
+
+def marker() -> str:
+    return "mark" + uuid4().hex
+
+
+def test_counts_differ_as_the_apis_own_do_and_nothing_is_generated(
+    gateway: RunningGateway, api: ScriptedApi
+) -> None:
+    generated = len(api.calls)
+    few, many = marker() + " word" * 99, marker() + " word" * 4099
+    assert count(gateway, few) == 107
+    assert count(gateway, many) - count(gateway, few) == 4000
+    assert len(api.calls) == generated
+
+
+def test_an_identical_request_is_answered_from_the_cache(
+    gateway: RunningGateway, api: ScriptedApi
+) -> None:
+    text = marker()
+    first, counted = count(gateway, text), api.counted
+    assert count(gateway, text) == first
+    assert api.counted == counted
+    count(gateway, text, model="claude-opus-4-6")
+    assert api.counted > counted
+
+
+def test_the_system_prompt_and_the_history_count(gateway: RunningGateway) -> None:
+    text = marker()
+    assert count(gateway, text, system="one two three") - count(gateway, text) == 3
+    messages = [
+        {"role": "user", "content": "a b"},
+        {"role": "assistant", "content": [{"type": "text", "text": "c d e"}]},
+        {"role": "user", "content": text},
+    ]
+    assert count(gateway, text, messages=messages) == 2 + 3 + 1 + 3 * 7
+
+
+def test_tools_count_with_what_the_api_adds_for_them(gateway: RunningGateway) -> None:
+    text = marker()
+    for tools in (TOOLS[:1], TOOLS):
+        words = sum(len(re.findall(r"\w+", json.dumps(tool))) for tool in tools)
+        extra = count(gateway, text, tools=tools) - count(gateway, text)
+        assert extra == words + 346
+
+
+def test_the_sdk_counts(gateway: RunningGateway) -> None:
+    with anthropic.Anthropic(base_url=gateway.url, api_key="any") as client:
+        counted = client.messages.count_tokens(
+            model="claude-sonnet-4-6", messages=[{"role": "user", "content": "a b c"}]
+        )
+    assert counted.input_tokens == 10
+
+
+def test_a_bad_count_request_is_400(gateway: RunningGateway) -> None:
+    answer = gateway.request("POST", "/v1/messages/count_tokens", {"model": "m"})
+    assert (answer.status, answer.json["error"]["message"]) == (400, "messages: Field required")
