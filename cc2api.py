@@ -94,6 +94,7 @@ SPARE_MAX_AGE_S: Final = 3600.0  # long-idle processes may hold stale sign-ins a
 KEEPER_TICK_S: Final = 5.0  # how soon a dead or stale spare is noticed without a request
 REAP_TICK_S: Final = 0.02  # a killed child is gone within this
 EXIT_GRACE_S: Final = 5.0  # from EOF on stdin to SIGKILL; the CLI needs 0.04 s
+LONGEST_RETRY_S: Final = 60  # what SDKs wait for without seeming to hang
 MAX_COUNTS: Final = 256  # token counts kept; agents count the same conversation again and again
 OVERLOADED_RETRY_AFTER_S: Final = 5  # told to clients that find the queue full
 
@@ -1777,6 +1778,24 @@ class AnswerReader:
         self._block_is_open = kind in ("content_block_start", "content_block_delta")
 
 
+def to_rate_limit_headers(info: Any) -> dict[str, str]:
+    """Return a plan's state as the headers that Claude Code reads (messages-api.md 1.2)."""
+    names = {"five_hour": "-5h", "seven_day": "-7d"}
+    info = info if isinstance(info, dict) else {}
+    windows = info.get("unifiedWindows")
+    states = {"": info}
+    for window, state in (windows if isinstance(windows, dict) else {}).items():
+        if window in names and isinstance(state, dict):
+            states[names[window]] = state
+    headers = {}
+    for name, state in states.items():
+        for key, ending in (("status", "status"), ("resetsAt", "reset"), ("utilization",) * 2):
+            value = str(state.get(key, ""))
+            if re.fullmatch(r"[a-z_]+|[0-9.]+", value) and (name or key != "utilization"):
+                headers[f"anthropic-ratelimit-unified{name}-{ending}"] = value
+    return headers
+
+
 def to_refusal_delta(refusal: JsonObject, result: JsonObject) -> Event:
     """Return the message_delta of a refusal that the CLI kept to itself.
 
@@ -2336,6 +2355,7 @@ class Gateway:
         self.login = not bare
         self._model_map = dict(pair.split("=", 1) for pair in settings.model_map)
         self._models: list[JsonObject] = []  # the CLI's, as the last child told them
+        self.rate_limits: dict[str, str] = {}  # the plan's state as headers, as last reported
         self._counts: dict[object, int] = {}  # of tokens, by digest of the request; guarded by:
         self._counts_lock = threading.Lock()
         self._temp = tempfile.TemporaryDirectory(prefix="cc-", ignore_cleanup_errors=True)
@@ -2415,9 +2435,9 @@ class Gateway:
         def count_beside() -> int:
             """Count what stands beside the tools when they are counted: "foo" and the padding."""
             second = {**PADDING_TOOL, "name": "padding2"}
-            _, foo, one = self._context_usage(blank, [PADDING_TOOL], tick)
+            _, _, one = self._context_usage(blank, [PADDING_TOOL], tick)
             _, _, two = self._context_usage(blank, [PADDING_TOOL, second], tick)
-            return foo + two - one
+            return MESSAGE_WRAPPER_TOKENS + 1 + two - one
 
         beside = self._counted(("beside tools", turn.model), count_beside)
         return total + max(0, counted + COUNTED_TOOLS_DEDUCTION - beside)
@@ -2476,7 +2496,7 @@ class Gateway:
                 log.error("%s", exc)
                 failure = CliFailed("claude ended before its answer was complete")
             except ApiError as exc:
-                failure = exc
+                failure = self._with_reset(exc)
             is_over = reader.done
             if failure or (is_over and reader.must_kill):
                 child.kill()  # at once, lest it ask upstream again
@@ -2488,7 +2508,18 @@ class Gateway:
                 return
         raise failure
 
+    def _with_reset(self, error: ApiError) -> ApiError:
+        """Tell when a plan's used-up window opens again; clients would retry in vain until then."""
+        reset = self.rate_limits.get("anthropic-ratelimit-unified-reset", "")
+        rejected = self.rate_limits.get("anthropic-ratelimit-unified-status") == "rejected"
+        if error.status == 429 and rejected and reset.isdigit():
+            error.retry_after_s = max(1, int(reset) - int(time.time()))
+            error.should_retry = error.retry_after_s <= LONGEST_RETRY_S
+        return error
+
     def _feed(self, reader: AnswerReader, line: JsonObject) -> list[Event]:
+        if line.get("type") == "rate_limit_event":
+            self.rate_limits = to_rate_limit_headers(line.get("rate_limit_info"))
         if line.get("subtype") == "api_retry":
             details = {name: line.get(name) for name in ("attempt", "error_status", "error")}
             log.warning("claude retries by itself: %s", details)
@@ -3103,7 +3134,9 @@ class Handler(BaseRequestHandler):
             "x-request-id": self._request_id,
             "connection": "close" if self._closing else "keep-alive",
         }
-        lines = [f"{key}: {value}" for key, value in {**fixed, **self._cors, **headers}.items()]
+        limits = self.server.gateway.rate_limits if "model" in self._note else {}
+        every = {**fixed, **self._cors, **limits, **headers}
+        lines = [f"{key}: {value}" for key, value in every.items()]
         return "\r\n".join([f"HTTP/1.1 {status} {phrase}", *lines, "", ""]).encode("ascii")
 
     def _write(self, data: bytes) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import time
 from collections.abc import Iterator
 from typing import Any
 from uuid import uuid4
@@ -11,8 +12,8 @@ from uuid import uuid4
 import anthropic
 import openai
 import pytest
-from running import InProcessGateway, RunningGateway
-from scripted_api import ScriptedApi
+from running import LOGIN, InProcessGateway, RunningGateway
+from scripted_api import Reply, ScriptedApi
 
 import cc2api
 
@@ -36,7 +37,7 @@ def test_models_are_listed_for_both_sdks_from_the_clis_own_list(gateway: Running
 
 
 def test_aliases_are_resolved(gateway: RunningGateway) -> None:
-    ids = {gateway.request("GET", f"/v1/models/{name}").json["id"] for name in ("opus", "sonnet")}
+    ids = {gateway.request("GET", f"/v1/models/{name}").json["id"] for name in ("haiku", "sonnet")}
     assert len(ids) == 2
     default = gateway.request("GET", "/v1/models/claude-code")
     assert default.json["id"].startswith("claude-")
@@ -121,3 +122,25 @@ def test_keys_apply_to_models_too(fake: InProcessGateway, tmp_path: Any) -> None
         assert fake.request("GET", "/v1/models", None, {"x-api-key": "sk-1"}).status == 200
     finally:
         keys.unlink()
+
+
+def test_a_used_up_plan_says_when_to_come_back(start: Any, api: ScriptedApi) -> None:
+    gateway = start(env=LOGIN)
+    word = f"mark-{uuid4().hex}"
+    name = "anthropic-ratelimit-unified"
+    reset = str(int(time.time()) + 3600)
+    told = {f"{name}-status": "rejected", f"{name}-reset": reset}
+    api.on(word, Reply(status=429, message="limit", headers=told))
+    answer = gateway.ask(word)
+    assert (answer.status, answer.headers["x-should-retry"]) == (429, "false")
+    assert 3500 < int(answer.headers["retry-after"]) <= 3600
+    assert answer.headers[f"{name}-status"] == "rejected"
+
+
+def test_rate_limit_headers_hold_nothing_but_words_and_numbers() -> None:
+    evil = {"status": "ok\r\nx: y", "resetsAt": 5, "unifiedWindows": {"five_hour": {"status": 7}}}
+    assert cc2api.to_rate_limit_headers(evil) == {
+        "anthropic-ratelimit-unified-reset": "5",
+        "anthropic-ratelimit-unified-5h-status": "7",
+    }
+    assert cc2api.to_rate_limit_headers(None) == {}
