@@ -79,3 +79,14 @@ def test_the_sdk_counts(gateway: RunningGateway) -> None:
 def test_a_bad_count_request_is_400(gateway: RunningGateway) -> None:
     answer = gateway.request("POST", "/v1/messages/count_tokens", {"model": "m"})
     assert (answer.status, answer.json["error"]["message"]) == (400, "messages: Field required")
+
+
+def test_images_and_documents_count(gateway: RunningGateway) -> None:
+    source = {"type": "base64", "media_type": "image/png", "data": "iVBORw0KGgoAAAANSUhEUg=="}
+    image = {"type": "image", "source": source}
+    plain = {"type": "text", "media_type": "text/plain", "data": "x" * 500}
+    document = {"type": "document", "source": plain}
+    text = {"type": "text", "text": marker()}
+    alone = count(gateway, "", messages=[{"role": "user", "content": [text]}])
+    whole = [{"role": "user", "content": [document, image, text]}]
+    assert count(gateway, "", messages=whole) > alone + 50
