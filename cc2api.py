@@ -36,9 +36,9 @@ import collections
 import contextlib
 import dataclasses
 import email.utils
-import functools
 import hashlib
 import hmac
+import http.client
 import importlib.util
 import ipaddress
 import itertools
@@ -60,7 +60,6 @@ import urllib.parse
 import uuid
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from http import HTTPStatus
 from http.server import ThreadingHTTPServer
 from pathlib import Path
 from socketserver import BaseRequestHandler
@@ -2832,8 +2831,144 @@ class Server(ThreadingHTTPServer):
             return self._idle.wait_for(lambda: self._answering == 0, seconds)
 
 
+class Response:
+    """The answer to one request: writes it, keeps it alive, and logs it."""
+
+    def __init__(self, stream: ClientStream, gateway: Gateway, head: Head) -> None:
+        """`gateway` is asked for the time that a client may take to read."""
+        self.request_id = "req_" + uuid.uuid4().hex[:24]
+        self.note: dict[str, object] = {}  # what the log line says beyond method and path
+        self.headers: dict[str, str] = {}  # beyond those that every answer has
+        self.closes = "close" in head.get("connection").lower() or not head.is_http_11
+        self.body_left: int | None = 0  # bytes of the request not read yet, None in chunks
+        self.is_stream = False  # the client asked for one
+        self.is_chat = head.path.endswith("/chat/completions")
+        self._stream = stream
+        self._gateway = gateway
+        self._head = head
+        self._has_begun = False  # the 200 of a stream is out
+        self._in_message = False  # and message_start
+        self._started_at = self._last_write_at = time.monotonic()
+
+    def tick(self) -> None:
+        """Look after the client while it waits: see whether it left, show a stream life."""
+        if self._stream.has_left():
+            raise ClientGone
+        if self.is_stream and time.monotonic() - self._last_write_at >= KEEPALIVE_S:
+            # clients skip comments; before message_start an event would confuse some of them, and
+            # the OpenAI API has no such event
+            is_event = self._in_message and not self.is_chat
+            self._write_chunk(to_frame({"type": "ping"}) if is_event else b": waiting\n\n")
+
+    def send_events(self, batch: Sequence[Event], frames: bytes) -> None:
+        """Write the frames of a batch of events with one write; the 200 goes with the first."""
+        self.debug("response", frames)
+        for event in batch:
+            self.note_usage(event.get("usage") or (event.get("message") or {}).get("usage"))
+        if frames:  # an empty chunk would end the body
+            self._write_chunk(frames, last=batch[-1]["type"] == "message_stop")
+        self._in_message = True
+
+    def send_json(
+        self, status: int, body: JsonObject, headers: Mapping[str, str] | None = None
+    ) -> None:
+        """Write a whole answer."""
+        data = json.dumps(body).encode("ascii")
+        self.debug("response", data)
+        self.send(status, data, {"content-type": JSON_TYPE, **(headers or {})})
+
+    def send(self, status: int, data: bytes, headers: Mapping[str, str]) -> None:
+        """Write a status, headers and, but for HEAD, a body."""
+        self.note["status"] = status
+        # with a body that nobody reads, it is not known where the next request begins
+        self.closes = self.closes or self.body_left != 0
+        sized = headers if status == 204 else {**headers, "content-length": str(len(data))}
+        head = self._to_head(status, sized)
+        self.write(head if self._head.method == "HEAD" else head + data)
+
+    def send_error(self, error: ApiError) -> None:
+        """Answer with an error: JSON with its status, or an event where a stream has begun."""
+        self.note["error"] = error.kind  # the message may quote the request
+        self.debug("error", str(error).encode())
+        self.closes = self.closes or isinstance(error, BadFraming)
+        status, body = error.status, to_anthropic_error(error, self.request_id)
+        if self.is_chat:
+            status, body = to_openai_error(error)
+        if self._has_begun:
+            self.note["status"] = f"200+{error.kind}"
+            self._write_chunk(to_data(body) if self.is_chat else to_frame(body), last=True)
+            return
+        headers = {}
+        if error.retry_after_s is not None:
+            headers["retry-after"] = str(error.retry_after_s)
+        if error.should_retry is not None:
+            headers["x-should-retry"] = str(error.should_retry).lower()
+        self.send_json(status, body, headers)
+
+    def write(self, data: bytes) -> None:
+        """Write bytes as they are. Raises ClientGone."""
+        self._stream.write(data, self._gateway.settings.timeout)
+        self._last_write_at = time.monotonic()
+
+    def _write_chunk(self, data: bytes, *, last: bool = False) -> None:
+        """Write a part of a streamed body, the first one behind its head."""
+        head = b""
+        if not self._has_begun:
+            self._has_begun = True
+            self.note["status"] = 200
+            headers = {"content-type": SSE_TYPE, "cache-control": "no-cache"}
+            if self._head.is_http_11:
+                headers["transfer-encoding"] = "chunked"
+            head = self._to_head(200, headers)
+        if self._head.is_http_11:  # else the end of the connection is the end of the body
+            data = b"%x\r\n%b\r\n%b" % (len(data), data, b"0\r\n\r\n" if last else b"")
+        self.write(head + data)
+
+    def _to_head(self, status: int, headers: Mapping[str, str]) -> bytes:
+        """Return the status line and headers; all names and values are our own."""
+        phrase = http.client.responses.get(status, "Error")
+        fixed = {
+            "server": f"cc2api/{__version__}",
+            "date": email.utils.formatdate(usegmt=True),
+            "request-id": self.request_id,
+            "x-request-id": self.request_id,
+            "connection": "close" if self.closes else "keep-alive",
+        }
+        limits = self._gateway.rate_limits if "model" in self.note else {}
+        every = {**fixed, **self.headers, **limits, **headers}
+        lines = [f"{key}: {value}" for key, value in every.items()]
+        return "\r\n".join([f"HTTP/1.1 {status} {phrase}", *lines, "", ""]).encode("ascii")
+
+    # ---- the log
+
+    def debug(self, what: str, data: bytes) -> None:
+        """Log a request or a response whole, under --debug."""
+        if log.isEnabledFor(logging.DEBUG):
+            log.debug("%s %s %s", self.request_id, what, data.decode("utf-8", "replace"))
+
+    def note_turn(self, turn: Turn) -> None:
+        """Note the model for the log line, and warn of fields that were ignored."""
+        self.note["model"] = _quoted(turn.model, 100)
+        if turn.ignored:
+            names = _quoted(",".join(turn.ignored), 200)
+            log.warning("id=%s unknown fields ignored: %s", self.request_id, names)
+
+    def note_usage(self, usage: JsonObject | None) -> None:
+        """Note the tokens for the log line."""
+        for name in ("input_tokens", "output_tokens"):
+            if usage and usage.get(name) is not None:
+                self.note[name] = usage[name]
+
+    def log(self) -> None:
+        """Write the one log line of the request."""
+        self.note["ms"] = round((time.monotonic() - self._started_at) * 1000)
+        pairs = " ".join(f"{name}={value}" for name, value in self.note.items())
+        path = _quoted(self._head.path, 200)
+        log.info("method=%s path=%s id=%s %s", self._head.method, path, self.request_id, pairs)
+
+
 class Handler(BaseRequestHandler):
-    """One connection: reads requests one after the other and answers each."""
+    """One connection: reads requests one after the other and routes each."""
 
     server: Server
     request: socket.socket
@@ -2854,116 +2989,98 @@ class Handler(BaseRequestHandler):
         # an event must not wait for the ACK of the one before
         self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._stream = ClientStream(self.request)
-        self._closing = False
         idle_s = HEAD_TIMEOUT_S
-        while not (self._closing or self.server.is_stopping):
-            self._begin()
+        while not self.server.is_stopping:
             try:
                 head = self._stream.read_head(idle_s)
             except ClientGone:
                 return
             except BadFraming as error:
                 if error.status != 408:  # to a connection that stayed silent nothing is said
-                    self._closing = True
-                    self._answer(functools.partial(self._fail, error))
+                    self._answer(Head("-", "-", "", True, ()), error)
                 break
-            self._head = head
-            self._closing = "close" in head.get("connection").lower() or not head.is_http_11
             with self.server.answering():
-                self._answer(self._route)
+                self._answer(head)
+            if self._out.closes:
+                break
             idle_s = KEEP_ALIVE_S
         self._stream.linger()
 
-    def _begin(self) -> None:
-        self._head = Head("-", "-", "", True, ())
-        self._started_at = self._last_write_at = time.monotonic()
-        self._request_id = "req_" + uuid.uuid4().hex[:24]
-        self._body_left: int | None = 0  # of the request, None in chunks
-        self._streams = False  # the client asked for a stream
-        self._has_begun = False  # the 200 is out
-        self._in_message = False  # message_start is out
-        self._is_chat = False  # the answer is one of chat completions
-        self._cors: dict[str, str] = {}
-        self._note: dict[str, object] = {}  # what the log line says beyond method and path
-
-    def _answer(self, route: Callable[[], None]) -> None:
+    def _answer(self, head: Head, failure: ApiError | None = None) -> None:
         """Run a route; whatever it raises is answered here and nowhere else."""
+        self._gateway = self.server.gateway
+        self._head, self._out = head, Response(self._stream, self._gateway, head)
         try:
             try:
-                route()
+                if failure:
+                    raise failure
+                self._route()
             except (ApiError, ClientGone):
                 raise
             except Exception as exc:
-                log.exception("id=%s failed", self._request_id)
+                log.exception("id=%s failed", self._out.request_id)
                 raise ApiError("internal error") from exc
         except ApiError as error:
             try:
-                self._send_error(error)
+                self._out.send_error(error)
             except ClientGone:
-                self._closing = True
+                self._out.closes = True
         except ClientGone:
-            self._note["status"] = 499  # nginx's code for it; nobody is sent it
-            self._closing = True
-        self._log_request()
-
-    def _fail(self, error: ApiError) -> None:
-        raise error
+            self._out.note["status"] = 499  # nginx's code for it; nobody is sent it
+            self._out.closes = True
+        self._out.log()
 
     def _route(self) -> None:
+        head, out = self._head, self._out
         if self.server.is_stopping:
             raise CliFailed("the gateway is shutting down", status=503)
-        self._body_left = body_length(self._head)
-        key, bearer = self._head.get("x-api-key"), self._head.get("authorization")
+        out.body_left = body_length(head)
         self._check_origin()
-        method, name = self._find_route()
-        if self._head.method == "OPTIONS":
-            self._send(204, b"", {"allow": f"{method or 'GET'}, OPTIONS"})
-            return
-        if not name:
-            raise ApiError(f"{self._head.method} {self._head.path}: no such route", status=404)
-        if self._head.method != method and (self._head.method, method) != ("HEAD", "GET"):
-            raise ApiError(f"{self._head.method} is not allowed here, {method} is", status=405)
-        if name != "_index":
-            self._note["key"] = self.server.gateway.keys.check(key, bearer)
-        getattr(self, name)()
-
-    def _find_route(self) -> tuple[str, str]:
-        """Return the method and the handler for the path, ("", "") where there is none."""
-        path = re.sub(r"\A(/v1)+(?=/)", "", self._head.path)
+        path = re.sub(r"\A(/v1)+(?=/)", "", head.path)
         self._model_name = path.partition("/models/")[2]
-        return self.ROUTES.get("/models/" if self._model_name else path, ("", ""))
+        method, name = self.ROUTES.get("/models/" if self._model_name else path, ("", ""))
+        if not name and head.method != "OPTIONS":
+            raise ApiError(f"{head.method} {head.path}: no such route", status=404)
+        out.headers["allow"] = f"{method or 'GET'}, OPTIONS"
+        if head.method == "OPTIONS":
+            return out.send(204, b"", {})
+        if head.method != method and (head.method, method) != ("HEAD", "GET"):
+            raise ApiError(f"{head.method} is not allowed here, {method} is", status=405)
+        if name != "_index":
+            key, bearer = head.get("x-api-key"), head.get("authorization")
+            out.note["key"] = self._gateway.keys.check(key, bearer)
+        del out.headers["allow"]
+        getattr(self, name)()
 
     def _check_origin(self) -> None:
         """Keep web pages out, of other origins and of names made to resolve to us (rebinding).
 
         Where keys are asked for a page needs one too, and only the CORS headers matter.
         """
-        settings = self.server.gateway.settings
+        settings, keys = self._gateway.settings, self._gateway.keys
         origin, host = self._head.get("origin"), self._head.get("host")
         for allowed in settings.cors_origin:
             if allowed in ("*", origin):
-                self._cors = {**CORS_HEADERS, "access-control-allow-origin": allowed}
-                self._cors["vary"] = "origin"
-        keys = self.server.gateway.keys
+                allow = {"access-control-allow-origin": allowed, "vary": "origin"}
+                self._out.headers = {**CORS_HEADERS, **allow}
         if keys.required or keys.load() != []:
             return
         name = re.sub(r":\d*\Z", "", host).strip("[]").lower()
         if name and not is_own_name(name, settings):
-            raise ApiError(
-                f"Host {_quoted(name, 100)} is not served; see --allowed-host", status=403
-            )
+            problem = f"Host {_quoted(name, 100)} is not served; see --allowed-host"
+            raise ApiError(problem, status=403)
         own = (f"http://{host}", f"https://{host}")
-        if origin and not self._cors and origin not in own:
+        if origin and not self._out.headers and origin not in own:
             raise ApiError("pages of this origin may not call; see --cors-origin", status=403)
 
     # ---- routes
 
     def _index(self) -> None:
-        self._send_json(200, {"service": "cc2api", "version": __version__})
+        self._out.send_json(200, {"service": "cc2api", "version": __version__})
 
     def _model_list(self) -> None:
         """Answer all models, as OpenAI's clients expect, or a page of them after `after_id`."""
-        models = to_model_list(self.server.gateway.models(self._tick))
+        models = to_model_list(self._gateway.models(self._out.tick))
         query = urllib.parse.parse_qs(self._head.query)
         ids = [model["id"] for model in models]
         after, limit = query.get("after_id", [""])[0], query.get("limit", ["1000"])[0]
@@ -2975,34 +3092,31 @@ class Handler(BaseRequestHandler):
         page = rest[: int(limit)]
         body: JsonObject = {"object": "list", "data": page, "has_more": len(page) < len(rest)}
         body["first_id"], body["last_id"] = (page[i]["id"] if page else None for i in (0, -1))
-        self._send_json(200, body)
+        self._out.send_json(200, body)
 
     def _model(self) -> None:
-        gateway = self.server.gateway
-        models = to_model_list(gateway.models(self._tick))
-        wanted = gateway.model_id(self._model_name)
+        models = to_model_list(self._gateway.models(self._out.tick))
+        wanted = self._gateway.model_id(self._model_name)
         for model in models:
             if model["id"] == wanted:
-                return self._send_json(200, model)
+                return self._out.send_json(200, model)
         raise ApiError(f"model: {self._model_name}", status=404)
 
     def _messages(self) -> None:
         betas = ",".join(self._head.all("anthropic-beta"))
-        login = self.server.gateway.login
-        turn = parse_messages_request(self._read_json(), betas, login=login)
+        turn = parse_messages_request(self._read_json(), betas, login=self._gateway.login)
         self._run(turn, to_frame, lambda message: message)
 
     def _count_tokens(self) -> None:
         turn = parse_count_request(self._read_json(), ",".join(self._head.all("anthropic-beta")))
-        self._note_turn(turn)
-        count = self.server.gateway.count_tokens(turn, self._tick)
-        self._note["input_tokens"] = count
-        self._send_json(200, {"input_tokens": count})
+        self._out.note_turn(turn)
+        count = self._gateway.count_tokens(turn, self._out.tick)
+        self._out.note["input_tokens"] = count
+        self._out.send_json(200, {"input_tokens": count})
 
     def _chat_completions(self) -> None:
-        login = self.server.gateway.login
-        turn, style = parse_chat_request(self._read_json(), int(time.time()), login=login)
-        self._is_chat = True
+        created = int(time.time())
+        turn, style = parse_chat_request(self._read_json(), created, login=self._gateway.login)
         writer = ChunkWriter(style)
 
         def encode(event: Event) -> bytes:
@@ -3018,15 +3132,19 @@ class Handler(BaseRequestHandler):
         finish: Callable[[JsonObject], JsonObject],
     ) -> None:
         """Have a turn answered: `encode` makes the frames of a stream, `finish` the whole body."""
-        self._note_turn(turn)
-        self._streams = turn.stream
-        with contextlib.closing(self.server.gateway.answer(turn, self._tick)) as answer:
-            if turn.stream:
-                self._stream_events(answer, encode)
-            else:
-                self._send_json(200, finish(self._assemble(answer)))
-
-    # ---- reading the request
+        self._out.note_turn(turn)
+        self._out.is_stream = turn.stream
+        assembler = MessageAssembler()
+        with contextlib.closing(self._gateway.answer(turn, self._out.tick)) as answer:
+            for batch in answer:
+                if turn.stream:
+                    self._out.send_events(batch, b"".join(map(encode, batch)))
+                    continue
+                for event in batch:
+                    assembler.add(event)
+        if not turn.stream:
+            self._out.note_usage(assembler.message["usage"])
+            self._out.send_json(200, finish(assembler.message))
 
     def _read_json(self) -> JsonObject:
         if self._head.get("content-encoding").lower() not in ("", "identity"):
@@ -3035,132 +3153,11 @@ class Handler(BaseRequestHandler):
                 details={"error_code": "request_body_encoding_unsupported"},
             )
         if self._head.get("expect").lower() == "100-continue":
-            self._write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        raw = self._stream.read_body(self._body_left)
-        self._body_left = 0
-        log.debug("%s request %s", self._request_id, raw.decode("utf-8", "replace"))
+            self._out.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        raw = self._stream.read_body(self._out.body_left)
+        self._out.body_left = 0
+        self._out.debug("request", raw)
         return parse_json(raw)
-
-    # ---- writing the answer
-
-    def _assemble(self, answer: Iterator[list[Event]]) -> JsonObject:
-        assembler = MessageAssembler()
-        for batch in answer:
-            for event in batch:
-                assembler.add(event)
-        self._note_usage(assembler.message.get("usage"))
-        return assembler.message
-
-    def _stream_events(
-        self, answer: Iterator[list[Event]], encode: Callable[[Event], bytes]
-    ) -> None:
-        """Write each batch of events with one write; the 200 goes out with the first."""
-        for batch in answer:
-            frames = b"".join(map(encode, batch))
-            log.debug("%s response %s", self._request_id, frames.decode("ascii"))
-            for event in batch:
-                self._note_usage(event.get("usage") or (event.get("message") or {}).get("usage"))
-            if frames:  # an empty chunk would end the body
-                self._write_chunk(frames, last=batch[-1].get("type") == "message_stop")
-            self._in_message = True
-
-    def _tick(self) -> None:
-        """Look after the client while it waits: see whether it left, show a stream life."""
-        if self._stream.has_left():
-            raise ClientGone
-        if self._streams and time.monotonic() - self._last_write_at >= KEEPALIVE_S:
-            # clients skip comments; before message_start an event would confuse some of them, and
-            # the OpenAI API has no such event
-            is_event = self._in_message and not self._is_chat
-            self._write_chunk(to_frame({"type": "ping"}) if is_event else b": waiting\n\n")
-
-    def _write_chunk(self, data: bytes, *, last: bool = False) -> None:
-        """Write a part of a streamed body, the first one behind its head."""
-        head = b""
-        if not self._has_begun:
-            self._has_begun = True
-            self._note["status"] = 200
-            headers = {"content-type": SSE_TYPE, "cache-control": "no-cache"}
-            if self._head.is_http_11:
-                headers["transfer-encoding"] = "chunked"
-            head = self._to_head(200, headers)
-        if self._head.is_http_11:  # else the end of the connection is the end of the body
-            data = b"%x\r\n%b\r\n%b" % (len(data), data, b"0\r\n\r\n" if last else b"")
-        self._write(head + data)
-
-    def _send_json(
-        self, status: int, body: JsonObject, headers: Mapping[str, str] | None = None
-    ) -> None:
-        data = json.dumps(body).encode("ascii")
-        log.debug("%s response %s", self._request_id, data.decode("ascii"))
-        self._send(status, data, {"content-type": JSON_TYPE, **(headers or {})})
-
-    def _send(self, status: int, data: bytes, headers: Mapping[str, str]) -> None:
-        self._note["status"] = status
-        # with a body that nobody reads, it is not known where the next request begins
-        self._closing = self._closing or self._body_left != 0
-        sized = headers if status == 204 else {**headers, "content-length": str(len(data))}
-        head = self._to_head(status, sized)
-        self._write(head if self._head.method == "HEAD" else head + data)
-
-    def _send_error(self, error: ApiError) -> None:
-        """Answer with an error: JSON with its status, or an event where a stream has begun."""
-        self._note["error"] = error.kind  # the message may quote the request
-        log.debug("%s error %s", self._request_id, error)
-        self._closing = self._closing or isinstance(error, BadFraming)
-        status, body = error.status, to_anthropic_error(error, self._request_id)
-        if self._is_chat or self._head.path.endswith("/chat/completions"):
-            status, body = to_openai_error(error)
-        if self._has_begun:
-            self._note["status"] = f"200+{error.kind}"
-            self._write_chunk(to_data(body) if self._is_chat else to_frame(body), last=True)
-            return
-        headers = {}
-        if error.status == 405:
-            headers["allow"] = self._find_route()[0]
-        if error.retry_after_s is not None:
-            headers["retry-after"] = str(error.retry_after_s)
-        if error.should_retry is not None:
-            headers["x-should-retry"] = str(error.should_retry).lower()
-        self._send_json(status, body, headers)
-
-    def _to_head(self, status: int, headers: Mapping[str, str]) -> bytes:
-        """Return the status line and headers; all names and values are our own."""
-        phrase = HTTPStatus(status).phrase if status in HTTPStatus._value2member_map_ else "Error"
-        fixed = {
-            "server": f"cc2api/{__version__}",
-            "date": email.utils.formatdate(usegmt=True),
-            "request-id": self._request_id,
-            "x-request-id": self._request_id,
-            "connection": "close" if self._closing else "keep-alive",
-        }
-        limits = self.server.gateway.rate_limits if "model" in self._note else {}
-        every = {**fixed, **self._cors, **limits, **headers}
-        lines = [f"{key}: {value}" for key, value in every.items()]
-        return "\r\n".join([f"HTTP/1.1 {status} {phrase}", *lines, "", ""]).encode("ascii")
-
-    def _write(self, data: bytes) -> None:
-        self._stream.write(data, self.server.gateway.settings.timeout)
-        self._last_write_at = time.monotonic()
-
-    # ---- the log
-
-    def _note_turn(self, turn: Turn) -> None:
-        self._note["model"] = _quoted(turn.model, 100)
-        if turn.ignored:
-            names = _quoted(",".join(turn.ignored), 200)
-            log.warning("id=%s unknown fields ignored: %s", self._request_id, names)
-
-    def _note_usage(self, usage: JsonObject | None) -> None:
-        for name in ("input_tokens", "output_tokens"):
-            if usage and usage.get(name) is not None:
-                self._note[name] = usage[name]
-
-    def _log_request(self) -> None:
-        self._note["ms"] = round((time.monotonic() - self._started_at) * 1000)
-        pairs = " ".join(f"{name}={value}" for name, value in self._note.items())
-        path = _quoted(self._head.path, 200)
-        log.info("method=%s path=%s id=%s %s", self._head.method, path, self._request_id, pairs)
 
 
 def is_own_name(name: str, settings: Settings) -> bool:

@@ -777,6 +777,7 @@ def test_every_answer_has_a_request_id_and_is_json(gateway: RunningGateway) -> N
     assert all(a.headers["request-id"].startswith("req_") for a in seen)
     assert all(a.headers["x-request-id"] == a.headers["request-id"] for a in seen)
     assert len({a.headers["request-id"] for a in seen}) == len(seen)
+    assert [a.headers["allow"] for a in seen[2:4]] == ["POST, OPTIONS", "GET, OPTIONS"]
     assert all(a.json for a in seen[:5])
     assert not any(a.body for a in seen[5:])
 
