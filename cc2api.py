@@ -478,7 +478,7 @@ def _finite(text: str) -> float:
 
 def parse_count_request(body: JsonObject, betas: str = "") -> Turn:
     """Check a count_tokens request, which needs no max_tokens, and return it as a Turn."""
-    return _parse_turn(body, betas, login=False)
+    return _parse_turn(body, betas, login=False, counts_only=True)
 
 
 def parse_messages_request(body: JsonObject, betas: str = "", *, login: bool = False) -> Turn:
@@ -506,7 +506,7 @@ def parse_messages_request(body: JsonObject, betas: str = "", *, login: bool = F
     return _parse_turn(body, betas, login=login)
 
 
-def _parse_turn(body: JsonObject, betas: str, *, login: bool) -> Turn:
+def _parse_turn(body: JsonObject, betas: str, *, login: bool, counts_only: bool = False) -> Turn:
     """Check everything but `max_tokens` being there, which chat completions do without."""
     _check(body, "", _REQUEST)
     if not body["model"].strip():
@@ -520,7 +520,7 @@ def _parse_turn(body: JsonObject, betas: str, *, login: bool) -> Turn:
         # With thinking off the CLI sends temperature 1 (seen, 2.1.330), and upstream refuses the
         # two together. Off by way of the body, it sends none.
         thinking = {"type": "disabled"}
-    messages = _parse_messages(body)
+    messages = _parse_messages(body, counts_only=counts_only)
     history, query = messages[:-1], messages[-1]
 
     output_config = dict(body.get("output_config") or {})
@@ -646,7 +646,7 @@ class _Parsed:
     folded: bool = False  # it was a system entry
 
 
-def _parse_messages(body: JsonObject) -> list[Message]:
+def _parse_messages(body: JsonObject, *, counts_only: bool) -> list[Message]:
     """Check the conversation and return it with alternating roles, ending with the user's.
 
     A mid-conversation `system` entry becomes text of the neighbouring user message, since a line
@@ -673,7 +673,7 @@ def _parse_messages(body: JsonObject) -> list[Message]:
         whole = parts[0].text if len(parts) == 1 else None
         messages.append(Message(role, [b for _, b in blocks] if whole is None else whole))
         all_blocks.append(blocks)
-    if messages[-1].role != "user":
+    if messages[-1].role != "user" and not counts_only:
         raise InvalidRequest(
             "messages: This gateway does not support assistant message prefill. "
             "The conversation must end with a user message."
@@ -1253,10 +1253,10 @@ class Child:
 
 TOOL_SERVER: Final = "t"
 COUNTED_TOOLS_DEDUCTION: Final = 500  # tokens that get_context_usage takes off all tools together
-MESSAGE_WRAPPER_TOKENS: Final = 7  # "foo", one token, counts as 8 when it is a message
+COUNTED_BESIDE_TOOLS: Final = 8  # tokens of the message "foo", which the tools are counted with
 # Counted with the tools, so that their sum is never below the deduction, and by itself.
 PADDING_TOOL: Final[JsonObject] = {
-    "name": "padding",
+    "name": "cc2api_padding",
     "description": "word " * 1000,
     "input_schema": {"type": "object", "properties": {}},
 }
@@ -1264,21 +1264,26 @@ PADDING_TOOL: Final[JsonObject] = {
 
 def read_context_usage(
     child: Child, turn: Turn, tools: Sequence[JsonObject], patience: Patience
-) -> tuple[int, int, int]:
+) -> tuple[int, int]:
     """Have the CLI count a turn with the API's own count_tokens: nothing is generated.
 
-    Returns the tokens of system prompt, messages and tools, as get_context_usage gives them: the
-    system prompt wrapped in a message, the tools less COUNTED_TOOLS_DEDUCTION. Raises as Child
-    does.
+    Returns the tokens of the messages, the system prompt included, and of the tools less
+    COUNTED_TOOLS_DEDUCTION. Raises as Child does, and CliFailed where upstream did not count.
     """
-    whole = dataclasses.replace(turn, history=(*turn.history, turn.query))
-    open_turn(child, whole, patience, tools)
+    messages = [*turn.history, turn.query]
+    if turn.system:  # counted as a block of the first message: as a message it would be wrapped
+        first = messages[0].content if messages[0].role == "user" else []
+        blocks = [{"type": "text", "text": first}] if isinstance(first, str) else first
+        prompt = {"type": "text", "text": "\n\n".join(turn.system)}
+        messages[: messages[0].role == "user"] = [Message("user", [prompt, *blocks])]
+    open_turn(child, dataclasses.replace(turn, system=(), history=tuple(messages)), patience, tools)
     usage = child.request("get_context_usage", patience)
     counts = {c.get("name"): c.get("tokens") for c in usage.get("categories") or []}
-    system, messages, counted = (
-        int(counts.get(name) or 0) for name in ("System prompt", "Messages", "MCP tools")
-    )
-    return system, messages, counted
+    # Where upstream does not count, the CLI guesses a token for four characters, without a word;
+    # of the default prompt, wrapped in a message, every true count is higher (seen, 2.1.330).
+    if int(counts.get("System prompt") or 0) <= len(DEFAULT_SYSTEM_PROMPT) / 4:
+        raise CliFailed("upstream did not count the tokens")
+    return int(counts.get("Messages") or 0), int(counts.get("MCP tools") or 0)
 
 
 def to_tool_server(tools: Sequence[JsonObject]) -> JsonObject:
@@ -1893,12 +1898,12 @@ _CHAT: Final = _shape(
     "model!:string messages!:list stream:boolean stream_options:dictionary n:integer>=1<=1"
     " temperature:number>=0<=2 top_p:number>=0<=1 max_tokens:integer>=1 user:string"
     " max_completion_tokens:integer>=1 tools:list functions:list parallel_tool_calls:boolean"
-    " response_format:dictionary"
+    " response_format:dictionary modalities:list"
     " reasoning_effort:string=none|minimal|low|medium|high|xhigh|max",
     stream_options=_shape("include_usage:boolean"),
     response_format=_shape(
         "type!:string=text|json_object|json_schema json_schema:dictionary",
-        json_schema=_shape("schema!:dictionary"),
+        json_schema=_shape("schema:dictionary"),
     ),
 )
 _CHAT_ENTRY: Final = _shape("role!:string=system|developer|user|assistant|tool|function")
@@ -1956,23 +1961,28 @@ def parse_chat_request(
     for name in ("audio", "logprobs", "top_logprobs"):
         if body.get(name):
             raise InvalidRequest(f"{name}: not supported by this gateway")
+    _check(body, "", _CHAT)
     if "audio" in (body.get("modalities") or []):
         raise InvalidRequest("modalities: audio is not supported by this gateway")
-    if (body.get("n") or 1) != 1:
-        raise InvalidRequest("n: only 1 is supported by this gateway")
-    _check(body, "", _CHAT)
     tools, custom = _chat_tools(body)
+    if body.get("functions") and custom:
+        raise InvalidRequest("functions: not together with custom tools")
     choice, tools = _chat_tool_choice(body, tools)
     system, messages = _chat_messages(body)
     form = body.get("response_format") or {}
-    if form.get("type") == "json_object":
+    schema = (form.get("json_schema") or {}).get("schema")
+    if form.get("type") == "json_object" or (form.get("json_schema") and schema is None):
         system.append({"type": "text", "text": _JSON_OBJECT_PROMPT})
     if form.get("type") == "json_schema" and not form.get("json_schema"):
         raise InvalidRequest("response_format.json_schema: Field required")
     effort = body.get("reasoning_effort")
     stop = body.get("stop")
     stops = [stop] if isinstance(stop, str) else stop
-    temperature = body.get("temperature")
+    if stops is not None and not isinstance(stops, list):
+        raise InvalidRequest("stop: Input should be a valid string or list")
+    temperature, top_p = body.get("temperature"), body.get("top_p")
+    if temperature is not None and top_p == 1:
+        top_p = None  # it says nothing, and newer models refuse the two together
     translated = {
         "model": body["model"],
         "messages": messages,
@@ -1980,15 +1990,14 @@ def parse_chat_request(
         "stream": body.get("stream"),
         "max_tokens": body.get("max_completion_tokens") or body.get("max_tokens"),
         "temperature": None if temperature is None else min(temperature, 1),
-        "top_p": body.get("top_p"),
+        "top_p": top_p,
         "stop_sequences": stops and [s for s in stops if not isinstance(s, str) or s.strip()],
         "tools": tools or None,
         "tool_choice": choice if tools else None,
         "effort": _EFFORT_BY_REASONING.get(effort, effort) if effort else None,
         "output_format": None,
     }
-    if form.get("type") == "json_schema":
-        schema = form["json_schema"]["schema"]
+    if form.get("type") == "json_schema" and schema is not None:
         translated["output_format"] = {"type": "json_schema", "schema": schema}
     turn = _parse_turn(translated, "", login=login)
     usage = bool((body.get("stream_options") or {}).get("include_usage"))
@@ -2029,9 +2038,14 @@ def _chat_tool_choice(
     if isinstance(choice, dict):
         kind = str(choice.get("type", "function"))
         named = choice if "name" in choice else choice.get(kind)
-        if kind == "allowed_tools" and isinstance(named, dict):
-            allowed = [tool.get(tool.get("type")) for tool in named.get("tools") or []]
-            names = [function.get("name") for function in allowed if isinstance(function, dict)]
+        if kind == "allowed_tools":
+            named = named if isinstance(named, dict) else choice
+            allowed = [
+                (tool, tool.get(str(tool.get("type")))) for _, tool in _objects(named, "tools")
+            ]
+            names = [
+                (inner if isinstance(inner, dict) else tool).get("name") for tool, inner in allowed
+            ]
             tools = [tool for tool in tools if tool["name"] in names]
             choice, named = named.get("mode", "auto"), None
     if named is not None and isinstance(named, dict) and isinstance(named.get("name"), str):
@@ -2040,7 +2054,9 @@ def _chat_tool_choice(
         result = {"type": simple[choice or "auto"]}
     else:
         raise InvalidRequest("tool_choice: Input should be none, auto, required or name a tool")
-    if body.get("parallel_tool_calls") is False and result["type"] != "none":
+    # a legacy function_call can hold only one call
+    is_single = body.get("parallel_tool_calls") is False or body.get("functions")
+    if is_single and tools and result["type"] != "none":
         return {**result, "disable_parallel_tool_use": True}, tools
     return (result if choice is not None else None), tools
 
@@ -2049,36 +2065,42 @@ def _chat_messages(body: JsonObject) -> tuple[list[JsonObject], list[JsonObject]
     """Return system blocks, hoisted from wherever they stand, and the messages."""
     system: list[JsonObject] = []
     messages: list[JsonObject] = []
-    called: dict[str, str] = {}  # ids of tool calls that have been made; by name for `function`
+    called: dict[tuple[str, str], str] = {}  # ids of the calls made, by role and id or name
     for path, entry in _objects(body, "messages"):
         _check(entry, f"{path}.", _CHAT_ENTRY)
         role = entry["role"]
         if role in ("system", "developer"):
-            system += [block for block in _chat_blocks(entry, path) if block["text"].strip()]
+            system += _said(_chat_blocks(entry, path))
         elif role == "user":
-            messages.append({"role": "user", "content": _chat_blocks(entry, path)})
+            blocks = _chat_blocks(entry, path)
+            messages.append({"role": "user", "content": _said(blocks) or blocks})
         elif role == "assistant":
-            blocks = [*_chat_blocks(entry, path), *_chat_calls(entry, path)]
-            called.update({b["id"]: b["id"] for b in blocks if b["type"] == "tool_use"})
-            called.update({b["name"]: b["id"] for b in blocks if b["type"] == "tool_use"})
-            kept = [block for block in blocks if block["type"] != "text" or block["text"].strip()]
-            if kept:
-                messages.append({"role": "assistant", "content": kept})
+            blocks = _said([*_chat_blocks(entry, path), *_chat_calls(entry, path)])
+            for block in blocks:
+                if block["type"] == "tool_use":
+                    called["tool", block["id"]] = called["function", block["name"]] = block["id"]
+            if blocks:
+                messages.append({"role": "assistant", "content": blocks})
         else:
             field_name = "tool_call_id" if role == "tool" else "name"
-            call = entry.get(field_name)
-            if not isinstance(call, str) or call not in called:
+            call = called.get((role, str(entry.get(field_name))))
+            if call is None:
                 raise InvalidRequest(f"{path}.{field_name}: no such tool call was made before")
-            result: JsonObject = {"type": "tool_result", "tool_use_id": called[call]}
-            content = [b for b in _chat_blocks(entry, path) if b.get("text") != ""]
+            result: JsonObject = {"type": "tool_result", "tool_use_id": call}
+            content = _said(_chat_blocks(entry, path))
             messages.append({"role": "user", "content": [{**result, "content": content}]})
     return system, messages
+
+
+def _said(blocks: Iterable[JsonObject]) -> list[JsonObject]:
+    """Leave out blank texts, which OpenAI takes and Anthropic does not."""
+    return [block for block in blocks if block["type"] != "text" or block["text"].strip()]
 
 
 def _chat_blocks(entry: JsonObject, path: str) -> list[JsonObject]:
     """Return a chat message's content as Anthropic blocks."""
     content = entry.get("content")
-    if content is None and entry["role"] == "assistant":
+    if content is None and entry["role"] in ("assistant", "tool", "function"):
         content = entry.get("refusal") or ""
     if isinstance(content, str):
         return [{"type": "text", "text": content}] if content or entry["role"] == "user" else []
@@ -2153,12 +2175,10 @@ def _to_tool_use(call_id: str, name: str, given: JsonObject) -> JsonObject:
 
 def _arguments(function: JsonObject, path: str) -> JsonObject:
     try:
-        parsed = json.loads(function.get("arguments") or "{}")
-    except (ValueError, RecursionError):
-        parsed = None
-    if not isinstance(parsed, dict):
-        raise InvalidRequest(f"{path}.arguments: Input should be a JSON object in a string")
-    return parsed
+        return parse_json((function.get("arguments") or "{}").encode())
+    except (InvalidRequest, UnicodeError):
+        problem = "Input should be a JSON object in a string"
+        raise InvalidRequest(f"{path}.arguments: {problem}") from None
 
 
 def to_chat_usage(usage: JsonObject) -> JsonObject:
@@ -2204,7 +2224,8 @@ def to_completion(message: JsonObject, style: ChatStyle) -> JsonObject:
         reply["reasoning_content"] = thinking
     finish = _FINISH_REASONS.get(message["stop_reason"], "stop")
     if calls and style.is_legacy:
-        reply["function_call"], finish = calls[0]["function"], "function_call"
+        reply["function_call"] = calls[0]["function"]
+        finish = "function_call" if finish == "tool_calls" else finish
     elif calls:
         reply["tool_calls"] = calls
     return {
@@ -2297,8 +2318,10 @@ class ChunkWriter:
     def _end_tool(self, block: JsonObject) -> list[JsonObject]:
         self._tool = None
         if block["name"] in self._style.custom_tools:
-            return [self._call(**_to_tool_call(block, self._arguments, self._style))]
-        return [] if self._arguments else [self._call(function={"arguments": "{}"})]
+            arguments = self._arguments or json.dumps(block["input"])
+            return [self._call(**_to_tool_call(block, arguments, self._style))]
+        whole = json.dumps(block["input"])  # some upstreams give it with the start, without deltas
+        return [] if self._arguments else [self._call(function={"arguments": whole})]
 
     def _end(self) -> list[JsonObject]:
         finish = _FINISH_REASONS.get(self._stop_reason or "", "stop")
@@ -2405,10 +2428,7 @@ class Gateway:
         """Return how many input tokens a turn has, by the API's own count; nothing is generated."""
         turn = dataclasses.replace(turn, model=self._model_map.get(turn.model, turn.model))
         tools = turn.extra_body.get("tools") or []
-        counted = [
-            dataclasses.asdict(turn)[name] for name in ("model", "system", "history", "query")
-        ]
-        text = json.dumps([*counted, tools], sort_keys=True).encode("ascii")
+        text = repr((turn.model, turn.system, turn.history, turn.query, tools)).encode()
         return self._counted(hashlib.sha256(text).digest(), lambda: self._count(turn, tools, tick))
 
     def _counted(self, key: object, count: Callable[[], int]) -> int:
@@ -2424,30 +2444,21 @@ class Gateway:
         return found
 
     def _count(self, turn: Turn, tools: list[JsonObject], tick: Callable[[], None]) -> int:
-        padded = [*tools, PADDING_TOOL] if tools else []
-        system, messages, counted = self._context_usage(turn, padded, tick)
-        total = messages + (max(0, system - MESSAGE_WRAPPER_TOKENS) if turn.system else 0)
+        def usage(of: Turn, *counted: JsonObject) -> tuple[int, int]:
+            return self._with_child(lambda c, p: read_context_usage(c, of, counted, p), tick)
+
         if not tools:
-            return total
+            return usage(turn)[0]
         blank = dataclasses.replace(turn, system=(), history=(), query=Message("user", "foo"))
+        second = {**PADDING_TOOL, "name": PADDING_TOOL["name"] + "2"}
 
-        def count_beside() -> int:
-            """Count what stands beside the tools when they are counted: "foo" and the padding."""
-            second = {**PADDING_TOOL, "name": "padding2"}
-            _, _, one = self._context_usage(blank, [PADDING_TOOL], tick)
-            _, _, two = self._context_usage(blank, [PADDING_TOOL, second], tick)
-            return MESSAGE_WRAPPER_TOKENS + 1 + two - one
+        def count_padding() -> int:
+            return usage(blank, PADDING_TOOL, second)[1] - usage(blank, PADDING_TOOL)[1]
 
-        beside = self._counted(("beside tools", turn.model), count_beside)
-        return total + max(0, counted + COUNTED_TOOLS_DEDUCTION - beside)
-
-    def _context_usage(
-        self, turn: Turn, tools: Sequence[JsonObject], tick: Callable[[], None]
-    ) -> tuple[int, int, int]:
-        def use(child: Child, patience: Patience) -> tuple[int, int, int]:
-            return read_context_usage(child, turn, tools, patience)
-
-        return self._with_child(use, tick)
+        padding = self._counted(("padding", turn.model), count_padding)
+        total, counted = usage(turn, *tools, PADDING_TOOL)
+        beside = COUNTED_BESIDE_TOOLS + padding - COUNTED_TOOLS_DEDUCTION
+        return total + max(0, counted - beside)
 
     def _with_child(self, use: Callable[[Child, Patience], _T], tick: Callable[[], None]) -> _T:
         """Have a child do something that asks the model nothing."""
@@ -2463,11 +2474,8 @@ class Gateway:
     def models(self, tick: Callable[[], None]) -> list[JsonObject]:
         """Return the models as the CLI lists them; every answered request refreshes the list."""
         if not self._models:
-
-            def ask(child: Child, patience: Patience) -> list[JsonObject]:
-                return child.request("initialize", patience, hooks=None).get("models") or []
-
-            self._models = self._with_child(ask, tick)
+            reply = self._with_child(lambda c, p: c.request("initialize", p, hooks=None), tick)
+            self._models = reply.get("models") or []
         return self._models
 
     def model_id(self, name: str) -> str:
@@ -2901,6 +2909,8 @@ class Response:
         headers = {}
         if error.retry_after_s is not None:
             headers["retry-after"] = str(error.retry_after_s)
+        if error.status == 402 and self.is_chat:  # which OpenAI's clients know as a 429
+            headers["x-should-retry"] = "false"
         if error.should_retry is not None:
             headers["x-should-retry"] = str(error.should_retry).lower()
         self.send_json(status, body, headers)
@@ -3083,13 +3093,17 @@ class Handler(BaseRequestHandler):
         models = to_model_list(self._gateway.models(self._out.tick))
         query = urllib.parse.parse_qs(self._head.query)
         ids = [model["id"] for model in models]
-        after, limit = query.get("after_id", [""])[0], query.get("limit", ["1000"])[0]
-        if after and after not in ids:
-            raise InvalidRequest("after_id: no such model")
+        after, before, limit = (query.get(n, [""])[0] for n in ("after_id", "before_id", "limit"))
+        for name, value in (("after_id", after), ("before_id", before)):
+            if value and value not in ids:
+                raise InvalidRequest(f"{name}: no such model")
+        limit = limit or "1000"
         if not re.fullmatch(r"[1-9]\d{0,2}|1000", limit):
             raise InvalidRequest("limit: Input should be a number from 1 to 1000")
         rest = models[ids.index(after) + 1 :] if after else models
-        page = rest[: int(limit)]
+        if before:
+            rest = models[: ids.index(before)]
+        page = rest[-int(limit) :] if before else rest[: int(limit)]
         body: JsonObject = {"object": "list", "data": page, "has_more": len(page) < len(rest)}
         body["first_id"], body["last_id"] = (page[i]["id"] if page else None for i in (0, -1))
         self._out.send_json(200, body)

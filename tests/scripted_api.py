@@ -151,6 +151,7 @@ class ScriptedApi:
     def __init__(self) -> None:
         self.calls: list[Call] = []
         self.counted = 0  # count_tokens requests
+        self.counts = True  # else they are refused
         self._replies: dict[str, Reply] = {}
         self._lock = threading.Condition()
         self._server = _Server(("127.0.0.1", 0), _Handler)
@@ -253,6 +254,8 @@ class _Handler(BaseHTTPRequestHandler):
         raw = self.rfile.read(int(self.headers.get("content-length") or 0))
         body = json.loads(raw)
         if self.path.startswith("/v1/messages/count_tokens"):
+            if not self.server.api.counts:
+                return self._json(529, _error(529, "Overloaded"), {})
             return self._json(200, {"input_tokens": self.server.api.count(body)}, {})
         if not self.path.startswith("/v1/messages"):
             return self._json(404, _error(404, self.path), {})

@@ -90,3 +90,23 @@ def test_images_and_documents_count(gateway: RunningGateway) -> None:
     alone = count(gateway, "", messages=[{"role": "user", "content": [text]}])
     whole = [{"role": "user", "content": [document, image, text]}]
     assert count(gateway, "", messages=whole) > alone + 50
+
+
+def test_a_conversation_that_ends_with_the_assistant_counts(gateway: RunningGateway) -> None:
+    asked = {"role": "user", "content": marker()}
+    both = [asked, {"role": "assistant", "content": "one two"}]
+    assert count(gateway, "", messages=both) - count(gateway, "", messages=[asked]) == 2 + 7
+
+
+def test_a_guess_of_the_cli_is_not_taken_for_a_count(
+    gateway: RunningGateway, api: ScriptedApi
+) -> None:
+    text = marker()
+    body = {"model": "claude-sonnet-4-6", "messages": [{"role": "user", "content": text}]}
+    api.counts = False
+    try:
+        answer = gateway.request("POST", "/v1/messages/count_tokens", body)
+    finally:
+        api.counts = True
+    assert answer.status == 502
+    assert count(gateway, text) >= 8

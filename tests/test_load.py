@@ -152,6 +152,27 @@ def test_a_stream_shows_life_before_and_after_its_first_event(
             assert b"message_start" in seen
 
 
+def test_chat_completions_are_kept_alive_by_comments_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cc2api, "KEEPALIVE_S", 0.1)
+    monkeypatch.setattr(cc2api, "TICK_S", 0.05)
+    body = {
+        "model": "m",
+        "stream": True,
+        "messages": [{"role": "user", "content": "stall-after-start"}],
+    }
+    data = json.dumps(body).encode()
+    head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n"
+    with InProcessGateway(tmp_path) as gateway:
+        address = ("127.0.0.1", gateway.port)
+        with socket.create_connection(address, timeout=20) as sock:
+            sock.sendall(f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data)
+            seen = read_until(sock, b": waiting\n\n")
+    assert b"chat.completion.chunk" in seen
+    assert b"event:" not in seen
+
+
 def test_a_waiting_client_in_the_queue_is_shown_life_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

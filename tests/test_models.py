@@ -54,6 +54,10 @@ def test_the_list_is_paged(gateway: RunningGateway) -> None:
     assert [m["id"] for m in rest["data"]] == ids[1:]
     end = gateway.request("GET", f"/v1/models?after_id={ids[-1]}").json
     assert (end["data"], end["has_more"], end["last_id"]) == ([], False, None)
+    before = gateway.request("GET", f"/v1/models?before_id={ids[-1]}&limit=1").json
+    assert ([m["id"] for m in before["data"]], before["has_more"]) == (ids[-2:-1], len(ids) > 2)
+    first = gateway.request("GET", f"/v1/models?before_id={ids[0]}").json
+    assert (first["data"], first["has_more"]) == ([], False)
     assert gateway.request("GET", "/v1/models?limit=0").status == 400
     assert gateway.request("GET", "/v1/models?after_id=nope").status == 400
 

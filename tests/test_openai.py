@@ -116,6 +116,25 @@ def test_the_legacy_function_role() -> None:
     assert use["id"] == result["tool_use_id"]
 
 
+def test_blank_texts_are_left_out_where_something_else_is_said() -> None:
+    url = "https://x/y.png"
+    parts = [{"type": "text", "text": ""}, {"type": "image_url", "image_url": {"url": url}}]
+    got = messages_of(
+        {"role": "user", "content": parts},
+        {"role": "assistant", "content": "", "tool_calls": [CALL]},
+        {"role": "tool", "tool_call_id": "call_1", "content": "\n"},
+    )
+    assert [block["type"] for block in got[0][1]] == ["image"]
+    assert got[2][1] == [{"type": "tool_result", "tool_use_id": "call_1", "content": []}]
+
+
+def test_ids_of_calls_are_not_taken_for_names() -> None:
+    calls = [{**CALL, "id": "f"}, {**CALL, "id": "f2"}]
+    results = [{"role": "tool", "tool_call_id": i, "content": i} for i in ("f", "f2")]
+    got = messages_of({"role": "assistant", "tool_calls": calls}, *results)
+    assert [block["tool_use_id"] for block in got[1][1]] == ["f", "f2"]
+
+
 def test_an_empty_assistant_turn_is_left_out() -> None:
     got = messages_of(
         {"role": "user", "content": "a"},
@@ -135,6 +154,7 @@ PARAMETERS: list[tuple[JsonObject, JsonObject]] = [
     ({"max_tokens": 5, "max_completion_tokens": 6}, {"max_tokens": 6}),
     ({"temperature": 1.7}, {"temperature": 1}),
     ({"top_p": 0.5, "temperature": 0}, {"top_p": 0.5, "temperature": 0}),
+    ({"top_p": 1, "temperature": 0.7}, {"temperature": 0.7}),
     ({"stop": "END"}, {"stop_sequences": ["END"]}),
     ({"stop": ["a", " ", "b"]}, {"stop_sequences": ["a", "b"]}),
     ({"tools": TOOLS, "tool_choice": "required"}, {"tool_choice": {"type": "any"}}),
@@ -229,6 +249,21 @@ MISTAKES: list[tuple[JsonObject, str | None]] = [
     ({"tool_choice": "always"}, "tool_choice"),
     ({"response_format": {"type": "xml"}}, "response_format.type"),
     ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
+    ({"stop": 5}, "stop"),
+    ({"modalities": 5}, "modalities"),
+    ({"tool_choice": {"type": "allowed_tools", "tools": ["f"]}}, "tools[0]"),
+    ({"functions": [{"name": "f"}], "tools": [TOOLS[2]]}, "functions"),
+    (
+        {
+            "messages": [
+                {
+                    "role": "assistant",
+                    "tool_calls": [{**CALL, "function": {"name": "f", "arguments": '{"a": NaN}'}}],
+                }
+            ]
+        },
+        "messages[0].tool_calls[0].function.arguments",
+    ),
 ]
 
 
