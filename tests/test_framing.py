@@ -139,7 +139,7 @@ pieces_of_http = st.sampled_from(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(st.lists(st.one_of(pieces_of_http, st.binary(max_size=5)), max_size=12), st.data())
 def test_split_input_reads_as_joined_input(pieces: list[bytes], data: st.DataObject) -> None:
     raw = b"".join(pieces)

@@ -296,8 +296,8 @@ def test_no_claude_survives_a_gateway_that_is_killed_in_mid_answer(
 
 def test_the_temporary_directory_is_gone_after_the_end(start: Any) -> None:
     gateway = start()
-    gateway.ask(marker())
-    (pid, *_) = gateway.children()
+    wait_until(lambda: len(gateway.children()) == 1)
+    (pid,) = gateway.children()
     temp = Path(os.readlink(f"/proc/{pid}/cwd")).parent
     assert temp.is_dir()
     assert gateway.stop(signal.SIGINT) == 0
