@@ -25,8 +25,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-TESTS = Path(__file__).parent.parent
-sys.path[:0] = [str(TESTS), str(TESTS.parent)]
+sys.path.insert(0, str(Path(__file__).parents[1]))  # tests/
+sys.path.insert(0, str(Path(__file__).parents[2]))  # cc2api.py
 
 from running import API_KEY, RunningGateway, clean_environment, real_claude
 from scripted_api import ScriptedApi
