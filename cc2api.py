@@ -21,7 +21,8 @@ Rules that hold throughout:
  3. Exactly one call is made upstream for one request. The CLI would make another by itself after
     some answers: it is given no budget for one, and killed besides (`AnswerReader.must_kill`).
  4. Prompts and keys go through pipes only: never into argv, files, an environment or the log.
- 5. A 200 is sent with the first event and not before, so that a failure keeps its true status.
+ 5. A stream's 200 goes out with the first event, so that a failure keeps its true status; only
+    after KEEPALIVE_S of silence does it go out before.
 
 Facts about the CLI were seen on 2.1.330 and 2.1.248 talking to a scripted API; each one relied on
 is pinned by a test in tests/. Sections, each using only what stands above it: Settings, Errors, API
