@@ -93,6 +93,7 @@ KEEPALIVE_S: Final = 10.0  # of silence before a stream shows life; proxies cut 
 SPARE_MAX_AGE_S: Final = 3600.0  # long-idle processes may hold stale sign-ins and connections
 KEEPER_TICK_S: Final = 5.0  # how soon a dead or stale spare is noticed without a request
 REAP_TICK_S: Final = 0.02  # a killed child is gone within this
+EXIT_STATUS_S: Final = 1.0  # from a closed stdout to the exit status; a dying process needs 0.01 s
 EXIT_GRACE_S: Final = 5.0  # from EOF on stdin to SIGKILL; the CLI needs 0.04 s
 LONGEST_RETRY_S: Final = 60  # what SDKs wait for without seeming to hang
 MAX_COUNTS: Final = 256  # token counts kept; agents count the same conversation again and again
@@ -1241,7 +1242,7 @@ class Child:
     def _explain_death(self) -> str:
         """Describe how the child ended; waits a moment for its exit status."""
         with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(timeout=1.0)
+            self._process.wait(timeout=EXIT_STATUS_S)
         with contextlib.suppress(KeyError, OSError):  # what it said last may still be in the pipe
             os.set_blocking(self._stderr, False)
             self._read_stderr()
@@ -3050,17 +3051,17 @@ class Handler(BaseRequestHandler):
         path = re.sub(r"\A(/v1)+(?=/)", "", head.path)
         self._model_name = path.partition("/models/")[2]
         method, name = self.ROUTES.get("/models/" if self._model_name else path, ("", ""))
-        if not name and head.method != "OPTIONS":
-            raise ApiError(f"{head.method} {head.path}: no such route", status=404)
-        out.headers["allow"] = f"{method or 'GET'}, OPTIONS"
+        allow = {"allow": f"{method or 'GET'}, OPTIONS"}
         if head.method == "OPTIONS":
-            return out.send(204, b"", {})
+            return out.send(204, b"", allow)
+        if not name:
+            raise ApiError(f"{head.method} {head.path}: no such route", status=404)
         if head.method != method and (head.method, method) != ("HEAD", "GET"):
+            out.headers.update(allow)
             raise ApiError(f"{head.method} is not allowed here, {method} is", status=405)
         if name != "_index":
             key, bearer = head.get("x-api-key"), head.get("authorization")
             out.note["key"] = self._gateway.keys.check(key, bearer)
-        del out.headers["allow"]
         getattr(self, name)()
 
     def _check_origin(self) -> None:
