@@ -14,12 +14,15 @@ sees a credential.
 A child goes through these states, each owned by exactly one party:
 
     idle (pool) ──acquire──> claimed (request) ──query──> answering ──release──> ending (pool)
+                                 ^                            |
+                                 └──acquire── parked (pool) <─┘ park
 
 Rules that hold throughout:
  1. Data goes one way, and raw client JSON is looked at in one place only: Requests.
- 2. One request, one process: nothing of a request can show in another one.
+ 2. One conversation of one caller, one process: nothing of it can show in another one. A parked
+    child goes on only with the very conversation that it holds.
  3. Exactly one call is made upstream for one request. The CLI would make another by itself after
-    some answers: it is given no budget for one, and killed besides (`AnswerReader.must_kill`).
+    some answers: it is held back from it (`Child.hold_calls`), and ended after such an answer.
  4. Prompts and keys go through pipes only: never into argv, files, an environment or the log.
  5. A stream's 200 goes out with the first event, so that a failure keeps its true status; only
     after KEEPALIVE_S of silence does it go out before.
@@ -37,6 +40,7 @@ import collections
 import contextlib
 import dataclasses
 import email.utils
+import functools
 import hashlib
 import hmac
 import http.client
@@ -89,8 +93,14 @@ CLI_PROBE_TIMEOUT_S: Final = 20.0  # `claude --version` takes 0.01 s, `claude au
 CONTROL_TIMEOUT_S: Final = 15.0  # a CLI answers its control requests within 0.1 s, starting in 1 s
 SETUP_ATTEMPTS: Final = 2  # a child that dies before the query has cost nothing: once more, fresh
 TICK_S: Final = 0.5  # how often a waiting request looks after its client; noticed gone within 1 s
+SETTLE_S: Final = 5.0  # from message_stop to the CLI's own end of its turn; it needs 0.01 s
 KEEPALIVE_S: Final = 10.0  # of silence before a stream shows life; proxies cut at 30 to 60 s
 SPARE_MAX_AGE_S: Final = 3600.0  # long-idle processes may hold stale sign-ins and connections
+SPARE_MEMORY_S: Final = 600.0  # how long a burst of new conversations keeps more spares ready
+RECENT_FITS: Final = 16  # setups remembered, to know one that comes again
+MIN_FREE_BYTES: Final = 400_000_000  # of memory: two children's; with less, parked ones are ended
+MAX_TOOL_RESULT_CHARS: Final = 100_000  # handed to a parked child; the CLI saves large ones to disk
+MAX_TOOL_ERROR_CHARS: Final = 5_000  # the CLI cuts errors at 10,000
 KEEPER_TICK_S: Final = 5.0  # how soon a dead or stale spare is noticed without a request
 REAP_TICK_S: Final = 0.02  # a killed child is gone within this
 EXIT_STATUS_S: Final = 1.0  # from a closed stdout to the exit status; a dying process needs 0.01 s
@@ -138,7 +148,10 @@ class Settings:
     model_map: tuple[str, ...] = _option(
         (), "serve the model name NAME with MODEL; repeatable", "NAME=MODEL"
     )
-    spares: int = _option(1, "idle claude processes kept ready", "N")
+    spares: int = _option(1, "idle claude processes kept ready; 0 keeps none", "N")
+    spares_max: int = _option(4, "the most kept ready, after many new conversations at once", "N")
+    live: int = _option(4, "conversations kept in their process for the next turn", "N")
+    live_ttl: float = _option(300.0, "seconds that such a conversation is kept", "S")
     max_concurrency: int = _option(8, "requests answered at once", "N", low=1)
     max_queue: int = _option(64, "requests that may wait for their turn", "N")
     timeout: float = _option(600.0, "seconds for a whole answer", "S", low=1)
@@ -228,6 +241,14 @@ OPEN: Final = "open"  # the caller's name where no key is asked for
 MIN_NAMED_KEY: Final = 12  # characters; of a shorter key four would tell too much
 
 
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who makes a request."""
+
+    name: str  # for the log
+    identity: bytes  # a digest of the key: what tells one caller's conversations from another's
+
+
 class KeyFile:
     """The keys of `apikeys.txt`: one a line, blank lines and # lines ignored."""
 
@@ -248,8 +269,8 @@ class KeyFile:
         lines = (line.strip() for line in text.split("\n"))
         return [line for line in lines if line and not line.startswith("#")]
 
-    def check(self, api_key: str, authorization: str) -> str:
-        """Return the caller's name for the log: OPEN, or the last four characters of its key.
+    def check(self, api_key: str, authorization: str) -> Caller:
+        """Return who calls: OPEN, or the last four characters of its key.
 
         Takes the values of the headers `x-api-key`, which wins as on the public API, and
         `Authorization`, each "" where absent. Raises NotAuthenticated when keys are in force and
@@ -258,17 +279,18 @@ class KeyFile:
         keys = self.load()
         if keys is None:
             raise NotAuthenticated("the gateway's key file cannot be read")
-        if not keys and not self.required:
-            return OPEN
         scheme, _, token = authorization.strip().partition(" ")
         given = api_key.strip() or (token.strip() if scheme.lower() == "bearer" else "")
+        identity = hashlib.sha256(given.encode("utf-8", "surrogateescape")).digest()
+        if not keys and not self.required:
+            return Caller(OPEN, identity)
         if not given:
             raise NotAuthenticated("x-api-key header or Authorization: Bearer is required")
         # Every key is compared, in constant time: neither a prefix nor a position can be timed.
         matches = [hmac.compare_digest(given.encode(), key.encode()) for key in keys]
         if not any(matches):
             raise NotAuthenticated("invalid x-api-key or bearer token")
-        return "…" + (given[-4:] if len(given) >= MIN_NAMED_KEY else "")
+        return Caller("…" + (given[-4:] if len(given) >= MIN_NAMED_KEY else ""), identity)
 
 
 # ===================================================================== Requests
@@ -851,6 +873,72 @@ def _place_breakpoints(
     return tuple(history)
 
 
+def hash_conversation(turn: Turn, caller: Caller) -> hashlib._Hash:
+    """Return a running digest of all that comes before a turn's last message.
+
+    Two requests have the same one where the model would be told the same by the same caller, in
+    whatever of the API's ways it is written. `hash_message` carries it on.
+    """
+    tools = _unmarked(turn.extra_body.get("tools"))
+    begin = json.dumps([turn.model, turn.system, tools], sort_keys=True)
+    digest = hashlib.sha256(caller.identity + begin.encode("ascii"))
+    for message in turn.history:
+        hash_message(digest, message)
+    return digest
+
+
+def hash_message(digest: hashlib._Hash, message: Message) -> None:
+    """Take one more message into a running digest."""
+    digest.update(json.dumps([message.role, _as_blocks(message.content)]).encode("ascii"))
+
+
+def _as_blocks(content: Any) -> Any:
+    """Return content in the one form that all its forms are compared in."""
+    return _canonical([{"type": "text", "text": content}] if isinstance(content, str) else content)
+
+
+_SAYS_NOTHING: Final = ("cache_control", "caller")  # the CLI itself drops a tool_use's `caller`
+
+
+def _canonical(node: Any) -> Any:
+    """Drop what makes no difference to the model, and order the rest; tool input is verbatim."""
+    if isinstance(node, list):
+        return [_canonical(item) for item in node]
+    if not isinstance(node, dict):
+        return node
+    kept = {}
+    for name, value in sorted(node.items()):
+        if name == "input":
+            kept[name] = json.dumps(value, sort_keys=True)
+        elif name == "content" and node.get("type") == "tool_result":
+            kept[name] = _as_blocks(value)
+        elif value is not None and value is not False and name not in _SAYS_NOTHING:
+            kept[name] = _canonical(value)
+    return kept
+
+
+def without_breakpoints(turn: Turn) -> Turn:
+    """Return a turn whose last message and tools have no cache breakpoints of the client's.
+
+    In a conversation that goes on in its process, the CLI's own are on every last message; with
+    one more from each turn they would soon be over the four that the API takes.
+    """
+    body = {**turn.extra_body, "tools": _unmarked(turn.extra_body.get("tools"))}
+    query = Message("user", _unmarked(turn.query.content))
+    return dataclasses.replace(turn, query=query, extra_body=_without_nulls(body))
+
+
+def _unmarked(node: Any) -> Any:
+    if isinstance(node, list):
+        return [_unmarked(item) for item in node]
+    if not isinstance(node, dict):
+        return node
+    kept = {name: value for name, value in node.items() if name != "cache_control"}
+    if node.get("type") == "tool_result" and "content" in node:
+        kept["content"] = _unmarked(node["content"])
+    return kept
+
+
 # ================================================================== CLI process
 # Finding the CLI, and one running `claude` as an object: its arguments, environment and line
 # protocol. Knows nothing of HTTP. A Child is used by one thread at a time (the pool hands it over);
@@ -872,6 +960,11 @@ PROVIDER_VARIABLES: Final = (
     "CLAUDE_CODE_USE_FOUNDRY",
 )
 
+TOOL_SERVER: Final = "t"  # the MCP server under which a request's tools are registered
+# The size in tokens from which on the CLI refuses to call upstream ("Prompt is too long").
+_NO_LIMIT: Final = {"CLAUDE_CODE_BLOCKING_LIMIT_OVERRIDE": "1000000000"}
+_NO_CALLS: Final = {"CLAUDE_CODE_BLOCKING_LIMIT_OVERRIDE": "1"}
+
 CHILD_FLAGS: Final = (
     *("-p", "--input-format", "stream-json", "--output-format", "stream-json"),
     *("--verbose", "--include-partial-messages"),
@@ -879,10 +972,7 @@ CHILD_FLAGS: Final = (
     "--no-session-persistence",  # no transcript on disk
     *("--settings", '{"hooks":{},"mcpServers":{},"disableAllHooks":true}'),
     *("--system-prompt", DEFAULT_SYSTEM_PROMPT),
-    *("--max-turns", "1"),  # a tool_use ends the turn
-    # Every other way in which the CLI would call upstream again ends here: any answer is over this
-    # budget, and it is looked at between calls (seen, 2.1.330 and 2.1.248).
-    *("--max-budget-usd", "0.0000001"),
+    *("--allowedTools", "mcp__t", "--permission-mode", "dontAsk"),  # of the TOOL_SERVER
 )
 CHILD_VARIABLES: Final = {
     "CLAUDE_CODE_DISABLE_AUTO_MEMORY": "1",
@@ -896,15 +986,16 @@ CHILD_VARIABLES: Final = {
     "CLAUDE_CODE_DISABLE_EXPERIMENTAL_BETAS": "1",
     # Else thinking without a `display` becomes display "updates" (seen, 2.1.330).
     "CLAUDE_CODE_THINKING_DISPLAY_UPDATES": "0",
-    # The CLI's guess of what is too long is upstream's to make (the value is in tokens).
-    "CLAUDE_CODE_BLOCKING_LIMIT_OVERRIDE": "1000000000",
+    # The CLI's guess of what is too long is upstream's to make.
+    **_NO_LIMIT,
     "DISABLE_AUTO_COMPACT": "1",  # no summarising call behind the client's back
     "DISABLE_COMPACT": "1",
     "DISABLE_AUTOUPDATER": "1",  # the pool notices an update; children must not make one
-    # For tools that are counted: their names and descriptions as given, and all of them.
+    # The tools' names and descriptions as given, all of them, and any number called at once.
     "CLAUDE_AGENT_SDK_MCP_NO_PREFIX": "1",
     "CLAUDE_CODE_MAX_MCP_DESCRIPTION_LENGTH": "1000000",
     "ENABLE_TOOL_SEARCH": "false",
+    "CLAUDE_CODE_MAX_TOOL_USE_CONCURRENCY": "1000",
 }
 # Not handed down: what a request sets for itself, and the marks of a Claude Code session that this
 # gateway may have been started from (the CLI finds its own).
@@ -1114,7 +1205,13 @@ class Child:
         self._last_words = b""
         self._requests = itertools.count(1)
         self._has_babbled = False
-        self.tool_server: JsonObject = {}  # what the tools' MCP server answers, by method
+        self._tool_server: JsonObject = {}  # what the tools' MCP server answers, by method
+        self.tool_calls: dict[str, JsonObject] = {}  # those that wait for an answer, by tool_use id
+        self.setup: Setup | None = None  # what it was last told of a turn's parameters
+        self.holds_conversation = False  # it has answered, and can go on
+        self.is_held = False  # from calling upstream
+        self.setup_requests: list[str] = []  # the requests that told it, until they are answered
+        self.fit: bytes | None = None  # the label of what a spare was prepared with
 
     def is_alive(self) -> bool:
         """Say whether the process runs; reaps it where it does not."""
@@ -1130,11 +1227,19 @@ class Child:
 
         A child that does not answer within CONTROL_TIMEOUT_S counts as dead.
         """
-        silent = ChildDied(f"claude did not answer {subtype} within {CONTROL_TIMEOUT_S:.0f} s")
-        patience = patience.at_most(CONTROL_TIMEOUT_S, silent)
-        request_id = str(next(self._requests))
+        return self.read_response(self.ask(subtype, **fields), patience)
+
+    def ask(self, subtype: str, **fields: Any) -> str:
+        """Queue a control request; return its id, for `read_response`."""
+        request_id = f"{subtype} {next(self._requests)}"
         request = {"subtype": subtype, **fields}
         self.send({"type": "control_request", "request_id": request_id, "request": request})
+        return request_id
+
+    def read_response(self, request_id: str, patience: Patience) -> JsonObject:
+        """Wait for the response to a control request, passing over all other lines."""
+        silent = ChildDied(f"claude did not answer {request_id} within {CONTROL_TIMEOUT_S:.0f} s")
+        patience = patience.at_most(CONTROL_TIMEOUT_S, silent)
         while True:
             line = self.read_line(patience)
             response = line.get("response")
@@ -1143,7 +1248,7 @@ class Child:
             if response.get("request_id") == request_id:
                 if response.get("subtype") == "success":
                     return response.get("response") or {}
-                raise CliFailed(f"claude refused {subtype}: {response.get('error')}")
+                raise CliFailed(f"claude refused {request_id}: {response.get('error')}")
 
     def read_line(self, patience: Patience) -> JsonObject:
         """Wait for the next line. Garbage (no JSON object) is logged and skipped."""
@@ -1155,25 +1260,71 @@ class Child:
                 line = json.loads(raw)
             except (ValueError, RecursionError):
                 line = None
-            if isinstance(line, dict) and line.get("type") == "control_request":
-                self._answer(line)
-                continue
             if isinstance(line, dict):
+                if line.get("type") == "control_request":
+                    self._answer(line)
                 return line
             if raw.strip() and not self._has_babbled:
                 self._has_babbled = True
                 log.warning("claude pid=%d prints lines that are not JSON", self.pid)
 
     def _answer(self, line: JsonObject) -> None:
-        """Answer what the CLI asks of the tool server (a newer one knows from initialize)."""
+        """Answer what the CLI asks of the tool server; a tool call waits for `answer_tool_call`."""
         request = line.get("request")
         message = request.get("message") if isinstance(request, dict) else None
         if not isinstance(message, dict):
             return
-        result = self.tool_server.get(str(message.get("method")), {})
-        reply = {"jsonrpc": "2.0", "id": message.get("id"), "result": result}
+        if message.get("method") == "tools/call":
+            meta = (message.get("params") or {}).get("_meta") or {}
+            self.tool_calls[str(meta.get("claudecode/toolUseId"))] = line
+        else:  # asked by older CLIs; a newer one knows from initialize
+            self._respond(line, self._tool_server.get(str(message.get("method")), {}))
+
+    def _respond(self, line: JsonObject, result: JsonObject) -> None:
+        message_id = line["request"]["message"].get("id")
+        reply = {"jsonrpc": "2.0", "id": message_id, "result": result}
         response = {"request_id": line.get("request_id"), "response": {"mcp_response": reply}}
         self.send({"type": "control_response", "response": {"subtype": "success", **response}})
+
+    def answer_tool_call(self, tool_use_id: str, result: JsonObject) -> None:
+        """Give the CLI the result of a tool call that it waits for."""
+        self._respond(self.tool_calls.pop(tool_use_id), result)
+
+    def serve_tools(self, tools: Sequence[JsonObject]) -> JsonObject:
+        """Be the tools' MCP server; return the fields of `initialize` that tell the CLI of it."""
+        if not tools:
+            return {}
+        self._tool_server = server = to_tool_server(tools)
+        manifest = {
+            "initializeResult": server["initialize"],
+            "toolsListResult": server["tools/list"],
+        }
+        name = TOOL_SERVER
+        return {"sdkMcpServers": [name], "sdkMcpServerManifests": {name: manifest}}
+
+    def hold_calls(self) -> None:
+        """Keep the CLI from calling upstream again, once its call is on its way.
+
+        After some answers it would by itself ask for more. What holds it back is its own limit of
+        size, now 1 token: its next call ends as "Prompt is too long" before it is made (seen,
+        2.1.330 and 2.1.248). Killing it at message_delta alone came too late in 1 of 40.
+        """
+        self.is_held = True
+        self.ask("apply_flag_settings", settings={"env": _NO_CALLS})
+        self.flush()
+
+    def allow_calls(self) -> None:
+        """Let the CLI call again, for the next turn. Does not wait."""
+        self.is_held = False
+        self.ask("apply_flag_settings", settings={"env": _NO_LIMIT})
+        self.flush()
+
+    def flush(self) -> None:
+        """Write what is queued, as far as that goes without waiting."""
+        left = -1
+        while self._outbox and len(self._outbox) != left:
+            left = len(self._outbox)
+            self._write_some()
 
     def has_line(self) -> bool:
         """Say whether `read_line` has something at once."""
@@ -1253,7 +1404,6 @@ class Child:
         return f"claude {how}" + (f": {words}" if words else "")
 
 
-TOOL_SERVER: Final = "t"
 COUNTED_TOOLS_DEDUCTION: Final = 500  # tokens that get_context_usage takes off all tools together
 COUNTED_BESIDE_TOOLS: Final = 8  # tokens of the message "foo", which the tools are counted with
 # Counted with the tools, so that their sum is never below the deduction, and by itself.
@@ -1278,7 +1428,8 @@ def read_context_usage(
         blocks = [{"type": "text", "text": first}] if isinstance(first, str) else first
         prompt = {"type": "text", "text": "\n\n".join(turn.system)}
         messages[: messages[0].role == "user"] = [Message("user", [prompt, *blocks])]
-    open_turn(child, dataclasses.replace(turn, system=(), history=tuple(messages)), patience, tools)
+    counted = dataclasses.replace(turn, system=(), history=tuple(messages))
+    open_turn(child, counted, dataclasses.replace(to_setup(counted), tools=tuple(tools)), patience)
     usage = child.request("get_context_usage", patience)
     counts = {c.get("name"): c.get("tokens") for c in usage.get("categories") or []}
     # Where upstream does not count, the CLI guesses a token for four characters, without a word;
@@ -1298,6 +1449,8 @@ def to_tool_server(tools: Sequence[JsonObject]) -> JsonObject:
             "name": tool.get("name") or tool.get("type"),
             "description": tool.get("description") or json.dumps(tool),
             "inputSchema": tool.get("input_schema") or PADDING_TOOL["input_schema"],
+            "annotations": {"readOnlyHint": True},  # else calls wait for each other
+            "_meta": {"anthropic/maxResultSizeChars": 2 * MAX_TOOL_RESULT_CHARS},
         }
         for tool in tools
     ]
@@ -1306,29 +1459,53 @@ def to_tool_server(tools: Sequence[JsonObject]) -> JsonObject:
     return {"initialize": {**protocol, "serverInfo": server}, "tools/list": {"tools": listed}}
 
 
-def open_turn(
-    child: Child, turn: Turn, patience: Patience, tools: Sequence[JsonObject] = ()
-) -> list[JsonObject]:
-    """Bring a blank child to the point where only the last user message is missing.
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """What a child is told before the first message: the same for many conversations."""
 
-    Follows cli-contract.md, "Claiming a spare": initialize, settings, thinking, history. Nothing
-    goes upstream. `tools` are registered with the CLI, to be counted. Returns the CLI's list of
-    models. Raises as Child does.
-    """
-    fields: JsonObject = {"systemPrompt": list(turn.system)} if turn.system else {}
-    if tools:
-        child.tool_server = server = to_tool_server(tools)
-        manifest = {
-            "initializeResult": server["initialize"],
-            "toolsListResult": server["tools/list"],
-        }
-        fields["sdkMcpServers"] = [TOOL_SERVER]
-        fields["sdkMcpServerManifests"] = {TOOL_SERVER: manifest}
-    reply = child.request("initialize", patience, hooks=None, **fields)
-    child.request("apply_flag_settings", patience, settings=to_flag_settings(turn))
+    system: tuple[str, ...]
+    tools: tuple[JsonObject, ...]  # registered with the CLI, which waits for their results
+    settings: JsonObject  # of apply_flag_settings
+    thinking_tokens: int | None
+
+    def label(self, caller: Caller) -> bytes:
+        """Return what is the same for requests of one caller that need the same setup."""
+        fields = json.dumps([self.system, self.tools, self.settings, self.thinking_tokens])
+        return hashlib.sha256(caller.identity + fields.encode("ascii")).digest()
+
+
+def to_setup(turn: Turn) -> Setup:
+    """Return a turn's setup. Tools are registered by name alone; their schemas go in the body."""
+    named = (tool.get("name") for tool in turn.extra_body.get("tools") or [])
     # null leaves thinking to extra_body; 0 turns it off where the model can be without
     tokens = None if turn.thinking else 0
-    child.request("set_max_thinking_tokens", patience, max_thinking_tokens=tokens)
+    tools = tuple({"name": name, "description": name} for name in named if name)
+    return Setup(turn.system, tools, to_flag_settings(turn), tokens)
+
+
+def begin_setup(child: Child, setup: Setup) -> None:
+    """Send a blank child its setup; the answers are read by `open_turn`. Does not wait."""
+    fields: JsonObject = {"systemPrompt": list(setup.system)} if setup.system else {}
+    fields |= child.serve_tools(setup.tools)
+    child.setup = setup
+    child.setup_requests = [
+        child.ask("initialize", hooks=None, **fields),
+        child.ask("apply_flag_settings", settings=setup.settings),
+        child.ask("set_max_thinking_tokens", max_thinking_tokens=setup.thinking_tokens),
+    ]
+    child.flush()
+
+
+def open_turn(child: Child, turn: Turn, setup: Setup, patience: Patience) -> list[JsonObject]:
+    """Bring a spare to the point where only the last user message is missing.
+
+    Follows cli-contract.md, "Claiming a spare": initialize, settings, thinking, history; a prepared
+    spare has had the first three. Nothing goes upstream. Returns the CLI's list of models. Raises
+    as Child does.
+    """
+    if child.setup is None:
+        begin_setup(child, setup)
+    reply, *_ = [child.read_response(asked, patience) for asked in child.setup_requests]
     models = reply.get("models") or []
     model = resolve_model(turn.model, models)
     for message in turn.history:
@@ -1342,22 +1519,93 @@ def open_turn(
     return cast("list[JsonObject]", models)
 
 
+def resume_turn(child: Child, turn: Turn, patience: Patience) -> None:
+    """Have a parked child go on with its conversation: parameters, then the call.
+
+    The CLI itself ends a turn a little after its answer, so that is waited for (seen: `result` 10
+    ms after message_stop). Raises as Child does, and ChildDied where the child did not keep the
+    conversation as it should; nothing was sent upstream then.
+    """
+    asked = _tool_use_ids(turn.history)
+    short = patience.at_most(SETTLE_S, ChildDied("claude did not settle after its answer"))
+    while not asked or not child.tool_calls.keys() >= set(asked):
+        line = child.read_line(short)
+        if line.get("type") == "result":
+            if asked or line.get("is_error"):
+                raise ChildDied("claude did not keep its conversation")
+            break
+    setup = to_setup(turn)
+    if child.is_held or child.setup is None or setup.settings != child.setup.settings:
+        child.request("apply_flag_settings", patience, settings=setup.settings)
+        child.is_held = False
+    if child.setup is None or setup.thinking_tokens != child.setup.thinking_tokens:
+        tokens = setup.thinking_tokens
+        child.request("set_max_thinking_tokens", patience, max_thinking_tokens=tokens)
+    child.setup = setup
+    if not asked:
+        child.send(to_line(turn.query, turn.model, query=True))
+    for tool_use_id, result in zip(asked, to_tool_results(turn.query, asked) or (), strict=True):
+        child.answer_tool_call(tool_use_id, result)
+
+
+def can_resume(turn: Turn) -> bool:
+    """Say whether a child that holds a turn's history could go on with its last message."""
+    asked = _tool_use_ids(turn.history)
+    return bool(turn.history) and (not asked or to_tool_results(turn.query, asked) is not None)
+
+
+def _tool_use_ids(history: Sequence[Message]) -> list[str]:
+    """Return the ids of the tool calls that the last message of a history makes."""
+    content = history[-1].content if history else ""
+    blocks = [] if isinstance(content, str) else content
+    return [block["id"] for block in blocks if block["type"] == "tool_use"]
+
+
+def to_tool_results(query: Message, asked: Sequence[str]) -> list[JsonObject] | None:
+    """Return the MCP results that a message holds, in the order of the calls that it answers.
+
+    None where the message would not reach the model as it is: the CLI orders results by their
+    calls, strips and joins errors, words empty results, and writes large ones to disk (all seen,
+    2.1.330 and 2.1.248). Images and text beside the results go no better.
+    """
+    blocks = query.content if isinstance(query.content, list) else []
+    if [block.get("tool_use_id") for block in blocks] != list(asked):
+        return None
+    results = [result for block in blocks if (result := _to_tool_result(block))]
+    size = sum(len(part["text"]) for result in results for part in result["content"])
+    return results if len(results) == len(blocks) and size <= MAX_TOOL_RESULT_CHARS else None
+
+
+def _to_tool_result(block: JsonObject) -> JsonObject | None:
+    content = block.get("content")
+    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content or []
+    texts = [part["text"] for part in parts if part.keys() == {"type", "text"}]
+    if not texts or len(texts) < len(parts) or not all(map(_SAYS_SOMETHING.search, texts)):
+        return None
+    is_error, first = bool(block.get("is_error")), texts[0]
+    if is_error and (
+        len(texts) > 1 or _BLANK_END.search(first) or len(first) > MAX_TOOL_ERROR_CHARS
+    ):
+        return None
+    return {"content": parts, "isError": is_error}
+
+
+_SAYS_SOMETHING: Final = re.compile(r"[^\s\ufeff]")
+_BLANK_END: Final = re.compile(r"\A[\s\ufeff]|[\s\ufeff]\Z")
+
+
 def to_flag_settings(turn: Turn) -> JsonObject:
     """Return the settings of `apply_flag_settings` for a turn; every per-request one is given."""
     variables = {
         "CLAUDE_CODE_EXTRA_BODY": json.dumps(turn.extra_body),
         "ANTHROPIC_BETAS": ",".join(turn.betas),
         "CLAUDE_CODE_PROMPT_CACHE_TTL": turn.cache_ttl,
-    }
-    if turn.max_tokens:
         # the body's max_tokens is in extra_body; this is for the CLI's own sums
-        variables["CLAUDE_CODE_MAX_OUTPUT_TOKENS"] = str(turn.max_tokens)
-    settings: JsonObject = {"env": variables}
-    if turn.model != DEFAULT_MODEL_NAME:
-        settings["model"] = turn.model
-    if turn.effort:
-        settings["effortLevel"] = turn.effort
-    return settings
+        "CLAUDE_CODE_MAX_OUTPUT_TOKENS": str(turn.max_tokens or ""),
+        **_NO_LIMIT,
+    }
+    model = None if turn.model == DEFAULT_MODEL_NAME else turn.model
+    return {"env": variables, "model": model, "effortLevel": turn.effort}
 
 
 def resolve_model(name: str, models: Iterable[JsonObject]) -> str:
@@ -1418,62 +1666,82 @@ def to_line(message: Message, model: str, *, query: bool = False) -> JsonObject:
 
 
 # ========================================================================= Pool
-# Keeps idle children warm and lends each to one request. Rule 1: a child is owned by the pool or by
-# one request, never both. Rule 2: nothing blocks while holding the lock. One keeper thread starts,
-# renews and reaps children; `acquire`, `refill` and `release` run on request threads.
+# Keeps idle children warm, lends each to one request, and keeps parked those that hold a
+# conversation. Rule 1: a child is owned by the pool or by one request, never both. Rule 2: nothing
+# blocks while holding the lock. One keeper thread starts, prepares, renews and reaps children; the
+# public methods run on request threads. What conversations and setups are is not known here, only
+# their labels.
+
+
+@dataclass(frozen=True, slots=True)
+class Want:
+    """What kind of child a request can use. The labels tell callers apart as well."""
+
+    conversation: bytes | None  # of a parked child
+    fit: bytes  # of a prepared spare
+    prepare: Callable[[Child], None]  # makes a blank spare fit; does not wait
 
 
 class _Waiter:
     """A request's place in the queue. All but `ready` is guarded by the pool's lock."""
 
-    def __init__(self) -> None:
+    def __init__(self, fit: bytes | None) -> None:
+        self.fit = fit
         self.ready = threading.Event()  # set with a child or a failure in place
         self.child: Child | None = None
         self.failure = "the gateway is shutting down"
         self.has_left = False
 
 
+@dataclass(frozen=True, slots=True)
+class _Parked:
+    conversation: bytes
+    until: float  # monotonic
+
+
 class Pool:
     """Warm children. `start` makes one (it may raise OSError); `stamp` tells a new executable."""
 
     def __init__(
-        self,
-        start: Callable[[], Child],
-        *,
-        spares: int,
-        max_lent: int,
-        max_waiting: int,
-        stamp: Callable[[], object],
+        self, start: Callable[[], Child], settings: Settings, stamp: Callable[[], object]
     ) -> None:
         self._start = start
-        self._spares = spares
-        self._max_lent = max_lent
-        self._max_waiting = max_waiting
+        self._settings = settings
         self._stamp = stamp
         # Guarded by _changed: all fields below.
         self._changed = threading.Condition()
         self._idle: collections.deque[Child] = collections.deque()
+        self._parked: dict[Child, _Parked] = {}  # least recently used first
         self._waiters: collections.deque[_Waiter] = collections.deque()
         self._lent: set[Child] = set()
+        self._new: set[Child] = set()  # the lent ones that serve a new conversation
         self._starting = 0  # children that are being started for a waiter: 0 or 1
         self._owed: set[Child] = set()  # claimed spares whose replacement has not been asked for
         self._ending: dict[Child, float] = {}  # with the time at which SIGKILL is due
         self._next_spare_at = 0.0  # monotonic; put off when a start has failed
+        self._peak, self._peak_at = 1, 0.0  # new conversations at once, and when (monotonic)
+        self._fits: collections.deque[bytes] = collections.deque(maxlen=RECENT_FITS)
+        self._repeated: Want | None = None  # a setup that came again: spares are prepared for it
         self._closed = False
         # One thread forks all children, since on Linux they die with the thread that forked them.
         self._keeper = threading.Thread(target=self._keep, name="cc2api-keeper", daemon=True)
         self._keeper.start()
 
-    def acquire(self, patience: Patience) -> Child:
-        """Take an idle child, or wait in order for one.
+    def acquire(self, patience: Patience, want: Want | None = None) -> Child:
+        """Take the child that holds the wanted conversation, or an idle one, or wait in order.
 
         Raises ApiError (529), CliFailed, and what the patience raises.
         """
-        waiter = _Waiter()
+        waiter = _Waiter(want.fit if want else None)
         with self._changed:
             if self._closed:
                 raise CliFailed("the gateway is shutting down", status=503)
-            if len(self._waiters) >= self._max_waiting + self._room():
+            if want is not None:
+                if (child := self._take_parked(want.conversation)) is not None:
+                    return child
+                self._repeated = want if want.fit in self._fits else self._repeated
+                self._fits.append(want.fit)
+            if len(self._waiters) >= self._settings.max_queue + self._room() + len(self._parked):
                 raise ApiError(
                     "Overloaded: too many requests are waiting",
                     status=529,
@@ -1515,15 +1783,30 @@ class Pool:
         else:
             child.finish()
         with self._changed:
-            self._lent.discard(child)
-            self._owed.discard(child)
+            self._take_back(child)
             self._ending[child] = time.monotonic() + EXIT_GRACE_S
+            self._changed.notify_all()
+
+    def park(self, child: Child, conversation: bytes) -> None:
+        """Take a child back and keep it for the next turn of the conversation that it holds."""
+        is_short = (available_memory() or MIN_FREE_BYTES) < MIN_FREE_BYTES
+        with self._changed:
+            self._take_back(child)
+            until = time.monotonic() + self._settings.live_ttl
+            self._parked[child] = _Parked(conversation, until)
+            while len(self._parked) > (0 if is_short or self._closed else self._settings.live):
+                self._end_parked(next(iter(self._parked)))
             self._changed.notify_all()
 
     def counts(self) -> dict[str, int]:
         """Return how many children there are in each state."""
         with self._changed:
-            return {"idle": len(self._idle), "busy": len(self._lent), "ending": len(self._ending)}
+            return {
+                "idle": len(self._idle),
+                "busy": len(self._lent),
+                "parked": len(self._parked),
+                "ending": len(self._ending),
+            }
 
     def close(self) -> None:
         """End every child, lent ones too, and wait until the last is reaped."""
@@ -1531,43 +1814,112 @@ class Pool:
             self._closed = True
             for child in self._lent:
                 child.kill()  # whoever has it notices, and releases it
-            for child in self._idle:
+            for child in (*self._idle, *self._parked):
                 child.kill()
                 self._ending[child] = time.monotonic()
             self._idle.clear()
+            self._parked.clear()
             for waiter in self._waiters:
                 waiter.ready.set()
             self._waiters.clear()
             self._changed.notify_all()
         self._keeper.join(EXIT_GRACE_S)
 
+    # ---- all below hold the lock, but for _keep and _start_one
+
+    def _take_back(self, child: Child) -> None:
+        for owned in (self._lent, self._new, self._owed):
+            owned.discard(child)
+
+    def _take_parked(self, conversation: bytes | None) -> Child | None:
+        """Lend the child that was last parked with a conversation."""
+        for child, parked in reversed(self._parked.items()):
+            if parked.conversation == conversation and child.is_alive():
+                del self._parked[child]
+                self._lent.add(child)
+                return child
+        return None
+
+    def _end_parked(self, child: Child) -> None:
+        del self._parked[child]
+        child.kill()
+        self._ending[child] = time.monotonic() + EXIT_GRACE_S
+
     def _room(self) -> int:
-        """Return how many more children may be lent. Holds the lock."""
-        return self._max_lent - len(self._lent) - self._starting
+        """Return how many more children may be lent while all parked ones stay."""
+        return self._settings.max_concurrency - len(self._lent) - len(self._parked) - self._starting
 
     def _serve_waiters(self) -> None:
-        """Lend idle children to those who wait, in order. Holds the lock."""
+        """Lend idle children to those who wait, in order; parked ones give way to them."""
         self._retire_unfit()
-        while self._idle and self._waiters and self._room() > 0:
-            child, waiter = self._idle.popleft(), self._waiters.popleft()
+        while self._waiters:
+            if self._room() <= 0 and not self._parked:
+                return
+            if self._room() <= 0:
+                self._end_parked(next(iter(self._parked)))
+            child = self._take_idle(self._waiters[0].fit)
+            if child is None:
+                return
             self._owed.add(child)
-            self._lend(child, waiter)
+            self._lend(child, self._waiters.popleft())
+
+    def _take_idle(self, fit: bytes | None) -> Child | None:
+        """Take a spare that was prepared for just this, else a blank one."""
+        usable = [child for child in self._idle if child.fit in (fit, None)]
+        if not usable:
+            return None
+        child = next((child for child in usable if child.fit is not None), usable[0])
+        self._idle.remove(child)
+        return child
 
     def _lend(self, child: Child, waiter: _Waiter) -> None:
         self._lent.add(child)
+        self._new.add(child)
+        if len(self._new) >= self._peak:
+            self._peak, self._peak_at = len(self._new), time.monotonic()
         waiter.child = child
         waiter.ready.set()
 
     def _retire_unfit(self) -> None:
-        """Move dead, aged and outdated idle children to the ending ones. Holds the lock."""
+        """Move dead, aged and outdated idle children, and those past need, to the ending ones."""
         now, stamp = time.monotonic(), self._stamp()
+        if now - self._peak_at > SPARE_MEMORY_S:
+            self._peak, self._repeated = max(1, len(self._new)), None
+        useful = [child for child in self._idle if self._is_useful(child)]
+        others = [child for child in self._idle if not self._is_useful(child)]
+        kept = max(0, self._settings.spares_max - self._wanted_spares()) if self._repeated else 0
+        # of the others the newest are kept, and of all a blank one
+        useful.sort(key=lambda child: child.fit is None, reverse=True)
+        fit = useful[: self._wanted_spares()] + others[max(0, len(others) - kept) :]
         for child in list(self._idle):
             is_old = now - child.started_at > SPARE_MAX_AGE_S
             is_outdated = stamp is not None and stamp != child.stamp
-            if is_old or is_outdated or not child.is_alive():
+            if child not in fit or is_old or is_outdated or not child.is_alive():
                 self._idle.remove(child)
                 child.finish()
                 self._ending[child] = now + EXIT_GRACE_S
+        for child, parked in list(self._parked.items()):
+            if now >= parked.until or not child.is_alive():
+                self._end_parked(child)
+
+    def _is_useful(self, child: Child) -> bool:
+        """Say whether a spare is blank, or prepared for the setup that comes again and again."""
+        return child.fit is None or (self._repeated is not None and child.fit == self._repeated.fit)
+
+    def _wanted_spares(self) -> int:
+        """Return how many useful spares there should be: as many as came at once, and a blank."""
+        if self._settings.spares == 0:
+            return 0
+        wanted = min(self._peak + (self._repeated is not None), self._settings.spares_max)
+        return max(self._settings.spares, wanted)
+
+    def _prepare_spares(self) -> None:
+        """Prepare all spares but one for a setup that comes again and again."""
+        if (repeated := self._repeated) is not None:
+            blank = [child for child in self._idle if child.fit is None]
+            for child in blank[1:]:
+                child.fit = repeated.fit
+                repeated.prepare(child)
 
     def _keep(self) -> None:
         """Run the keeper thread: serve waiters first, then spares; reap; until closed and empty."""
@@ -1576,6 +1928,7 @@ class Pool:
             with self._changed:
                 if not self._closed:
                     self._serve_waiters()
+                    self._prepare_spares()
                 self._reap()
                 if self._waiters and self._room() > 0:
                     waiter = self._waiters.popleft()
@@ -1583,17 +1936,25 @@ class Pool:
                 elif not self._lacks_spare():
                     if self._closed and not self._ending and not self._lent:
                         return
-                    self._changed.wait(REAP_TICK_S if self._ending else KEEPER_TICK_S)
+                    self._changed.wait(self._next_look_s())
                     continue
             self._start_one(waiter)
 
+    def _next_look_s(self) -> float:
+        """Return in how many seconds something may be due."""
+        if self._ending:
+            return REAP_TICK_S
+        ends = [parked.until - time.monotonic() for parked in self._parked.values()]
+        return max(0.0, min([KEEPER_TICK_S, *ends]))
+
     def _lacks_spare(self) -> bool:
-        """Say whether a spare is to be started now. Holds the lock."""
-        enough = len(self._idle) + len(self._owed) >= self._spares
+        """Say whether a spare is to be started now."""
+        useful = sum(map(self._is_useful, self._idle))
+        enough = useful + len(self._owed) >= self._wanted_spares()
         return not (self._closed or enough or time.monotonic() < self._next_spare_at)
 
     def _reap(self) -> None:
-        """Collect ended children; kill those whose grace is over. Holds the lock."""
+        """Collect ended children; kill those whose grace is over."""
         for child, due in list(self._ending.items()):
             if child.reap():
                 del self._ending[child]
@@ -1610,6 +1971,10 @@ class Pool:
             log.error("%s", failure)
         with self._changed:
             self._starting = 0
+            if child is None and waiter is not None and self._parked:
+                self._end_parked(next(iter(self._parked)))  # perhaps there is room for it now
+                self._waiters.appendleft(waiter)
+                return
             if child is None:
                 self._next_spare_at = time.monotonic() + KEEPER_TICK_S
                 if waiter is not None:
@@ -1623,6 +1988,15 @@ class Pool:
                 self._idle.append(child)
             if waiter is not None:
                 waiter.ready.set()
+
+
+def available_memory() -> int | None:
+    """Return how many bytes of memory processes can still get; None where that is not told."""
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        for line in Path("/proc/meminfo").read_text("ascii").split("\n"):
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return None
 
 
 # ======================================================================= Events
@@ -1695,37 +2069,50 @@ class AnswerReader:
     """
 
     def __init__(self) -> None:
+        self.is_called = False  # the CLI's call to upstream is on its way
         self.started = False  # message_start was seen
         self.done = False
         self.has_delta = False
         self._stop_reason: str | None = None
-        self._says_something = False
         self._cli_error: str | None = None
-        self._refusal: JsonObject | None = None
+        self.content: list[JsonObject] = []  # the finished blocks, as the child remembers them
         self._blocks = 0  # content blocks begun
         self._block_is_open = False
 
     @property
     def must_kill(self) -> bool:
         """Whether the child would make another call if it were left alone."""
-        is_quiet = self._stop_reason in _QUIET_STOP_REASONS and self._says_something
-        return not (self.done and is_quiet)
+        says = any(str(block.get("text") or "").strip() for block in self.content)
+        is_quiet = bool(self.tool_use_ids) if self._stop_reason == "tool_use" else says
+        return not (self.done and is_quiet and self._stop_reason in _QUIET_STOP_REASONS)
+
+    @property
+    def can_go_on(self) -> bool:
+        """Whether the child holds the conversation just as the client was told it."""
+        is_whole = len(self.content) == self._blocks
+        has_calls = self._stop_reason == "tool_use"
+        return not self.must_kill and is_whole and has_calls == bool(self.tool_use_ids)
+
+    @property
+    def tool_use_ids(self) -> set[str]:
+        """The ids of the tool calls in the answer."""
+        return {str(b.get("id")) for b in self.content if b.get("type") == "tool_use"}
 
     def feed(self, line: JsonObject) -> list[Event]:
         """Return the events that a line brings. Raises the ApiError that a failure line means."""
         kind = line.get("type")
         if line.get("parent_tool_use_id") is not None or self.done:
             return []
-        if line.get("subtype") == "model_refusal_no_fallback":
-            self._refusal = line
         if kind == "result":
-            if self.started and self._refusal is not None:
-                return self._feed_event(to_refusal_delta(self._refusal, line))
             raise to_api_error(line, self._cli_error)
         if kind == "assistant" and line.get("error"):
             # A failure: what still comes are closing events of the CLI's own making, without a stop
             # reason, and then `result`. After a refusal the true message_delta comes.
             self._cli_error = str(line["error"])
+        elif kind == "assistant":
+            message = line.get("message")
+            blocks = message.get("content") if isinstance(message, dict) else None
+            self.content += [b for b in blocks if isinstance(b, dict)] if blocks else []
         event = line.get("event")
         if kind != "stream_event" or not isinstance(event, dict):
             return []
@@ -1758,9 +2145,6 @@ class AnswerReader:
             self.started = True
         elif kind == "content_block_delta":
             self.has_delta = True
-            self._says_something |= bool(str(event["delta"].get("text") or "").strip())
-        elif kind == "content_block_start":
-            self._says_something |= event["content_block"]["type"] == "tool_use"
         elif kind == "message_delta" and event["delta"].get("stop_reason") is not None:
             self._stop_reason = event["delta"]["stop_reason"]
             self.done = True
@@ -1802,20 +2186,6 @@ def to_rate_limit_headers(info: Any) -> dict[str, str]:
     return headers
 
 
-def to_refusal_delta(refusal: JsonObject, result: JsonObject) -> Event:
-    """Return the message_delta of a refusal that the CLI kept to itself.
-
-    Where it has no other model to ask, its turn can be over (by `--max-budget-usd`) before it hands
-    the event on (seen, 2.1.248). Its own lines say the same: the refusal, and `modelUsage`.
-    """
-    details = {name: refusal.get(f"api_refusal_{name}") for name in ("category", "explanation")}
-    stop = {"stop_reason": "refusal", "stop_sequence": None}
-    models = (result.get("modelUsage") or {}).values()
-    usage = {"output_tokens": sum(model.get("outputTokens", 0) for model in models)}
-    delta = {**stop, "stop_details": {"type": "refusal", **details}}
-    return {"type": "message_delta", "delta": delta, "usage": usage}
-
-
 def to_api_error(result: JsonObject, cli_error: str | None = None) -> ApiError:
     """Return the error that a `result` line without a finished answer stands for.
 
@@ -1829,8 +2199,8 @@ def to_api_error(result: JsonObject, cli_error: str | None = None) -> ApiError:
         return CliFailed("claude ended its turn without an answer")
     if text.startswith(("Not logged in", "Invalid API key")):
         return NotAuthenticated(_NOT_SIGNED_IN)
-    if text.startswith("Prompt is too long"):
-        return InvalidRequest("prompt is too long for the model's context window")
+    if result.get("terminal_reason") == "blocking_limit":  # by `Child.hold_calls`, too early
+        return CliFailed("claude held its call back; nothing was sent upstream", status=503)
     kind = result.get("api_error_type")
     kind = kind if isinstance(kind, str) and kind in STATUS_BY_TYPE else None
     status = result.get("api_error_status")
@@ -2394,15 +2764,11 @@ class Gateway:
             os.stat(cli.path)  # raises the OSError that a shim around the CLI would hide
             return Child(command, environment, str(work_dir), cli.stamp())
 
-        self.pool = Pool(
-            start,
-            spares=settings.spares,
-            max_lent=settings.max_concurrency,
-            max_waiting=settings.max_queue,
-            stamp=cli.stamp,
-        )
+        self.pool = Pool(start, settings, cli.stamp)
 
-    def answer(self, turn: Turn, tick: Callable[[], None]) -> Generator[list[Event], None, None]:
+    def answer(
+        self, turn: Turn, caller: Caller, tick: Callable[[], None]
+    ) -> Generator[list[Event], None, None]:
         """Yield the answer's events, in batches of those that were ready together.
 
         The last event is always message_stop. `tick` is called every TICK_S and may raise
@@ -2410,21 +2776,47 @@ class Gateway:
         """
         turn = dataclasses.replace(turn, model=self._model_map.get(turn.model, turn.model))
         patience = self._patience(tick)
-        for attempt in range(1, SETUP_ATTEMPTS + 1):
-            child = self.pool.acquire(patience)
+        setup, next_turn = to_setup(turn), without_breakpoints(turn)
+        digest = hash_conversation(turn, caller)
+        held = digest.digest() if can_resume(next_turn) else None
+        prepare = functools.partial(begin_setup, setup=setup)
+        deaths = 0
+        while True:
+            child = self.pool.acquire(patience, Want(held, setup.label(caller), prepare))
+            was_parked = child.holds_conversation
             reader = AnswerReader()
             try:
-                try:
-                    self._models = open_turn(child, turn, patience) or self._models
-                except ChildDied as exc:
-                    log.warning("%s; nothing was sent upstream (attempt %d)", exc, attempt)
-                    if attempt == SETUP_ATTEMPTS:
-                        raise CliFailed(str(exc), status=503) from exc
-                    continue
-                yield from self._read_answer(child, reader, turn, patience)
-                return
+                if was_parked:
+                    resume_turn(child, next_turn, patience)
+                else:
+                    self._models = open_turn(child, turn, setup, patience) or self._models
+                    child.send(to_line(turn.query, turn.model, query=True))
+                last = yield from self._read_answer(child, reader, patience)
+            except ChildDied as exc:
+                log.warning("%s; nothing was sent upstream", exc)
+                deaths += not was_parked
+                if deaths == SETUP_ATTEMPTS:
+                    raise CliFailed(str(exc), status=503) from exc
+                continue
             finally:
-                self.pool.release(child, kill=reader.must_kill)
+                self._hand_back(child, reader, turn, digest)
+            yield last
+            return
+
+    def _hand_back(
+        self, child: Child, reader: AnswerReader, turn: Turn, digest: hashlib._Hash
+    ) -> None:
+        """Park a child that can go on with its conversation; end any other."""
+        if not (self.settings.live and reader.can_go_on):
+            self.pool.release(child, kill=reader.must_kill)
+            return
+        child.holds_conversation = True
+        # A tool call that the CLI does not hand on but answers itself, it would also go on from.
+        if child.tool_calls.keys() >= reader.tool_use_ids:
+            child.allow_calls()
+        hash_message(digest, turn.query)
+        hash_message(digest, Message("assistant", reader.content))
+        self.pool.park(child, digest.digest())
 
     def count_tokens(self, turn: Turn, tick: Callable[[], None]) -> int:
         """Return how many input tokens a turn has, by the API's own count; nothing is generated."""
@@ -2490,31 +2882,29 @@ class Gateway:
         return Patience(self.settings.timeout, tick, late)
 
     def _read_answer(
-        self, child: Child, reader: AnswerReader, turn: Turn, patience: Patience
-    ) -> Iterator[list[Event]]:
-        """Send the query and yield what comes, until the answer is complete."""
-        child.send(to_line(turn.query, turn.model, query=True))
+        self, child: Child, reader: AnswerReader, patience: Patience
+    ) -> Generator[list[Event], None, list[Event]]:
+        """Yield what comes, until the answer is complete; return the last batch."""
         failure: ApiError | None = None
         while not failure:
             batch: list[Event] = []
             try:
-                batch += self._feed(reader, child.read_line(patience))
+                batch += self._feed(reader, child, patience)
                 while child.has_line() and not reader.done:
-                    batch += self._feed(reader, child.read_line(patience))
+                    batch += self._feed(reader, child, patience)
             except ChildDied as exc:
                 log.error("%s", exc)
                 failure = CliFailed("claude ended before its answer was complete")
             except ApiError as exc:
                 failure = self._with_reset(exc)
-            is_over = reader.done
-            if failure or (is_over and reader.must_kill):
+            if failure or (reader.done and reader.must_kill):
                 child.kill()  # at once, lest it ask upstream again
             if reader.has_delta:
                 self.pool.refill(child)
+            if reader.done:
+                return batch
             if batch:
                 yield batch  # also what came just before a failure
-            if is_over:
-                return
         raise failure
 
     def _with_reset(self, error: ApiError) -> ApiError:
@@ -2526,7 +2916,11 @@ class Gateway:
             error.should_retry = error.retry_after_s <= LONGEST_RETRY_S
         return error
 
-    def _feed(self, reader: AnswerReader, line: JsonObject) -> list[Event]:
+    def _feed(self, reader: AnswerReader, child: Child, patience: Patience) -> list[Event]:
+        line = child.read_line(patience)
+        if not reader.is_called and line.get("status") == "requesting":
+            reader.is_called = True
+            child.hold_calls()
         if line.get("type") == "rate_limit_event":
             self.rate_limits = to_rate_limit_headers(line.get("rate_limit_info"))
         if line.get("subtype") == "api_retry":
@@ -3061,7 +3455,8 @@ class Handler(BaseRequestHandler):
             raise ApiError(f"{head.method} is not allowed here, {method} is", status=405)
         if name != "_index":
             key, bearer = head.get("x-api-key"), head.get("authorization")
-            out.note["key"] = self._gateway.keys.check(key, bearer)
+            self._caller = self._gateway.keys.check(key, bearer)
+            out.note["key"] = self._caller.name
         getattr(self, name)()
 
     def _check_origin(self) -> None:
@@ -3151,7 +3546,7 @@ class Handler(BaseRequestHandler):
         self._out.note_turn(turn)
         self._out.is_stream = turn.stream
         assembler = MessageAssembler()
-        with contextlib.closing(self._gateway.answer(turn, self._out.tick)) as answer:
+        with contextlib.closing(self._gateway.answer(turn, self._caller, self._out.tick)) as answer:
             for batch in answer:
                 if turn.stream:
                     self._out.send_events(batch, b"".join(map(encode, batch)))

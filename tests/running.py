@@ -24,7 +24,7 @@ JsonObject = dict[str, Any]
 ROOT = Path(__file__).parent.parent
 GATEWAY = ROOT / "cc2api.py"
 FAKE_CLAUDE = Path(__file__).parent / "fake_claude.py"
-WAIT_S = 20.0  # for anything that must happen; generous, since these machines are noisy
+WAIT_S = 5.0  # for anything that must happen; generous, since these machines are noisy
 
 
 def real_claude() -> str:
@@ -221,7 +221,7 @@ class InProcessGateway(Client):
         environ = clean_environment(tmp_path, FAKE_CLAUDE_ORDERS=str(tmp_path), **API_KEY)
         cli = cc2api.find_cli(str(FAKE_CLAUDE), environ)
         keys = str(tmp_path / "apikeys.txt")
-        self.settings = cc2api.Settings(**{"port": 0, "spares": 0, "keys": keys, **settings})
+        self.settings = cc2api.Settings(**{"port": 0, "spares": 0, "live": 0, "keys": keys, **settings})
         self.server = cc2api.Server((self.settings.host, 0))
         self.gateway = self.server.gateway = cc2api.Gateway(self.settings, cli, environ)
         self.port = self.server.server_port

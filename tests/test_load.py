@@ -67,7 +67,7 @@ def test_a_client_that_leaves_between_two_deltas_is_noticed(tmp_path: Path) -> N
         sock = send_request(gateway, "flood", stream=False)
         wait_until(lambda: gateway.gateway.pool.counts()["busy"] == 1)
         sock.close()
-        wait_until(lambda: gateway.gateway.pool.counts() == {"idle": 0, "busy": 0, "ending": 0})
+        wait_until(lambda: gateway.gateway.pool.counts() == {"idle": 0, "busy": 0, "parked": 0, "ending": 0})
 
 
 # ---- load
@@ -181,10 +181,10 @@ def test_a_waiting_client_in_the_queue_is_shown_life_too(
     with (
         InProcessGateway(tmp_path, max_concurrency=1) as gateway,
         send_request(gateway, "stall", stream=True) as first,
-        send_request(gateway, "second", stream=True) as second,
     ):
         read_until(first, b": waiting\n\n")
-        read_until(second, b": waiting\n\n")
+        with send_request(gateway, "second", stream=True) as second:
+            read_until(second, b": waiting\n\n")
 
 
 @pytest.mark.parametrize("order", ["stall", "stall-after-start"])
