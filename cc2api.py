@@ -857,7 +857,7 @@ def _place_breakpoints(
     marked = [*_marked(tools), *_marked([m.content for m in history]), *_marked(query.content)]
     spare = [block for block in marked if block is not last_block]  # the CLI marks that one itself
     kept = [] if login and history else spare[-1:]
-    for block in spare:
+    for block in marked:
         if not any(block is other for other in kept):
             del block["cache_control"]
     if login and history:
@@ -1238,7 +1238,8 @@ class Child:
 
     def read_response(self, request_id: str, patience: Patience) -> JsonObject:
         """Wait for the response to a control request, passing over all other lines."""
-        silent = ChildDied(f"claude did not answer {request_id} within {CONTROL_TIMEOUT_S:.0f} s")
+        subtype = request_id.partition(" ")[0]
+        silent = ChildDied(f"claude did not answer {subtype} within {CONTROL_TIMEOUT_S:.0f} s")
         patience = patience.at_most(CONTROL_TIMEOUT_S, silent)
         while True:
             line = self.read_line(patience)
@@ -1248,7 +1249,7 @@ class Child:
             if response.get("request_id") == request_id:
                 if response.get("subtype") == "success":
                     return response.get("response") or {}
-                raise CliFailed(f"claude refused {request_id}: {response.get('error')}")
+                raise CliFailed(f"claude refused {subtype}: {response.get('error')}")
 
     def read_line(self, patience: Patience) -> JsonObject:
         """Wait for the next line. Garbage (no JSON object) is logged and skipped."""
@@ -1546,6 +1547,14 @@ def resume_turn(child: Child, turn: Turn, patience: Patience) -> None:
         child.send(to_line(turn.query, turn.model, query=True))
     for tool_use_id, result in zip(asked, to_tool_results(turn.query, asked) or (), strict=True):
         child.answer_tool_call(tool_use_id, result)
+        # one by one: the CLI puts results in the order in which it has dealt with them
+        while tool_use_id != asked[-1] and not _is_taken(child.read_line(short), tool_use_id):
+            pass
+
+
+def _is_taken(line: JsonObject, tool_use_id: str) -> bool:
+    """Say whether a line tells that the CLI has put a tool's result into its conversation."""
+    return line.get("type") == "user" and tool_use_id in json.dumps(line.get("message"))
 
 
 def can_resume(turn: Turn) -> bool:
@@ -2201,6 +2210,8 @@ def to_api_error(result: JsonObject, cli_error: str | None = None) -> ApiError:
         return NotAuthenticated(_NOT_SIGNED_IN)
     if result.get("terminal_reason") == "blocking_limit":  # by `Child.hold_calls`, too early
         return CliFailed("claude held its call back; nothing was sent upstream", status=503)
+    if text.startswith("Prompt is too long"):
+        return InvalidRequest("prompt is too long for the model's context window")
     kind = result.get("api_error_type")
     kind = kind if isinstance(kind, str) and kind in STATUS_BY_TYPE else None
     status = result.get("api_error_status")
@@ -2884,7 +2895,10 @@ class Gateway:
     def _read_answer(
         self, child: Child, reader: AnswerReader, patience: Patience
     ) -> Generator[list[Event], None, list[Event]]:
-        """Yield what comes, until the answer is complete; return the last batch."""
+        """Yield what comes, until the answer is complete; return the last batch.
+
+        Raises ChildDied while nothing was sent upstream, and ApiError.
+        """
         failure: ApiError | None = None
         while not failure:
             batch: list[Event] = []
@@ -2893,6 +2907,8 @@ class Gateway:
                 while child.has_line() and not reader.done:
                     batch += self._feed(reader, child, patience)
             except ChildDied as exc:
+                if not (reader.is_called or reader.started):
+                    raise  # the CLI tells before it calls, so nothing was sent upstream
                 log.error("%s", exc)
                 failure = CliFailed("claude ended before its answer was complete")
             except ApiError as exc:

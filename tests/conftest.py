@@ -35,6 +35,14 @@ def gateway(api: ScriptedApi, claude: str) -> Iterator[RunningGateway]:
 
 
 @pytest.fixture(scope="session")
+def lone_gateway(api: ScriptedApi, claude: str) -> Iterator[RunningGateway]:
+    """A gateway that keeps one spare and no conversation: any other child is answering."""
+    args = ("--spares-max", "1", "--live", "0")
+    with RunningGateway(*args, claude=claude, base_url=api.url, env=API_KEY) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
 def login_gateway(api: ScriptedApi, claude: str) -> Iterator[RunningGateway]:
     """A gateway on the real CLI, signed in with a claude.ai token."""
     with RunningGateway(claude=claude, base_url=api.url, env=LOGIN) as running:

@@ -87,6 +87,7 @@ def answer(text: str) -> None:
         event("content_block_delta", index=0, delta={"type": "text_delta", "text": "x" * 1000})
     if "die-mid-answer" in text:
         die("gone in the middle")
+    put({"type": "assistant", "message": {"content": [{"type": "text", "text": "from the fake"}]}})
     event("content_block_stop", index=0)
     event("message_delta", delta={"stop_reason": "end_turn"}, usage={"output_tokens": 4})
     event("message_stop")

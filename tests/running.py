@@ -24,7 +24,7 @@ JsonObject = dict[str, Any]
 ROOT = Path(__file__).parent.parent
 GATEWAY = ROOT / "cc2api.py"
 FAKE_CLAUDE = Path(__file__).parent / "fake_claude.py"
-WAIT_S = 5.0  # for anything that must happen; generous, since these machines are noisy
+WAIT_S = 20.0  # for anything that must happen; generous, since these machines are noisy
 
 
 def real_claude() -> str:
@@ -212,16 +212,27 @@ class RunningGateway(Client):
 
 
 class InProcessGateway(Client):
-    """A gateway in this process, for tests that shorten its time-outs. On the fake CLI."""
+    """A gateway in this process, for tests that look into it. On the fake CLI where not told."""
 
-    def __init__(self, tmp_path: Path, orders: str = "", **settings: Any) -> None:
+    def __init__(
+        self,
+        tmp_path: Path,
+        orders: str = "",
+        *,
+        claude: str = str(FAKE_CLAUDE),
+        base_url: str = "http://127.0.0.1:9",
+        **settings: Any,
+    ) -> None:
         """Start it; `orders` are files for the fake CLI, made before the first one starts."""
         for order in orders.split():
             (tmp_path / order).touch()
-        environ = clean_environment(tmp_path, FAKE_CLAUDE_ORDERS=str(tmp_path), **API_KEY)
-        cli = cc2api.find_cli(str(FAKE_CLAUDE), environ)
+        more = {"FAKE_CLAUDE_ORDERS": str(tmp_path), **API_KEY}
+        environ = clean_environment(tmp_path, base_url, **more)
+        cli = cc2api.find_cli(claude, environ)
         keys = str(tmp_path / "apikeys.txt")
-        self.settings = cc2api.Settings(**{"port": 0, "spares": 0, "live": 0, "keys": keys, **settings})
+        self.settings = cc2api.Settings(
+            **{"port": 0, "spares": 0, "live": 0, "keys": keys, **settings}
+        )
         self.server = cc2api.Server((self.settings.host, 0))
         self.gateway = self.server.gateway = cc2api.Gateway(self.settings, cli, environ)
         self.port = self.server.server_port

@@ -168,7 +168,7 @@ def test_nothing_of_a_request_is_in_argv_environment_files_or_log(
         gate.set()
         assert answer.result().status == 200
     gateway.wait_for_log("status=200")
-    wait_until(lambda: len(gateway.children()) == 1)
+    wait_until(lambda: len(gateway.children()) == 2, "a spare and the parked child")
     assert files_holding(word.encode(), *roots) == []
     assert list(gateway.dir.rglob("*.jsonl")) == [], "no transcripts"
     log = "\n".join(gateway.log)

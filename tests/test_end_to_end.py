@@ -489,7 +489,7 @@ STOPS = [
 @pytest.mark.parametrize("stream", [True, False], ids=["stream", "whole"])
 @pytest.mark.parametrize(("stop_reason", "sequence", "details"), STOPS)
 def test_one_upstream_call_whatever_the_stop_reason(
-    gateway: RunningGateway,
+    lone_gateway: RunningGateway,
     api: ScriptedApi,
     stop_reason: str,
     sequence: str | None,
@@ -501,28 +501,28 @@ def test_one_upstream_call_whatever_the_stop_reason(
         word,
         text_reply("x y", stop_reason=stop_reason, stop_sequence=sequence, stop_details=details),
     )
-    answer = gateway.ask(word, stream=stream)
+    answer = lone_gateway.ask(word, stream=stream)
     end = answer.events[-2]["delta"] if stream else answer.json
     assert (end["stop_reason"], end["stop_sequence"]) == (stop_reason, sequence)
     assert end["stop_details"] == details
-    wait_until(lambda: gateway_is_calm(gateway), "every answering child's end")
+    wait_until(lambda: is_calm(lone_gateway), "every answering child's end")
     only_call(api, word)
 
 
 @pytest.mark.parametrize("stop_reason", ["end_turn", "tool_use"])
 def test_an_answer_that_says_nothing_is_not_asked_for_again(
-    gateway: RunningGateway, api: ScriptedApi, stop_reason: str
+    lone_gateway: RunningGateway, api: ScriptedApi, stop_reason: str
 ) -> None:
     word = marker()
     api.on(word, Reply(blocks=[], stop_reason=stop_reason))
-    assert gateway.ask(word).json["content"] == []
-    wait_until(lambda: gateway_is_calm(gateway), "every answering child's end")
+    assert lone_gateway.ask(word).json["content"] == []
+    wait_until(lambda: is_calm(lone_gateway), "every answering child's end")
     only_call(api, word)
 
 
-def gateway_is_calm(gateway: RunningGateway) -> bool:
-    """Say whether only the two spares are left: then no child can make a late second call."""
-    return len(gateway.children()) <= 2
+def is_calm(gateway: RunningGateway) -> bool:
+    """Say whether only the spare is left: then no child can make a late second call."""
+    return len(gateway.children()) <= 1
 
 
 def test_tokens_come_as_they_are_made(gateway: RunningGateway, api: ScriptedApi) -> None:
@@ -618,13 +618,13 @@ def test_an_error_in_mid_stream_is_an_event_and_the_end(
 
 
 def test_a_stream_that_breaks_between_blocks_is_an_error_and_one_call(
-    gateway: RunningGateway, api: ScriptedApi
+    lone_gateway: RunningGateway, api: ScriptedApi
 ) -> None:
     word = marker()
     api.on(word, text_reply("a b", error={"type": "api_error", "message": "boom"}, error_after=5))
-    streamed = gateway.ask(word, stream=True)
+    streamed = lone_gateway.ask(word, stream=True)
     assert [e["type"] for e in streamed.events][-2:] == ["content_block_stop", "error"]
-    wait_until(lambda: gateway_is_calm(gateway), "every answering child's end")
+    wait_until(lambda: is_calm(lone_gateway), "every answering child's end")
     only_call(api, word)
 
 

@@ -16,6 +16,18 @@ def line(event: JsonObject, **more: Any) -> JsonObject:
     return {"type": "stream_event", "event": event, "parent_tool_use_id": None, **more}
 
 
+def lines(reply: Reply) -> list[JsonObject]:
+    """Return the lines of a whole answer: before each block's end the CLI repeats it whole."""
+    found = []
+    for event in reply.events("m"):
+        if event["type"] == "content_block_stop":
+            found.append(
+                {"type": "assistant", "message": {"content": [reply.blocks[event["index"]]]}}
+            )
+        found.append(line(event))
+    return found
+
+
 def assemble(events: list[JsonObject]) -> JsonObject:
     assembler = cc2api.MessageAssembler()
     for event in events:
@@ -25,9 +37,10 @@ def assemble(events: list[JsonObject]) -> JsonObject:
 
 def test_the_answer_is_over_with_the_stop_reason_and_message_stop_is_added() -> None:
     reader = cc2api.AnswerReader()
-    events = list(Reply(blocks=[{"type": "text", "text": "a b"}]).events("m"))
-    got = [out for event in events for out in reader.feed(line(event))]
-    assert got == events
+    reply = Reply(blocks=[{"type": "text", "text": "a b"}])
+    events = [each["event"] for each in lines(reply) if "event" in each]
+    got = [out for each in lines(reply) for out in reader.feed(each)]
+    assert got[1:] == events[1:]
     assert reader.done
     assert not reader.must_kill
     assert reader.feed(line(events[0])) == []
@@ -40,6 +53,7 @@ def test_the_answer_is_over_with_the_stop_reason_and_message_stop_is_added() -> 
         ([{"type": "text", "text": " "}], "end_turn", True),
         ([], "end_turn", True),
         ([{"type": "tool_use", "id": "t", "name": "f", "input": {}}], "tool_use", False),
+        ([{"type": "text", "text": "a"}], "tool_use", True),
         ([{"type": "text", "text": "a"}], "max_tokens", True),
         ([{"type": "text", "text": "a"}], "refusal", True),
         ([{"type": "text", "text": "a"}], "brand_new", True),
@@ -49,9 +63,10 @@ def test_a_child_is_killed_where_it_might_go_on(
     blocks: list[JsonObject], stop_reason: str, must_kill: bool
 ) -> None:
     reader = cc2api.AnswerReader()
-    for event in Reply(blocks=blocks, stop_reason=stop_reason).events("m"):
-        reader.feed(line(event))
+    for each in lines(Reply(blocks=blocks, stop_reason=stop_reason)):
+        reader.feed(each)
     assert reader.must_kill is must_kill
+    assert reader.can_go_on is not must_kill
 
 
 def test_lines_of_other_kinds_and_of_subagents_bring_nothing() -> None:
@@ -140,21 +155,6 @@ def test_a_frame_is_ascii_and_on_one_line() -> None:
     frame = cc2api.to_frame(event)
     assert frame.isascii()
     assert frame.count(b"\n") == 3
-
-
-def test_a_refusal_that_the_cli_kept_to_itself_is_told() -> None:
-    reader = cc2api.AnswerReader()
-    for event in list(Reply(blocks=[{"type": "text", "text": "x"}]).events("m"))[:-2]:
-        reader.feed(line(event))
-    refusal = {"type": "system", "subtype": "model_refusal_no_fallback"}
-    reader.feed({**refusal, "api_refusal_category": "bio", "api_refusal_explanation": "no"})
-    result = {"type": "result", "is_error": True, "modelUsage": {"m": {"outputTokens": 42}}}
-    details = {"type": "refusal", "category": "bio", "explanation": "no"}
-    delta = {"stop_reason": "refusal", "stop_sequence": None, "stop_details": details}
-    assert reader.feed(result) == [
-        {"type": "message_delta", "delta": delta, "usage": {"output_tokens": 42}},
-        {"type": "message_stop"},
-    ]
 
 
 def test_what_some_upstreams_leave_out_of_a_block_is_filled_in() -> None:

@@ -91,7 +91,7 @@ def test_a_turn_that_ends_without_an_answer_is_a_502(start_fake: Any) -> None:
 
 
 def test_a_killed_spare_is_skipped_and_replaced(start_fake: Any) -> None:
-    gateway = start_fake("--spares", "2")
+    gateway = start_fake("--spares", "2", "--live", "0")
     wait_until(lambda: len(gateway.children()) == 2)
     killed = gateway.children()
     for pid in killed:
@@ -101,7 +101,7 @@ def test_a_killed_spare_is_skipped_and_replaced(start_fake: Any) -> None:
 
 
 def test_a_claimed_spare_is_replaced_and_each_process_serves_one_request(start_fake: Any) -> None:
-    gateway = start_fake("--spares", "1")
+    gateway = start_fake("--live", "0")
     wait_until(lambda: len(gateway.children()) == 1)
     first = gateway.children()
     assert gateway.ask("hello").status == 200
@@ -113,7 +113,7 @@ def test_spares_are_renewed_when_the_executable_changes(start_fake: Any, tmp_pat
     fake = Path(__file__).parent / "fake_claude.py"
     script.write_text(fake.read_text())
     script.chmod(0o755)
-    gateway = start_fake("--claude", str(script))
+    gateway = start_fake("--claude", str(script), "--live", "0")
     wait_until(lambda: len(gateway.children()) == 1)
     first = gateway.children()
     script.write_text(fake.read_text() + "# a new version\n")

@@ -67,7 +67,11 @@ def test_a_client_that_leaves_between_two_deltas_is_noticed(tmp_path: Path) -> N
         sock = send_request(gateway, "flood", stream=False)
         wait_until(lambda: gateway.gateway.pool.counts()["busy"] == 1)
         sock.close()
-        wait_until(lambda: gateway.gateway.pool.counts() == {"idle": 0, "busy": 0, "parked": 0, "ending": 0})
+        wait_until(
+            lambda: (
+                gateway.gateway.pool.counts() == {"idle": 0, "busy": 0, "parked": 0, "ending": 0}
+            )
+        )
 
 
 # ---- load
