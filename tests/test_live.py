@@ -3,23 +3,17 @@
 from __future__ import annotations
 
 import copy
-import itertools
 import json
 import os
 import signal
-import tempfile
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-import hypothesis
 import pytest
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
-from running import InProcessGateway, RunningGateway, real_claude, wait_until
+from running import InProcessGateway, RunningGateway, wait_until
 from scripted_api import Call, Reply, ScriptedApi, text_reply
 
 import cc2api
@@ -128,7 +122,7 @@ def test_ten_turns_and_ten_tool_steps_in_one_process(
 
 def test_parameters_are_each_turns_own(live: RunningGateway, api: ScriptedApi) -> None:
     talk = Talk(live, api)
-    fields = {"temperature": 0.1, "max_tokens": 77, "stop_sequences": ["X"]}
+    fields: JsonObject = {"temperature": 0.1, "max_tokens": 77, "stop_sequences": ["X"]}
     first = talk.say("a", **fields, output_config={"effort": "low"})
     children = set(live.children())
     second = talk.say("b", thinking={"type": "enabled", "budget_tokens": 2000}, max_tokens=4000)
@@ -224,12 +218,8 @@ def test_the_least_recently_used_goes_first_and_equal_ones_are_all_kept(tmp_path
 
 
 def test_parked_children_end_in_time(tmp_path: Path) -> None:
-    with InProcessGateway(tmp_path, live_ttl=0.3) as gateway:
+    with InProcessGateway(tmp_path, live=1, live_ttl=0.3) as gateway:
         pool = gateway.gateway.pool
-        gateway.gateway.pool._settings = cc2api.dataclasses.replace(
-            gateway.settings, live=1, live_ttl=0.3
-        )
-        gateway.gateway.settings = pool._settings
         chat(gateway, "hello")
         parked_at = time.monotonic()
         wait_until(lambda: sum(pool.counts().values()) == 0)

@@ -2,25 +2,29 @@
 
     python tests/bench/bench.py [--rounds 15] [--json FILE]
 
-Prints a table: time to the first delta in milliseconds (median, 90th percentile), and its ratio to
-the one-shot CLI of the same run; these machines are noisy, so only the ratios mean something. The
-one-shot CLI gets the flags that wrappers around it use. Both talk to a scripted API on loopback
-that answers at once.
+Prints tables; these machines are noisy, so only the ratios mean something, each to the one-shot CLI
+(or the child's own output) of the same run. The one-shot CLI gets the flags that wrappers around it
+use. All talk to a scripted API on loopback that answers at once.
 """
 
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
+import contextlib
+import http.client
+import itertools
 import json
 import multiprocessing
 import os
 import platform
+import resource
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -29,25 +33,40 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # tests/
 sys.path.insert(0, str(Path(__file__).parents[2]))  # cc2api.py
 
 from running import API_KEY, RunningGateway, clean_environment, real_claude
-from scripted_api import ScriptedApi
+from scripted_api import Reply, ScriptedApi
 
+import cc2api
+
+JsonObject = dict[str, Any]
 MODEL = "claude-sonnet-4-6"
+SYSTEM = "You are a careful assistant. " * 20
 SETTLE_S = 0.7  # between two measurements, so that a new spare's start is not measured
+STEPS = 200  # tool calls that the scripted API has answers for
+DELTAS = 20_000  # of a long stream
+AT_ONCE = 4
+TURNS = 6  # of each parallel conversation
+STREAMS = 8  # long streams at once
 
 
 def serve(pipe: Connection) -> None:
     """Run the scripted API in a process of its own, until the other end says stop."""
     with ScriptedApi() as api:
+        for step in range(STEPS):
+            call = {"type": "tool_use", "id": f"toolu_{step}", "name": "look", "input": {"n": step}}
+            api.on(f"step {step}.", Reply(blocks=[call], stop_reason="tool_use"))
+        api.on("long stream", Reply(blocks=[{"type": "text", "text": "x"}], repeat=DELTAS))
         pipe.send(api.url)
         pipe.recv()
 
 
-def one_shot_delta_ms(claude: str, url: str, home: Path) -> float:
-    """Run `claude -p PROMPT` as other wrappers do; return the time to its first text delta."""
+# ---- the sides that are compared
+
+
+def one_shot(claude: str, url: str, home: Path) -> float:
+    """Run `claude -p PROMPT` as other wrappers do; return the seconds to its first text delta."""
     command = [claude, "-p", "Hello!", "--model", MODEL, "--tools", "", "--disable-slash-commands"]
     command += ["--output-format", "stream-json", "--verbose", "--include-partial-messages"]
-    command += ["--settings", '{"hooks":{},"mcpServers":{}}']
-    command += ["--system-prompt", "You are a helpful assistant."]
+    command += ["--settings", '{"hooks":{},"mcpServers":{}}', "--system-prompt", SYSTEM]
     started = time.monotonic()
     with subprocess.Popen(
         command,
@@ -61,25 +80,251 @@ def one_shot_delta_ms(claude: str, url: str, home: Path) -> float:
             if b"content_block_delta" in line:
                 elapsed = time.monotonic() - started
                 process.stdout.read()
-                return elapsed * 1000
+                return elapsed
     raise RuntimeError("claude -p gave no delta")
 
 
-def gateway_delta_ms(gateway: RunningGateway) -> float:
-    """Ask the gateway in a new conversation on a new connection; return the time to the delta."""
-    body = {"model": MODEL, "max_tokens": 100, "stream": True}
-    body["messages"] = [{"role": "user", "content": "Hello!"}]
-    connection = gateway.connect()
+class Talk:
+    """A client in one conversation, on one connection."""
+
+    def __init__(self, gateway: RunningGateway, **fields: Any) -> None:
+        self.connection: http.client.HTTPConnection = gateway.connect()
+        self.body = {"model": MODEL, "max_tokens": 100, "stream": True, "system": SYSTEM, **fields}
+        self.messages: list[JsonObject] = []
+
+    def say(self, content: Any) -> tuple[float, float]:
+        """Take one turn; return the seconds to its first delta, and to its end."""
+        self.messages.append({"role": "user", "content": content})
+        data = json.dumps({**self.body, "messages": self.messages})
+        started = time.monotonic()
+        self.connection.request("POST", "/v1/messages", data)
+        response = self.connection.getresponse()
+        seen = b""
+        while b"content_block_delta" not in seen:
+            seen += response.read1()
+        first = time.monotonic() - started
+        rest = response.read()
+        whole = time.monotonic() - started
+        self.messages.append({"role": "assistant", "content": blocks_of(seen + rest)})
+        return first, whole
+
+
+def blocks_of(stream: bytes) -> list[JsonObject]:
+    """Put a streamed answer together."""
+    assembler = cc2api.MessageAssembler()
+    for line in stream.split(b"\n"):
+        if line.startswith(b"data: "):
+            assembler.add(json.loads(line[6:]))
+    return list(assembler.message["content"])
+
+
+# ---- time to the first delta
+
+
+def measure_latency(rounds: int, claude: str, url: str, home: Path) -> list[JsonObject]:
+    with RunningGateway(claude=claude, base_url=url) as gateway:
+        talk = Talk(gateway)
+        tools = Talk(gateway, tools=[{"name": "look", "input_schema": {"type": "object"}}])
+        talk.say("Hello!")
+        tools.say("step 0.")
+        steps = iter(range(1, STEPS))
+
+        def tool_step() -> tuple[float, float]:
+            step = next(steps)
+            result = {"type": "tool_result", "tool_use_id": f"toolu_{step - 1}"}
+            return tools.say([{**result, "content": f"step {step}."}])
+
+        sides: dict[str, Callable[[], float]] = {
+            "one-shot claude -p": lambda: one_shot(claude, url, home),
+            "fresh conversation": lambda: Talk(gateway).say("Hello!")[0],
+            "continued conversation": lambda: talk.say("And now?")[0],
+            "tool step": lambda: tool_step()[0],
+            "tool step, to its end": lambda: tool_step()[1],
+        }
+        times: dict[str, list[float]] = {name: [] for name in sides}
+        for number in range(rounds + 2):
+            for name, side in sides.items():
+                time.sleep(SETTLE_S)
+                elapsed = side()
+                if number > 1:  # the first rounds warm the disk cache, and make the setup known
+                    times[name].append(elapsed * 1000)
+    base = statistics.median(times["one-shot claude -p"])
+    return [row(name, values, base) for name, values in times.items()]
+
+
+def row(name: str, times: list[float], base: float) -> JsonObject:
+    median = statistics.median(times)
+    p90 = sorted(times)[int(len(times) * 0.9)]
+    return {"what": name, "median": median, "p90": p90, "ratio": median / base}
+
+
+# ---- several at once
+
+
+def measure_parallel(claude: str, url: str, home: Path) -> list[JsonObject]:
+    """Measure requests a second and CPU-seconds a request, AT_ONCE at a time."""
+    count = AT_ONCE * TURNS
+    with RunningGateway(claude=claude, base_url=url) as gateway:
+
+        def fresh(_: int) -> list[float]:
+            return [Talk(gateway).say("Hello!")[0]]
+
+        def conversation(_: int) -> list[float]:
+            talk = Talk(gateway)
+            return [talk.say(f"turn {turn}")[0] for turn in range(TURNS)]
+
+        def lone(_: int) -> list[float]:
+            return [one_shot(claude, url, home)]
+
+        sides: list[tuple[str, Callable[[int], list[float]], int]] = [
+            ("one-shot claude -p", lone, count),
+            ("fresh single turns", fresh, count),
+            (f"conversations of {TURNS} turns", conversation, AT_ONCE),
+        ]
+        for _, side, _ in sides:  # so that each finds things as they are in a busy time
+            in_parallel(side, AT_ONCE)
+        found: list[JsonObject] = []
+        for name, side, times in sides:
+            time.sleep(2)
+            before = cpu_s(gateway.process.pid)
+            rate, firsts = in_parallel(side, times)
+            used = (cpu_s(gateway.process.pid) - before) / len(firsts)
+            median = statistics.median(firsts) * 1000
+            found.append({"what": name, "rate": rate, "median": median, "cpu_s": used})
+    for line in found:
+        line["ratio"] = line["rate"] / found[0]["rate"]
+    return found
+
+
+def in_parallel(side: Callable[[int], list[float]], times: int) -> tuple[float, list[float]]:
+    """Run something AT_ONCE at a time; return requests a second, and all their times."""
     started = time.monotonic()
+    with concurrent.futures.ThreadPoolExecutor(AT_ONCE) as threads:
+        firsts = list(itertools.chain.from_iterable(threads.map(side, range(times))))
+    return len(firsts) / (time.monotonic() - started), firsts
+
+
+def cpu_s(pid: int) -> float:
+    """Return the CPU-seconds of this process's ended children, of a gateway, and its children."""
+    own = resource.getrusage(resource.RUSAGE_CHILDREN)
+    ticks = 0
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            fields = stat.read_text().rpartition(")")[2].split()
+            if int(fields[1]) == pid:
+                ticks += int(fields[11]) + int(fields[12])
+            elif stat.parent.name == str(pid):
+                ticks += sum(map(int, fields[11:15]))
+    return own.ru_utime + own.ru_stime + ticks / os.sysconf("SC_CLK_TCK")
+
+
+# ---- long streams
+
+
+@contextlib.contextmanager
+def lone_child(claude: str, url: str, home: Path) -> Iterator[cc2api.Child]:
+    """Yield a child that is ready for the question that brings a long stream."""
+    environment = cc2api.child_environment(clean_environment(home, url, **API_KEY), str(home))
+    command = cc2api.child_command(cc2api.Cli(claude, ""), bare=True, setting_sources="")
+    child = cc2api.Child(command, environment, str(home))
+    try:
+        body = {"model": MODEL, "max_tokens": 100, "messages": [QUESTION]}
+        turn = cc2api.parse_messages_request(body)
+        patience = cc2api.Patience(60, lambda: None, TimeoutError())
+        cc2api.open_turn(child, turn, cc2api.to_setup(turn), patience)
+        yield child
+    finally:
+        child.kill()
+        while not child.reap():
+            time.sleep(0.01)
+
+
+QUESTION = {"role": "user", "content": "long stream"}
+
+
+def direct_stream_s(child: cc2api.Child) -> float:
+    """Ask, and read the child's output as it comes; return the seconds for all deltas."""
+    child.send(cc2api.to_line(cc2api.Message("user", "long stream"), MODEL, query=True))
+    child.flush()
+    os.set_blocking(child._stdout, True)
+    started, seen, tail = 0.0, 0, b""
+    while b'"message_stop"' not in tail:
+        data = os.read(child._stdout, 1 << 16)
+        seen += data.count(b"content_block_delta")
+        started = started or (time.monotonic() if seen else 0.0)
+        tail = tail[-100:] + data
+    return time.monotonic() - started
+
+
+def gateway_stream_s(gateway: RunningGateway) -> float:
+    """Ask the gateway, and read as it comes; return the seconds for all deltas."""
+    connection = gateway.connect()
+    body = {"model": MODEL, "max_tokens": 100, "stream": True, "messages": [QUESTION]}
     connection.request("POST", "/v1/messages", json.dumps(body))
     response = connection.getresponse()
-    seen = b""
-    while b"content_block_delta" not in seen:
-        seen += response.read1()
+    started, tail = 0.0, b""
+    while b"event: message_stop" not in tail:
+        data = response.read1(1 << 16)
+        if not started and b"content_block_delta" in data:
+            started = time.monotonic()
+        tail = tail[-100:] + data
     elapsed = time.monotonic() - started
-    response.read()
     connection.close()
-    return elapsed * 1000
+    return elapsed
+
+
+def measure_streams(rounds: int, claude: str, url: str, home: Path) -> list[JsonObject]:
+    """Measure deltas a second, for one long stream and for STREAMS at once."""
+    direct, through = [], []
+    with RunningGateway("--live", "0", claude=claude, base_url=url) as gateway:
+        for _ in range(rounds):
+            time.sleep(SETTLE_S)
+            with lone_child(claude, url, home) as child:
+                time.sleep(SETTLE_S)
+                direct.append(direct_stream_s(child))
+            time.sleep(SETTLE_S)
+            through.append(gateway_stream_s(gateway))
+        with (
+            contextlib.ExitStack() as stack,
+            concurrent.futures.ThreadPoolExecutor(STREAMS) as threads,
+        ):
+            children = [stack.enter_context(lone_child(claude, url, home)) for _ in range(STREAMS)]
+            started = time.monotonic()
+            list(threads.map(direct_stream_s, children))
+            direct_all = time.monotonic() - started
+        with concurrent.futures.ThreadPoolExecutor(STREAMS) as threads:
+            started = time.monotonic()
+            list(threads.map(lambda _: gateway_stream_s(gateway), range(STREAMS)))
+            through_all = time.monotonic() - started
+    one, ours = statistics.median(direct), statistics.median(through)
+    all_ratio = direct_all / through_all
+    return [
+        {"what": "one, the child's own", "rate": DELTAS / one, "ratio": 1.0},
+        {"what": "one, through the gateway", "rate": DELTAS / ours, "ratio": one / ours},
+        {
+            "what": f"{STREAMS}, the children's own",
+            "rate": STREAMS * DELTAS / direct_all,
+            "ratio": 1,
+        },
+        {
+            "what": f"{STREAMS}, through the gateway",
+            "rate": STREAMS * DELTAS / through_all,
+            "ratio": all_ratio,
+        },
+    ]
+
+
+# ---- memory
+
+
+def measure_memory(claude: str, url: str) -> JsonObject:
+    """Return the resident memory of a gateway, a spare and a parked child, in MB."""
+    with RunningGateway("--spares-max", "1", claude=claude, base_url=url) as gateway:
+        time.sleep(SETTLE_S)
+        (spare,) = gateway.children()
+        spare_mb = rss_mb(spare)
+        Talk(gateway).say("Hello!")
+        return {"gateway": rss_mb(gateway.process.pid), "spare": spare_mb, "parked": rss_mb(spare)}
 
 
 def rss_mb(pid: int) -> float:
@@ -88,35 +333,28 @@ def rss_mb(pid: int) -> float:
     return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
-def row(name: str, times: list[float], base: float) -> dict[str, Any]:
-    ordered = sorted(times)
-    median = statistics.median(times)
-    p90 = ordered[int(len(ordered) * 0.9)]
-    return {"what": name, "median": median, "p90": p90, "ratio": median / base}
+# ---- the report
 
 
-def measure(rounds: int, url: str, home: Path) -> dict[str, Any]:
-    claude = real_claude()
-    with RunningGateway(claude=claude, base_url=url) as gateway:
-        sides: dict[str, Callable[[], float]] = {
-            "one-shot claude -p": lambda: one_shot_delta_ms(claude, url, home),
-            "gateway, fresh conversation": lambda: gateway_delta_ms(gateway),
-        }
-        times: dict[str, list[float]] = {name: [] for name in sides}
-        for number in range(rounds + 1):
-            for name, side in sides.items():
-                time.sleep(SETTLE_S)
-                elapsed = side()
-                if number:  # the first round warms the disk cache
-                    times[name].append(elapsed)
-        memory = rss_mb(gateway.process.pid)
-    base = statistics.median(times["one-shot claude -p"])
-    machine = f"{platform.machine()}, {os.cpu_count()} cores"
-    return {
-        "machine": f"{machine}, Python {platform.python_version()}",
-        "first_delta_ms": [row(name, values, base) for name, values in times.items()],
-        "gateway_rss_mb": memory,
-    }
+def report(result: JsonObject) -> None:
+    print(f"{result['machine']}; {result['rounds']} rounds\n")
+    print(f"{'time to first delta, ms':<32} {'median':>7} {'p90':>7} {'ratio':>6}")
+    for line in result["first_delta_ms"]:
+        print(f"{line['what']:<32} {line['median']:7.0f} {line['p90']:7.0f} {line['ratio']:6.2f}")
+    print(f"\n{f'{AT_ONCE} at a time':<32} {'req/s':>7} {'ratio':>7} {'ms':>6} {'CPU s':>6}")
+    for line in result["parallel"]:
+        print(
+            f"{line['what']:<32} {line['rate']:7.1f} {line['ratio']:7.2f} {line['median']:6.0f}"
+            f" {line['cpu_s']:6.2f}"
+        )
+    print(f"\n{'long streams':<32} {'deltas/s':>8} {'ratio':>6}")
+    for line in result["streams"]:
+        print(f"{line['what']:<32} {line['rate']:8.0f} {line['ratio']:6.2f}")
+    memory = result["memory_mb"]
+    print(
+        f"\nresident memory, MB: gateway {memory['gateway']:.0f}, spare {memory['spare']:.0f},"
+        f" parked child {memory['parked']:.0f}"
+    )
 
 
 def main() -> None:
@@ -127,17 +365,20 @@ def main() -> None:
     ours, theirs = multiprocessing.Pipe()
     process = multiprocessing.Process(target=serve, args=[theirs], daemon=True)
     process.start()
+    claude = real_claude()
+    machine = f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
+    result: JsonObject = {"machine": machine, "rounds": args.rounds}
     try:
-        with tempfile.TemporaryDirectory() as home:
-            result = measure(args.rounds, ours.recv(), Path(home))
+        with tempfile.TemporaryDirectory() as name:
+            url, home = ours.recv(), Path(name)
+            result["first_delta_ms"] = measure_latency(args.rounds, claude, url, home)
+            result["parallel"] = measure_parallel(claude, url, home)
+            result["streams"] = measure_streams(max(3, args.rounds // 5), claude, url, home)
+            result["memory_mb"] = measure_memory(claude, url)
     finally:
         ours.send("stop")
         process.join()
-    print(f"{result['machine']}; {args.rounds} rounds")
-    print(f"{'time to first delta, ms':<30} {'median':>7} {'p90':>7} {'ratio':>6}")
-    for line in result["first_delta_ms"]:
-        print(f"{line['what']:<30} {line['median']:7.0f} {line['p90']:7.0f} {line['ratio']:6.2f}")
-    print(f"resident memory of the gateway: {result['gateway_rss_mb']:.0f} MB")
+    report(result)
     if args.json:
         Path(args.json).write_text(json.dumps(result, indent=1) + "\n")
 
