@@ -27,6 +27,7 @@ USAGE: JsonObject = {
     "cache_read_input_tokens": 5,
     "output_tokens": 1,
 }
+BURST = 20  # events of a long stream that are sent at once
 DEFAULT_TEXT = "Hello, I am scripted."
 
 ERROR_TYPES = {
@@ -59,6 +60,7 @@ class Reply:
     gate: threading.Event | None = None  # waited for after `gate_after` events
     gate_after: int = 0
     gap_s: float = 0.0
+    delay_s: float = 0.0  # before the first byte; a model never answers at once
     left: threading.Event = field(default_factory=threading.Event)  # set when the CLI hung up
     repeat: int = 0  # times an extra text_delta is sent, for long streams
 
@@ -88,9 +90,9 @@ class Reply:
             yield {"type": "content_block_start", "index": index, "content_block": start}
             for delta in deltas:
                 yield {"type": "content_block_delta", "index": index, "delta": delta}
-            for _ in range(self.repeat):
-                delta = {"type": "text_delta", "text": "word "}
-                yield {"type": "content_block_delta", "index": index, "delta": delta}
+            delta = {"type": "text_delta", "text": "word "}
+            repeated = {"type": "content_block_delta", "index": index, "delta": delta}
+            yield from itertools.repeat(repeated, self.repeat)
             yield {"type": "content_block_stop", "index": index}
         yield {
             "type": "message_delta",
@@ -268,6 +270,7 @@ class _Handler(BaseHTTPRequestHandler):
                 reply.left.set()
                 self.close_connection = True
                 return None
+        time.sleep(reply.delay_s)
         if reply.status != 200:
             message = reply.message or f"scripted {reply.status}"
             return self._json(reply.status, _error(reply.status, message), reply.headers)
@@ -296,8 +299,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.end_headers()
         try:
-            for count, event in enumerate(reply.events(model), 1):
-                data = f"event: {event['type']}\ndata: {json.dumps(event)}\n\n".encode()
+            for count, (event, times) in enumerate(self._grouped(reply, model), 1):
+                data = f"event: {event['type']}\ndata: {json.dumps(event)}\n\n".encode() * times
                 self.wfile.write(b"%x\r\n%s\r\n" % (len(data), data))
                 if reply.cut_after == count:
                     self.close_connection = True
@@ -310,6 +313,14 @@ class _Handler(BaseHTTPRequestHandler):
         except OSError:
             self.close_connection = True
             reply.left.set()
+
+    def _grouped(self, reply: Reply, model: str) -> Iterator[tuple[JsonObject, int]]:
+        """Yield events with how often to send them at once: a long stream must not wait for us."""
+        for _, same in itertools.groupby(reply.events(model), key=id):
+            events = list(same)
+            step = 1 if reply.gap_s else BURST
+            for start in range(0, len(events), step):
+                yield events[0], len(events[start : start + step])
 
     def _wait_or_leave(self, gate: threading.Event) -> None:
         """Wait for the gate, noticing a client that hangs up meanwhile."""

@@ -476,6 +476,7 @@ def test_a_whole_answer_holds_every_block_and_upstreams_usage(
     }
 
 
+THINKING_S = 0.05  # no model answers at once: meanwhile the CLI is held back from a second call
 STOPS = [
     ("end_turn", None, None),
     ("stop_sequence", "END", None),
@@ -499,7 +500,13 @@ def test_one_upstream_call_whatever_the_stop_reason(
     word = marker()
     api.on(
         word,
-        text_reply("x y", stop_reason=stop_reason, stop_sequence=sequence, stop_details=details),
+        text_reply(
+            "x y",
+            stop_reason=stop_reason,
+            stop_sequence=sequence,
+            stop_details=details,
+            delay_s=THINKING_S,
+        ),
     )
     answer = lone_gateway.ask(word, stream=stream)
     end = answer.events[-2]["delta"] if stream else answer.json
@@ -514,7 +521,7 @@ def test_an_answer_that_says_nothing_is_not_asked_for_again(
     lone_gateway: RunningGateway, api: ScriptedApi, stop_reason: str
 ) -> None:
     word = marker()
-    api.on(word, Reply(blocks=[], stop_reason=stop_reason))
+    api.on(word, Reply(blocks=[], stop_reason=stop_reason, delay_s=THINKING_S))
     assert lone_gateway.ask(word).json["content"] == []
     wait_until(lambda: is_calm(lone_gateway), "every answering child's end")
     only_call(api, word)
@@ -621,7 +628,8 @@ def test_a_stream_that_breaks_between_blocks_is_an_error_and_one_call(
     lone_gateway: RunningGateway, api: ScriptedApi
 ) -> None:
     word = marker()
-    api.on(word, text_reply("a b", error={"type": "api_error", "message": "boom"}, error_after=5))
+    error = {"type": "api_error", "message": "boom"}
+    api.on(word, text_reply("a b", error=error, error_after=5, delay_s=THINKING_S))
     streamed = lone_gateway.ask(word, stream=True)
     assert [e["type"] for e in streamed.events][-2:] == ["content_block_stop", "error"]
     wait_until(lambda: is_calm(lone_gateway), "every answering child's end")

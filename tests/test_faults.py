@@ -127,7 +127,7 @@ def test_a_stop_ends_children_and_removes_the_temporary_directory(start_fake: An
     wait_until(lambda: len(gateway.children()) == 3)
     children = gateway.children()
     work_dir = Path(os.readlink(f"/proc/{children[0]}/cwd"))
-    assert list(work_dir.iterdir()) == []
+    assert [path.name for path in work_dir.rglob("*")] == [".claude", ".git"]
     assert gateway.stop() == 0
     assert not work_dir.parent.exists()
     assert not any(Path(f"/proc/{pid}").exists() for pid in children)

@@ -27,6 +27,7 @@ from scripted_api import Reply, ScriptedApi
 from test_live import TOOLS, JsonObject, calls_for, marker, said, tool_result, tool_use
 
 LIVE = 3
+DELAY_S = 0.1  # two gateways, an API and the test share one interpreter here
 EXAMPLES = int(os.environ.get("CC2API_TEST_EXAMPLES", "3"))
 TEXT = st.sampled_from(
     [
@@ -181,8 +182,8 @@ REPLIES: Any = {
     "thinking": lambda: Reply(
         blocks=[{"type": "thinking", "thinking": "hm", "signature": "c2lnbmF0dXJl"}, _text()]
     ),
-    "cut": lambda: Reply(blocks=[_text("half an ans")], stop_reason="max_tokens"),
-    "empty": lambda: Reply(blocks=[]),
+    "cut": lambda: Reply(blocks=[_text("half an ans")], stop_reason="max_tokens", delay_s=DELAY_S),
+    "empty": lambda: Reply(blocks=[], delay_s=DELAY_S),
 }
 
 

@@ -42,7 +42,7 @@ MODEL = "claude-sonnet-4-6"
 SYSTEM = "You are a careful assistant. " * 20
 SETTLE_S = 0.7  # between two measurements, so that a new spare's start is not measured
 STEPS = 200  # tool calls that the scripted API has answers for
-DELTAS = 20_000  # of a long stream
+DELTAS = 60_000  # of a long stream
 AT_ONCE = 4
 TURNS = 6  # of each parallel conversation
 STREAMS = 8  # long streams at once
@@ -273,10 +273,22 @@ def gateway_stream_s(gateway: RunningGateway) -> float:
     return elapsed
 
 
+def await_spares(gateway: RunningGateway) -> None:
+    """Wait until all spares have started, and are idle."""
+    while len(gateway.children()) < STREAMS:
+        time.sleep(0.1)
+    used = -1.0
+    while cpu_s(gateway.process.pid) - used > 0.02:
+        used = cpu_s(gateway.process.pid)
+        time.sleep(SETTLE_S)
+
+
 def measure_streams(rounds: int, claude: str, url: str, home: Path) -> list[JsonObject]:
     """Measure deltas a second, for one long stream and for STREAMS at once."""
     direct, through = [], []
-    with RunningGateway("--live", "0", claude=claude, base_url=url) as gateway:
+    args = ("--live", "0", "--spares", str(STREAMS))
+    with RunningGateway(*args, claude=claude, base_url=url) as gateway:
+        await_spares(gateway)
         for _ in range(rounds):
             time.sleep(SETTLE_S)
             with lone_child(claude, url, home) as child:
@@ -292,6 +304,7 @@ def measure_streams(rounds: int, claude: str, url: str, home: Path) -> list[Json
             started = time.monotonic()
             list(threads.map(direct_stream_s, children))
             direct_all = time.monotonic() - started
+        await_spares(gateway)
         with concurrent.futures.ThreadPoolExecutor(STREAMS) as threads:
             started = time.monotonic()
             list(threads.map(lambda _: gateway_stream_s(gateway), range(STREAMS)))
