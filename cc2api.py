@@ -29,7 +29,7 @@ Rules that hold throughout:
 
 Facts about the CLI were seen on 2.1.330 and 2.1.248 talking to a scripted API; each one relied on
 is pinned by a test in tests/. Sections, each using only what stands above it: Settings, Errors, API
-keys, Requests, CLI process, Pool, Events, OpenAI translation, Gateway, HTTP, Command line.
+keys, Requests, CLI process, Pool, Events, OpenAI translation, Metrics, Gateway, HTTP, Command line.
 """
 
 from __future__ import annotations
@@ -162,6 +162,8 @@ class Settings:
     setting_sources: str = _option(
         "", "settings the CLI loads: any of user,project,local (default: none)", "LIST"
     )
+    check: bool = _option(False, "check the CLI, sign-in, keys, port and a start, then end")
+    live_call: bool = _option(False, "with --check: make one tiny request, which costs tokens")
     debug: bool = _option(False, "log requests and responses whole, prompts included")
 
 
@@ -245,52 +247,65 @@ MIN_NAMED_KEY: Final = 12  # characters; of a shorter key four would tell too mu
 class Caller:
     """Who makes a request."""
 
-    name: str  # for the log
+    name: str  # for the log and the metrics
     identity: bytes  # a digest of the key: what tells one caller's conversations from another's
 
 
 class KeyFile:
-    """The keys of `apikeys.txt`: one a line, blank lines and # lines ignored."""
+    """The keys of `apikeys.txt`: one a line, a name may follow; blank and # lines are ignored."""
 
     def __init__(self, path: str | os.PathLike[str], *, required: bool = False) -> None:
         """`required` shuts open mode: without a key in the file nobody may call."""
         self.path = Path(path)
         self.required = required
 
-    def load(self) -> list[str] | None:
-        """Return the keys, [] for none; None where there is a file that cannot be read."""
+    def load(self) -> dict[str, str] | None:
+        """Return the keys with their names; None where there is a file that cannot be read.
+
+        A key without a name goes by its last four characters.
+        """
         try:
             text = self.path.read_bytes().decode("utf-8-sig")
         except FileNotFoundError:
-            return []
+            return {}
         except (OSError, UnicodeDecodeError) as exc:
             log.error("key file %s cannot be read, nobody is let in: %s", self.path, exc)
             return None
-        lines = (line.strip() for line in text.split("\n"))
-        return [line for line in lines if line and not line.startswith("#")]
+        keys = {}
+        for line in text.split("\n"):
+            key, *words = line.split() or ["#"]
+            tail = key[-4:] if len(key) >= MIN_NAMED_KEY else ""
+            if not key.startswith("#"):
+                keys[key] = re.sub(r"[^\w.@-]+", "_", "_".join(words)) or f"…{tail}"
+        return keys
 
     def check(self, api_key: str, authorization: str) -> Caller:
-        """Return who calls: OPEN, or the last four characters of its key.
+        """Return who calls: OPEN, or the name of its key.
 
         Takes the values of the headers `x-api-key`, which wins as on the public API, and
-        `Authorization`, each "" where absent. Raises NotAuthenticated when keys are in force and
-        the caller has none of them.
+        `Authorization` (Bearer, or Basic with the key as password), each "" where absent. Raises
+        NotAuthenticated when keys are in force and the caller has none of them.
         """
         keys = self.load()
         if keys is None:
             raise NotAuthenticated("the gateway's key file cannot be read")
         scheme, _, token = authorization.strip().partition(" ")
         given = api_key.strip() or (token.strip() if scheme.lower() == "bearer" else "")
+        if not given and scheme.lower() == "basic":  # what browsers ask people for
+            with contextlib.suppress(ValueError):
+                given = base64.b64decode(token, validate=True).decode().partition(":")[2]
         identity = hashlib.sha256(given.encode("utf-8", "surrogateescape")).digest()
         if not keys and not self.required:
             return Caller(OPEN, identity)
         if not given:
             raise NotAuthenticated("x-api-key header or Authorization: Bearer is required")
         # Every key is compared, in constant time: neither a prefix nor a position can be timed.
-        matches = [hmac.compare_digest(given.encode(), key.encode()) for key in keys]
-        if not any(matches):
+        names = [
+            name for key, name in keys.items() if hmac.compare_digest(given.encode(), key.encode())
+        ]
+        if not names:
             raise NotAuthenticated("invalid x-api-key or bearer token")
-        return Caller("…" + (given[-4:] if len(given) >= MIN_NAMED_KEY else ""), identity)
+        return Caller(names[0], identity)
 
 
 # ===================================================================== Requests
@@ -1166,6 +1181,9 @@ class Patience:
         return Patience(seconds, self._tick, late)
 
 
+_NO_PATIENCE: Final = Patience(float("inf"), lambda: None, ChildDied())
+
+
 class Child:
     """One running CLI and its line protocol.
 
@@ -1209,6 +1227,9 @@ class Child:
         self.tool_calls: dict[str, JsonObject] = {}  # those that wait for an answer, by tool_use id
         self.setup: Setup | None = None  # what it was last told of a turn's parameters
         self.holds_conversation = False  # it has answered, and can go on
+        self.caller: Caller | None = None  # whom it serves
+        self.cost_usd = 0.0  # of all its turns, as it said last
+        self.noted_cost_usd = 0.0  # what of that is in the metrics
         self.is_held = False  # from calling upstream
         self.setup_requests: list[str] = []  # the requests that told it, until they are answered
         self.fit: bytes | None = None  # the label of what a spare was prepared with
@@ -1216,6 +1237,10 @@ class Child:
     def is_alive(self) -> bool:
         """Say whether the process runs; reaps it where it does not."""
         return self._process.poll() is None
+
+    def has_failed(self) -> bool:
+        """Say whether the process has ended by itself, which no idle one should."""
+        return (self._process.poll() or -1) >= 0
 
     def send(self, line: JsonObject) -> None:
         """Queue a line; it is written while reading, so neither side can block the other."""
@@ -1264,6 +1289,8 @@ class Child:
             if isinstance(line, dict):
                 if line.get("type") == "control_request":
                     self._answer(line)
+                if isinstance(line.get("total_cost_usd"), (int, float)):
+                    self.cost_usd = float(line["total_cost_usd"])
                 return line
             if raw.strip() and not self._has_babbled:
                 self._has_babbled = True
@@ -1346,6 +1373,13 @@ class Child:
         """Collect an ended process and close its pipes; say whether it has ended."""
         if self._process.poll() is None:
             return False
+        # what it said at the end tells what it cost
+        with contextlib.suppress(ChildDied, CliFailed, OSError, ValueError):
+            os.set_blocking(self._stdout, False)
+            while True:
+                self._read_stdout()
+                while self._lines:
+                    self.read_line(_NO_PATIENCE)
         for pipe in (self._process.stdin, self._process.stdout, self._process.stderr):
             with contextlib.suppress(OSError):
                 cast("Any", pipe).close()
@@ -1689,6 +1723,7 @@ class Want:
     conversation: bytes | None  # of a parked child
     fit: bytes  # of a prepared spare
     prepare: Callable[[Child], None]  # makes a blank spare fit; does not wait
+    queued: Callable[[int], None]  # told the place, from 1, of a request that has to wait
 
 
 class _Waiter:
@@ -1709,14 +1744,22 @@ class _Parked:
 
 
 class Pool:
-    """Warm children. `start` makes one (it may raise OSError); `stamp` tells a new executable."""
+    """Warm children. `start` makes one (it may raise OSError); `stamp` tells a new executable.
+
+    `ended` is told each child that has been reaped.
+    """
 
     def __init__(
-        self, start: Callable[[], Child], settings: Settings, stamp: Callable[[], object]
+        self,
+        start: Callable[[], Child],
+        settings: Settings,
+        stamp: Callable[[], object],
+        ended: Callable[[Child], None],
     ) -> None:
         self._start = start
         self._settings = settings
         self._stamp = stamp
+        self._ended = ended
         # Guarded by _changed: all fields below.
         self._changed = threading.Condition()
         self._idle: collections.deque[Child] = collections.deque()
@@ -1731,6 +1774,7 @@ class Pool:
         self._peak, self._peak_at = 1, 0.0  # new conversations at once, and when (monotonic)
         self._fits: collections.deque[bytes] = collections.deque(maxlen=RECENT_FITS)
         self._repeated: Want | None = None  # a setup that came again: spares are prepared for it
+        self._failure = ""  # why the last start failed; "" after one that did not
         self._closed = False
         # One thread forks all children, since on Linux they die with the thread that forked them.
         self._keeper = threading.Thread(target=self._keep, name="cc2api-keeper", daemon=True)
@@ -1758,7 +1802,10 @@ class Pool:
                 )
             self._waiters.append(waiter)
             self._serve_waiters()
+            place = len(self._waiters)
             self._changed.notify_all()
+        if want is not None and not waiter.ready.is_set():
+            want.queued(place)
         try:
             while not waiter.ready.wait(patience.slice_s()):
                 pass
@@ -1816,6 +1863,14 @@ class Pool:
                 "parked": len(self._parked),
                 "ending": len(self._ending),
             }
+
+    def waiting(self) -> int:
+        """Return how many requests wait for a child."""
+        return len(self._waiters)
+
+    def failure(self) -> str:
+        """Return why no child can be started; "" where one can, or did."""
+        return self._failure
 
     def close(self) -> None:
         """End every child, lent ones too, and wait until the last is reaped."""
@@ -1904,6 +1959,9 @@ class Pool:
             is_old = now - child.started_at > SPARE_MAX_AGE_S
             is_outdated = stamp is not None and stamp != child.stamp
             if child not in fit or is_old or is_outdated or not child.is_alive():
+                if child.has_failed():
+                    self._failure = "claude ends right after its start"
+                    self._next_spare_at = now + KEEPER_TICK_S
                 self._idle.remove(child)
                 child.finish()
                 self._ending[child] = now + EXIT_GRACE_S
@@ -1967,6 +2025,7 @@ class Pool:
         for child, due in list(self._ending.items()):
             if child.reap():
                 del self._ending[child]
+                self._ended(child)
             elif time.monotonic() >= due:
                 child.kill()
 
@@ -1980,6 +2039,7 @@ class Pool:
             log.error("%s", failure)
         with self._changed:
             self._starting = 0
+            self._failure = failure
             if child is None and waiter is not None and self._parked:
                 self._end_parked(next(iter(self._parked)))  # perhaps there is room for it now
                 self._waiters.appendleft(waiter)
@@ -2744,6 +2804,83 @@ def to_openai_error(error: ApiError) -> tuple[int, JsonObject]:
     return status, {"error": inner}
 
 
+# ====================================================================== Metrics
+# What has happened since the start, for / and /metrics. Callers go by name, never by key.
+
+_COUNTERS: Final = {
+    "cc2api_requests_total": "Requests answered.",
+    "cc2api_tokens_total": "Tokens as upstream counted them.",
+    "cc2api_cost_dollars_total": "Cost as the CLI reported it, once it did.",
+}
+_HISTOGRAMS: Final = {
+    "cc2api_first_delta_seconds": "From the request to the first delta of its answer.",
+    "cc2api_request_seconds": "From the request to the end of its answer.",
+}
+_BUCKETS_S: Final = (0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+MAX_SERIES: Final = 2000  # of label values; more (say, of made-up model names) count as "other"
+_Series = tuple[str, tuple[tuple[str, str], ...]]
+
+
+class Metrics:
+    """Counters and histograms. Any thread."""
+
+    def __init__(self) -> None:
+        self.started_at = time.time()
+        self._lock = threading.Lock()
+        self._values: dict[_Series, float] = {}
+
+    def add(self, name: str, value: float = 1.0, /, **labels: str) -> None:
+        """Add to a counter."""
+        with self._lock:
+            self._add(name, value, labels)
+
+    def observe(self, name: str, seconds: float, /, **labels: str) -> None:
+        """Count a time in a histogram."""
+        with self._lock:
+            for limit in (*_BUCKETS_S, math.inf):
+                is_in = float(seconds <= limit)
+                self._add(
+                    f"{name}_bucket", is_in, {**labels, "le": f"{limit:g}".replace("inf", "+Inf")}
+                )
+            self._add(f"{name}_sum", seconds, labels)
+            self._add(f"{name}_count", 1, labels)
+
+    def _add(self, name: str, value: float, labels: Mapping[str, str]) -> None:
+        series = (name, tuple(sorted(labels.items())))
+        if series not in self._values and len(self._values) >= MAX_SERIES:
+            series = (name, tuple((label, "other") for label in sorted(labels) if label != "le"))
+        self._values[series] = self._values.get(series, 0) + value
+
+    def total(self, name: str, /, **labels: str) -> float:
+        """Return the sum of a counter over all series that have these labels."""
+        with self._lock:
+            return sum(
+                value
+                for (series, found), value in self._values.items()
+                if series == name and labels.items() <= dict(found).items()
+            )
+
+    def render(self, gauges: Mapping[str, Mapping[str, int]]) -> str:
+        """Return all in Prometheus' text format; `gauges` are values by name and state."""
+        with self._lock:
+            values = list(self._values.items())
+        lines = []
+        for name, states in gauges.items():
+            lines.append(f"# TYPE {name} gauge")
+            for state, count in states.items():
+                lines.append(f'{name}{{state="{state}"}} {count}' if state else f"{name} {count}")
+        for name, text in {**_COUNTERS, **_HISTOGRAMS}.items():
+            kind = "counter" if name in _COUNTERS else "histogram"
+            lines += [f"# HELP {name} {text}", f"# TYPE {name} {kind}"]
+            for (series, labels), value in values:
+                if series == name or series.removeprefix(name) in ("_bucket", "_sum", "_count"):
+                    pairs = ",".join(
+                        f"{label}={json.dumps(said, ensure_ascii=False)}" for label, said in labels
+                    )
+                    lines.append(f"{series}{{{pairs}}} {value:.12g}")
+        return "\n".join([*lines, ""])
+
+
 # ====================================================================== Gateway
 # What the HTTP layer asks: a turn in, batches of events out. Owns the pool and the key file; knows
 # nothing of sockets. Runs on request threads.
@@ -2755,6 +2892,8 @@ class Gateway:
     def __init__(self, settings: Settings, cli: Cli, environ: Mapping[str, str]) -> None:
         self.settings = settings
         self.cli = cli
+        self.sign_in = "unknown"  # how the CLI says it is signed in, once it was asked
+        self.metrics = Metrics()
         self.keys = KeyFile(settings.keys, required=needs_keys(settings))
         bare = wants_bare(settings.bare, environ)
         self.login = not bare
@@ -2778,15 +2917,20 @@ class Gateway:
             os.stat(cli.path)  # raises the OSError that a shim around the CLI would hide
             return Child(command, environment, str(work_dir), cli.stamp())
 
-        self.pool = Pool(start, settings, cli.stamp)
+        self.pool = Pool(start, settings, cli.stamp, self._note_cost)
 
     def answer(
-        self, turn: Turn, caller: Caller, tick: Callable[[], None]
+        self,
+        turn: Turn,
+        caller: Caller,
+        tick: Callable[[], None],
+        queued: Callable[[int], None] = lambda place: None,
     ) -> Generator[list[Event], None, None]:
         """Yield the answer's events, in batches of those that were ready together.
 
         The last event is always message_stop. `tick` is called every TICK_S and may raise
-        ClientGone. Raises ApiError; closing the generator early ends the child at once.
+        ClientGone; `queued` is told the request's place when it has to wait. Raises ApiError;
+        closing the generator early ends the child at once.
         """
         turn = dataclasses.replace(turn, model=self._model_map.get(turn.model, turn.model))
         patience = self._patience(tick)
@@ -2796,7 +2940,8 @@ class Gateway:
         prepare = functools.partial(begin_setup, setup=setup)
         deaths = 0
         while True:
-            child = self.pool.acquire(patience, Want(held, setup.label(caller), prepare))
+            child = self.pool.acquire(patience, Want(held, setup.label(caller), prepare, queued))
+            child.caller = caller
             was_parked = child.holds_conversation
             reader = AnswerReader()
             try:
@@ -2817,10 +2962,17 @@ class Gateway:
             yield last
             return
 
+    def _note_cost(self, child: Child) -> None:
+        """Count what a child has newly told of its cost: it does after its answer."""
+        if child.caller and child.cost_usd > child.noted_cost_usd:
+            cost, child.noted_cost_usd = child.cost_usd - child.noted_cost_usd, child.cost_usd
+            self.metrics.add("cc2api_cost_dollars_total", cost, caller=child.caller.name)
+
     def _hand_back(
         self, child: Child, reader: AnswerReader, turn: Turn, digest: hashlib._Hash
     ) -> None:
         """Park a child that can go on with its conversation; end any other."""
+        self._note_cost(child)
         if not (self.settings.live and reader.can_go_on):
             self.pool.release(child, kill=reader.must_kill)
             return
@@ -2947,10 +3099,44 @@ class Gateway:
             log.warning("claude retries by itself: %s", details)
         return reader.feed(line)
 
+    def status(self) -> str:
+        """Return in plain text how things are."""
+        keys, counts, total = self.keys.load(), self.pool.counts(), self.metrics.total
+        failed = sum(
+            total("cc2api_requests_total", status=str(status)) for status in range(400, 600)
+        )
+        kinds = ("input", "output", "cache_read", "cache_write")
+        tokens = (f"{total('cc2api_tokens_total', kind=kind):.0f} {kind}" for kind in kinds)
+        minutes = (time.time() - self.metrics.started_at) / 60
+        key = " -H 'x-api-key: YOUR-KEY'" if keys != {} else ""
+        lines = {
+            f"cc2api {__version__}": f"up {minutes // 60:.0f} h {minutes % 60:.0f} min",
+            "claude": f"{self.cli.version} at {self.cli.path}",
+            "sign-in": self.sign_in,
+            "keys": describe_keys(self.keys),
+            "children": "{idle} spare, {busy} busy, {parked} parked".format(**counts),
+            "requests": f"{total('cc2api_requests_total'):.0f}, {failed:.0f} failed,"
+            f" {self.pool.waiting()} waiting",
+            "tokens": ", ".join(tokens),
+            "cost": f"${total('cc2api_cost_dollars_total'):.4f} as claude reports it",
+            "health": self.pool.failure() or "ok",
+            "try": f"""curl HERE/v1/messages{key} -d '{{"model": "{DEFAULT_MODEL_NAME}","""
+            """ "max_tokens": 100, "messages": [{"role": "user", "content": "Hello!"}]}'""",
+        }
+        return "".join(f"{name:<14}{text}\n" for name, text in lines.items())
+
     def close(self) -> None:
         """End all children and remove the temporary directory."""
         self.pool.close()
         self._temp.cleanup()
+
+
+def describe_keys(keys: KeyFile) -> str:
+    """Say in a few words who may call."""
+    loaded = keys.load()
+    if loaded is None:
+        return f"NOBODY CAN CALL: {keys.path} cannot be read"
+    return f"{len(loaded)} in {keys.path}" if loaded else "open: anyone who can connect may call"
 
 
 def needs_keys(settings: Settings) -> bool:
@@ -3254,6 +3440,14 @@ class Server(ThreadingHTTPServer):
             return self._idle.wait_for(lambda: self._answering == 0, seconds)
 
 
+_TOKEN_KINDS: Final = {
+    "input_tokens": "input",
+    "output_tokens": "output",
+    "cache_read_input_tokens": "cache_read",
+    "cache_creation_input_tokens": "cache_write",
+}
+
+
 class Response:
     """The answer to one request: writes it, keeps it alive, and logs it."""
 
@@ -3266,6 +3460,8 @@ class Response:
         self.body_left: int | None = 0  # bytes of the request not read yet, None in chunks
         self.is_stream = False  # the client asked for one
         self.is_chat = head.path.endswith("/chat/completions")
+        self.route = "none"  # for the metrics
+        self.usage: dict[str, int] = {}  # of an answer, as upstream counts
         self._stream = stream
         self._gateway = gateway
         self._head = head
@@ -3318,7 +3514,7 @@ class Response:
         if self.is_chat:
             status, body = to_openai_error(error)
         if self._has_begun:
-            self.note["status"] = f"200+{error.kind}"
+            self.note["status"] = error.status  # though the client has had a 200
             self._write_chunk(to_data(body) if self.is_chat else to_frame(body), last=True)
             return
         headers = {}
@@ -3369,27 +3565,48 @@ class Response:
     def debug(self, what: str, data: bytes) -> None:
         """Log a request or a response whole, under --debug."""
         if log.isEnabledFor(logging.DEBUG):
-            log.debug("%s %s %s", self.request_id, what, data.decode("utf-8", "replace"))
+            text = data.decode("utf-8", "replace")
+            log.debug("event=%s id=%s body=%s", what, self.request_id, text)
 
     def note_turn(self, turn: Turn) -> None:
         """Note the model for the log line, and warn of fields that were ignored."""
         self.note["model"] = _quoted(turn.model, 100)
         if turn.ignored:
             names = _quoted(",".join(turn.ignored), 200)
-            log.warning("id=%s unknown fields ignored: %s", self.request_id, names)
+            log.warning("event=ignored id=%s fields=%s", self.request_id, names)
 
     def note_usage(self, usage: JsonObject | None) -> None:
-        """Note the tokens for the log line."""
-        for name in ("input_tokens", "output_tokens"):
-            if usage and usage.get(name) is not None:
-                self.note[name] = usage[name]
+        """Note the tokens of an answer."""
+        for name in _TOKEN_KINDS:
+            if usage and isinstance(usage.get(name), int):
+                self.usage[name] = self.note[name] = usage[name]
+
+    def queued(self, place: int) -> None:
+        """Log that the request has to wait, and how many are before it."""
+        log.info("event=queued id=%s place=%d", self.request_id, place)
+
+    def first_delta(self) -> None:
+        """Log that the model has begun to answer."""
+        seconds = time.monotonic() - self._started_at
+        log.info("event=first_delta id=%s ms=%d", self.request_id, seconds * 1000)
+        self._gateway.metrics.observe("cc2api_first_delta_seconds", seconds)
 
     def log(self) -> None:
-        """Write the one log line of the request."""
-        self.note["ms"] = round((time.monotonic() - self._started_at) * 1000)
+        """Write the log line of the request's end, and count it."""
+        seconds = time.monotonic() - self._started_at
+        self.note["ms"] = round(seconds * 1000)
         pairs = " ".join(f"{name}={value}" for name, value in self.note.items())
         path = _quoted(self._head.path, 200)
-        log.info("method=%s path=%s id=%s %s", self._head.method, path, self.request_id, pairs)
+        form = "event=done method=%s path=%s id=%s %s"
+        log.info(form, self._head.method, path, self.request_id, pairs)
+        metrics, caller = self._gateway.metrics, str(self.note.get("key", "none"))
+        status, model = (str(self.note.get(name, "none")) for name in ("status", "model"))
+        labels = {"route": self.route, "status": status, "model": model, "caller": caller}
+        metrics.add("cc2api_requests_total", **labels)
+        if "model" in self.note:
+            metrics.observe("cc2api_request_seconds", seconds, route=self.route)
+        for name, count in self.usage.items():
+            metrics.add("cc2api_tokens_total", count, kind=_TOKEN_KINDS[name], caller=caller)
 
 
 class Handler(BaseRequestHandler):
@@ -3400,8 +3617,10 @@ class Handler(BaseRequestHandler):
 
     # Without their /v1: a base URL is configured with it or without, and some clients add one.
     ROUTES: ClassVar[dict[str, tuple[str, str]]] = {
-        "/": ("GET", "_index"),
-        "/api/hello": ("GET", "_index"),  # Claude Code's own probe
+        "/": ("GET", "_status"),
+        "/healthz": ("GET", "_healthz"),
+        "/metrics": ("GET", "_metrics"),
+        "/api/hello": ("GET", "_hello"),  # Claude Code's own probe
         "/messages": ("POST", "_messages"),
         "/messages/count_tokens": ("POST", "_count_tokens"),
         "/chat/completions": ("POST", "_chat_completions"),
@@ -3460,11 +3679,13 @@ class Handler(BaseRequestHandler):
         if self.server.is_stopping:
             raise CliFailed("the gateway is shutting down", status=503)
         out.body_left = body_length(head)
-        self._check_origin()
         path = re.sub(r"\A(/v1)+(?=/)", "", head.path)
         self._model_name = path.partition("/models/")[2]
         method, name = self.ROUTES.get("/models/" if self._model_name else path, ("", ""))
         allow = {"allow": f"{method or 'GET'}, OPTIONS"}
+        out.route = name.strip("_") or "none"
+        if name != "_healthz":
+            self._check_origin()
         if head.method == "OPTIONS":
             return out.send(204, b"", allow)
         if not name:
@@ -3472,10 +3693,13 @@ class Handler(BaseRequestHandler):
         if head.method != method and (head.method, method) != ("HEAD", "GET"):
             out.headers.update(allow)
             raise ApiError(f"{head.method} is not allowed here, {method} is", status=405)
-        if name != "_index":
+        if name != "_healthz":
+            if name == "_status":  # where people come with a browser
+                out.headers["www-authenticate"] = 'Basic realm="cc2api: any name, and your key"'
             key, bearer = head.get("x-api-key"), head.get("authorization")
             self._caller = self._gateway.keys.check(key, bearer)
             out.note["key"] = self._caller.name
+            out.headers.pop("www-authenticate", None)
         getattr(self, name)()
 
     def _check_origin(self) -> None:
@@ -3489,10 +3713,12 @@ class Handler(BaseRequestHandler):
             if allowed in ("*", origin):
                 allow = {"access-control-allow-origin": allowed, "vary": "origin"}
                 self._out.headers = {**CORS_HEADERS, **allow}
-        if keys.required or keys.load() != []:
+        # a browser sends the key it was given in its own dialog (Basic) for every page's requests
+        is_basic = self._head.get("authorization").lower().startswith("basic")
+        if (keys.required or keys.load() != {}) and not is_basic:
             return
         name = re.sub(r":\d*\Z", "", host).strip("[]").lower()
-        if name and not is_own_name(name, settings):
+        if name and not is_basic and not is_own_name(name, settings):
             problem = f"Host {_quoted(name, 100)} is not served; see --allowed-host"
             raise ApiError(problem, status=403)
         own = (f"http://{host}", f"https://{host}")
@@ -3501,8 +3727,30 @@ class Handler(BaseRequestHandler):
 
     # ---- routes
 
-    def _index(self) -> None:
+    def _hello(self) -> None:
         self._out.send_json(200, {"service": "cc2api", "version": __version__})
+
+    def _status(self) -> None:
+        """Answer a browser with a page, and others with the text that it shows."""
+        host = _quoted(self._head.get("host"), 200)
+        text = self._gateway.status().replace("HERE", f"http://{host}")
+        headers = {"content-type": "text/plain; charset=utf-8", "cache-control": "no-store"}
+        if "text/html" in self._head.get("accept"):
+            text = PAGE
+            headers["content-type"] = "text/html; charset=utf-8"
+            headers["content-security-policy"] = "default-src 'self' 'unsafe-inline'"
+        self._out.send(200, text.encode(), {**headers, "vary": "accept"})
+
+    def _healthz(self) -> None:
+        if failure := self._gateway.pool.failure():
+            raise CliFailed(failure, status=503)
+        self._out.send_json(200, {"status": "ok"})
+
+    def _metrics(self) -> None:
+        pool = self._gateway.pool
+        gauges = {"cc2api_children": pool.counts(), "cc2api_waiting_requests": {"": pool.waiting()}}
+        headers = {"content-type": "text/plain; version=0.0.4; charset=utf-8"}
+        self._out.send(200, self._gateway.metrics.render(gauges).encode(), headers)
 
     def _model_list(self) -> None:
         """Answer all models, as OpenAI's clients expect, or a page of them after `after_id`."""
@@ -3564,9 +3812,13 @@ class Handler(BaseRequestHandler):
         """Have a turn answered: `encode` makes the frames of a stream, `finish` the whole body."""
         self._out.note_turn(turn)
         self._out.is_stream = turn.stream
-        assembler = MessageAssembler()
-        with contextlib.closing(self._gateway.answer(turn, self._caller, self._out.tick)) as answer:
+        assembler, has_begun = MessageAssembler(), False
+        answering = self._gateway.answer(turn, self._caller, self._out.tick, self._out.queued)
+        with contextlib.closing(answering) as answer:
             for batch in answer:
+                if not has_begun and any(e["type"] == "content_block_delta" for e in batch):
+                    has_begun = True
+                    self._out.first_delta()
                 if turn.stream:
                     self._out.send_events(batch, b"".join(map(encode, batch)))
                     continue
@@ -3588,6 +3840,64 @@ class Handler(BaseRequestHandler):
         self._out.body_left = 0
         self._out.debug("request", raw)
         return parse_json(raw)
+
+
+# The page at / : the status, read again and again, and a box to try a prompt in.
+PAGE: Final = """<!doctype html>
+<html lang="en"><meta charset="utf-8"><title>cc2api</title>
+<meta name="viewport" content="width=device-width">
+<style>
+ body { font: 16px/1.5 system-ui, sans-serif; max-width: 50em; margin: 2em auto; padding: 0 1em;
+        color: #222; background: #fafafa }
+ pre { background: #fff; border: 1px solid #ddd; border-radius: 6px; padding: 1em;
+       white-space: pre-wrap; overflow-wrap: anywhere }
+ textarea, input, button { font: inherit; box-sizing: border-box; padding: .5em;
+       border: 1px solid #bbb; border-radius: 6px }
+ textarea { width: 100% }
+ button { background: #c15f3c; color: #fff; border: 0; padding: .5em 1.5em }
+ @media (prefers-color-scheme: dark) {
+  body { color: #ddd; background: #1c1c1c } pre, textarea, input { color: #ddd; background: #262626;
+  border-color: #444 } }
+</style>
+<h1>cc2api</h1>
+<pre id="status">…</pre>
+<form id="ask">
+ <p><textarea id="prompt" rows="3" aria-label="prompt" placeholder="Try a prompt"></textarea>
+ <p><input id="model" value="claude-code" aria-label="model"> <button>Send</button>
+</form>
+<pre id="answer" hidden></pre>
+<script>
+const at = id => document.getElementById(id)
+async function refresh() {
+  try {
+    const got = await fetch("/", {headers: {accept: "text/plain"}})
+    at("status").textContent = await got.text()
+  } catch (problem) { at("status").textContent = "cc2api does not answer: " + problem }
+  setTimeout(refresh, 2000)
+}
+refresh()
+at("ask").onsubmit = async event => {
+  event.preventDefault()
+  const answer = at("answer")
+  answer.hidden = false
+  answer.textContent = ""
+  const body = {model: at("model").value, max_tokens: 2000, stream: true,
+                messages: [{role: "user", content: at("prompt").value}]}
+  const got = await fetch("/v1/messages", {method: "POST", body: JSON.stringify(body)})
+  if (!got.ok) { answer.textContent = (await got.json()).error.message; return }
+  const reader = got.body.pipeThrough(new TextDecoderStream()).getReader()
+  for (let text = "", part; !(part = await reader.read()).done;) {
+    const frames = (text + part.value).split("\\n\\n")
+    text = frames.pop()
+    for (const frame of frames) {
+      const data = frame.split("\\n").find(line => line.startsWith("data: "))
+      const event = data ? JSON.parse(data.slice(6)) : {}
+      answer.textContent += event.delta?.text ?? event.error?.message ?? ""
+    }
+  }
+}
+</script></html>
+"""
 
 
 def is_own_name(name: str, settings: Settings) -> bool:
@@ -3658,13 +3968,7 @@ def parse_args(argv: Sequence[str] | None, environ: Mapping[str, str]) -> Settin
 
 def banner(gateway: Gateway, url: str, sign_in: str) -> str:
     """Return what is printed at the start."""
-    loaded = gateway.keys.load()
-    if loaded is None:
-        keys = f"NOBODY CAN CALL: {gateway.keys.path} cannot be read"
-    elif loaded:
-        keys = f"{len(loaded)} in {gateway.keys.path}"
-    else:
-        keys = "open: anyone who can connect may call"
+    keys = describe_keys(gateway.keys)
     auth = " -H 'x-api-key: YOUR-KEY'" if not keys.startswith("open") else ""
     return f"""\
 cc2api {__version__} listens on {url}
@@ -3673,6 +3977,81 @@ cc2api {__version__} listens on {url}
   keys     {keys}
   try      curl {url}/v1/messages{auth} -d '{{"model": "{DEFAULT_MODEL_NAME}", "max_tokens": 100, \
 "messages": [{{"role": "user", "content": "Hello!"}}]}}'"""
+
+
+class LogFormatter(logging.Formatter):
+    """Log lines as key=value: `time=... level=info event=done status=200 ...`."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return a record as one line; words that are no pairs become msg="..."."""
+        text = super().format(record)
+        if not str(record.msg).startswith("event="):
+            text = f"event=note msg={json.dumps(text, ensure_ascii=False)}"
+        when = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
+        level = record.levelname.lower()
+        return f"time={when}.{record.msecs:03.0f}Z level={level} {text}"
+
+
+def check(settings: Settings, environ: Mapping[str, str]) -> int:
+    """Say line by line what is in order and what to do about the rest; return the exit status."""
+    failed = 0
+
+    def step(name: str, look: Callable[[], str]) -> None:
+        nonlocal failed
+        try:
+            print(f"{name:<9}ok    {look()}", flush=True)
+        except (CliUnusable, OSError, ApiError) as exc:
+            failed = 1
+            print(f"{name:<9}FAIL  {getattr(exc, 'strerror', None) or exc}", flush=True)
+
+    step("keys", lambda: _check_keys(settings))
+    step("port", lambda: _check_port(settings))
+    try:
+        cli = find_cli(settings.claude, environ)
+    except CliUnusable as exc:
+        print(f"claude   FAIL  {exc}")
+        return 1
+    step("claude", lambda: f"{cli.version} at {cli.path}")
+    step("sign-in", lambda: _check_sign_in(cli, environ))
+    gateway = Gateway(dataclasses.replace(settings, spares=0, live=0), cli, environ)
+    step("start", lambda: f"a child tells of {len(gateway.models(lambda: None))} models")
+    if settings.live_call:
+        step("call", lambda: _check_call(gateway))
+    gateway.close()
+    return failed
+
+
+def _check_keys(settings: Settings) -> str:
+    keys = KeyFile(settings.keys)
+    if keys.load() is None or (needs_keys(settings) and not keys.load()):
+        why = f"{describe_keys(keys)}; {settings.host} needs a key: add one, or use --allow-open"
+        raise CliUnusable(why)
+    return describe_keys(keys)
+
+
+def _check_port(settings: Settings) -> str:
+    try:
+        Server((settings.host, settings.port)).server_close()
+    except OSError as exc:
+        where = f"{settings.host} port {settings.port}"
+        raise CliUnusable(f"{where}: {exc.strerror}; choose another with --port") from exc
+    return f"{settings.host} port {settings.port} is free"
+
+
+def _check_sign_in(cli: Cli, environ: Mapping[str, str]) -> str:
+    if (said := describe_sign_in(cli, environ)).startswith("NOT"):
+        raise CliUnusable(said)
+    return said
+
+
+def _check_call(gateway: Gateway) -> str:
+    question = {"role": "user", "content": "Say hello."}
+    body = {"model": DEFAULT_MODEL_NAME, "max_tokens": 16, "messages": [question]}
+    turn, assembler = parse_messages_request(body, login=gateway.login), MessageAssembler()
+    for batch in gateway.answer(turn, Caller(OPEN, b""), lambda: None):
+        for event in batch:
+            assembler.add(event)
+    return f"{assembler.message['model']} answered"
 
 
 def catch_signals() -> socket.socket:
@@ -3693,11 +4072,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the gateway until a signal ends it; return the exit status."""
     environ = dict(os.environ)
     settings = parse_args(argv, environ)
-    logging.basicConfig(
-        level=logging.DEBUG if settings.debug else logging.INFO,
-        format="%(asctime)s %(levelname)s %(message)s",
-        stream=sys.stderr,
-    )
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(LogFormatter())
+    logging.basicConfig(level=logging.DEBUG if settings.debug else logging.INFO, handlers=[handler])
+    if settings.check or settings.live_call:
+        return check(settings, environ)
     if needs_keys(settings) and not KeyFile(settings.keys).load():
         where = f"{settings.host} is not a loopback address and {settings.keys} holds no key"
         print(f"cc2api: {where}: add one, or use --allow-open", file=sys.stderr)
@@ -3710,7 +4089,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except OSError as exc:
         where = f"{settings.host} port {settings.port}"
-        print(f"cc2api: cannot listen on {where}: {exc.strerror or exc}", file=sys.stderr)
+        hint = "choose another with --port"
+        print(f"cc2api: cannot listen on {where}: {exc.strerror or exc}; {hint}", file=sys.stderr)
         return 1
     with catch_signals() as signals:
         gateway = server.gateway = Gateway(settings, cli, environ)
@@ -3720,7 +4100,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         thread.start()
         host = f"[{settings.host}]" if ":" in settings.host else settings.host
         url = f"http://{host}:{server.server_port}"
-        print(banner(gateway, url, describe_sign_in(cli, environ)), flush=True)
+        gateway.sign_in = describe_sign_in(cli, environ)
+        print(banner(gateway, url, gateway.sign_in), flush=True)
         signals.recv(1)
         shut_down(server, signals)
     return 0

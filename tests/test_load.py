@@ -201,7 +201,7 @@ def test_a_waiting_client_in_the_queue_is_shown_life_too(
 def test_an_answer_that_takes_too_long_is_504_or_an_error_event(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, order: str
 ) -> None:
-    with InProcessGateway(tmp_path, timeout=1.0) as gateway:
+    with InProcessGateway(tmp_path, timeout=0.3) as gateway:
         whole = gateway.ask(order)
         assert (whole.status, whole.json["error"]["type"]) == (504, "timeout_error")
         assert whole.headers["x-should-retry"] == "false", "it would only be paid for again"
@@ -229,7 +229,7 @@ def test_the_clis_own_retries_are_logged(start_fake: Any) -> None:
 
 def test_a_client_that_stops_reading_is_dropped(tmp_path: Path) -> None:
     with (
-        InProcessGateway(tmp_path, timeout=1.0) as gateway,
+        InProcessGateway(tmp_path, timeout=0.5) as gateway,
         send_request(gateway, "flood", stream=True),
     ):
         wait_until(lambda: gateway.gateway.pool.counts()["busy"] == 1)
