@@ -276,7 +276,7 @@ class KeyFile:
             key, *words = line.split() or ["#"]
             tail = key[-4:] if len(key) >= MIN_NAMED_KEY else ""
             if not key.startswith("#"):
-                keys[key] = re.sub(r"[^\w.@-]+", "_", "_".join(words)) or f"…{tail}"
+                keys[key] = re.sub(r"[^\w.@-]+", "_", " ".join(words)) or f"…{tail}"
         return keys
 
     def check(self, api_key: str, authorization: str) -> Caller:

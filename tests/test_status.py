@@ -1,0 +1,231 @@
+"""What the gateway tells of itself: status, health, metrics, the log, --check."""
+
+from __future__ import annotations
+
+import base64
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from running import (
+    API_KEY,
+    FAKE_CLAUDE,
+    GATEWAY,
+    InProcessGateway,
+    RunningGateway,
+    clean_environment,
+    wait_until,
+)
+
+import cc2api
+
+HTML = {"accept": "text/html,*/*"}
+
+
+def metrics(gateway: Any, headers: dict[str, str] | None = None) -> dict[str, float]:
+    """Return the samples of /metrics, checked for Prometheus' text format."""
+    answer = gateway.request("GET", "/metrics", headers=headers)
+    assert answer.headers["content-type"].startswith("text/plain; version=0.0.4")
+    found = {}
+    label = r'[a-z_]+="(?:[^"\\\n]|\\.)*"'
+    sample = re.compile(rf"([a-z_0-9]+(?:{{(?:{label},?)*}})?) ([0-9.e+-]+)\Z")
+    for line in answer.body.decode().splitlines():
+        if not line.startswith("# "):
+            match = sample.match(line)
+            assert match, line
+            found[match[1]] = float(match[2])
+    return found
+
+
+def total(samples: dict[str, float], name: str, *parts: str) -> float:
+    return sum(v for k, v in samples.items() if k.startswith(name) and all(p in k for p in parts))
+
+
+# ---- status
+
+
+def test_curl_is_told_the_state_in_plain_text(start_fake: Any) -> None:
+    gateway = start_fake()
+    gateway.ask("hello")
+    gateway.post({"messages": []})
+    answer = gateway.request("GET", "/", headers={"accept": "*/*"})
+    assert answer.headers["content-type"] == "text/plain; charset=utf-8"
+    lines = dict(line.split(maxsplit=1) for line in answer.body.decode().splitlines()[1:])
+    assert lines["claude"].startswith("2.1.999 at /")
+    assert lines["sign-in"] == "fake"
+    assert lines["keys"].startswith("open")
+    assert re.fullmatch(r"\d spare, 0 busy, 1 parked", lines["children"])
+    assert lines["requests"] == "2, 1 failed, 0 waiting"
+    assert lines["tokens"] == "1 input, 4 output, 0 cache_read, 0 cache_write"
+    assert lines["health"] == "ok"
+    done = subprocess.run(["bash", "-c", f"{lines['try']} -sS"], capture_output=True, check=True)
+    assert b"from the fake" in done.stdout
+
+
+def test_a_browser_gets_a_page_that_loads_nothing_from_elsewhere(start_fake: Any) -> None:
+    answer = start_fake().request("GET", "/", headers=HTML)
+    assert answer.headers["content-type"] == "text/html; charset=utf-8"
+    assert "default-src 'self'" in answer.headers["content-security-policy"]
+    assert b"http" not in answer.body
+
+
+def test_keys_apply_to_all_but_healthz(start_fake: Any) -> None:
+    gateway: RunningGateway = start_fake()
+    (gateway.dir / "apikeys.txt").write_text("sk-a-long-key-1 laptop\n")
+    for path in ("/", "/metrics", "/v1/models", "/api/hello"):
+        assert gateway.request("GET", path).status == 401
+        assert gateway.request("GET", path, headers={"x-api-key": "sk-a-long-key-1"}).status == 200
+    assert gateway.request("GET", "/healthz").status == 200
+    asked = gateway.request("GET", "/", headers=HTML)
+    assert asked.headers["www-authenticate"].startswith("Basic ")
+    basic = base64.b64encode(b"me:sk-a-long-key-1").decode()
+    answer = gateway.request("GET", "/", headers={**HTML, "authorization": f"Basic {basic}"})
+    assert answer.status == 200
+    wrong = base64.b64encode(b"me:nope").decode()
+    assert gateway.request("GET", "/", headers={"authorization": f"Basic {wrong}"}).status == 401
+    assert gateway.request("GET", "/", headers={"authorization": "Basic ???"}).status == 401
+
+
+def test_another_page_cannot_use_a_key_that_a_browser_keeps(start_fake: Any) -> None:
+    gateway: RunningGateway = start_fake()
+    (gateway.dir / "apikeys.txt").write_text("sk-a-long-key-1\n")
+    basic = base64.b64encode(b"me:sk-a-long-key-1").decode()
+    headers = {"authorization": f"Basic {basic}", "origin": "https://evil.example"}
+    assert gateway.post({"messages": [{"role": "user", "content": "hi"}]}, headers).status == 403
+
+
+def test_healthz_is_503_while_no_child_can_start(tmp_path: Path) -> None:
+    with InProcessGateway(tmp_path, spares=1) as gateway:
+        wait_until(lambda: gateway.gateway.pool.counts()["idle"] == 1)
+        assert gateway.request("GET", "/healthz").status == 200
+
+        def fail() -> cc2api.Child:
+            raise OSError("no more processes")
+
+        start, gateway.gateway.pool._start = gateway.gateway.pool._start, fail
+        gateway.ask("hello")
+        wait_until(lambda: gateway.request("GET", "/healthz").status == 503)
+        assert "no more processes" in gateway.request("GET", "/healthz").json["error"]["message"]
+        gateway.gateway.pool._start = start
+        wait_until(lambda: gateway.request("GET", "/healthz").status == 200)
+
+
+def test_healthz_is_503_while_children_end_by_themselves(start_fake: Any, tmp_path: Path) -> None:
+    (tmp_path / "always-die").touch()
+    gateway = start_fake()
+    wait_until(lambda: gateway.request("GET", "/healthz").status == 503)
+    (tmp_path / "always-die").unlink()
+    wait_until(lambda: gateway.request("GET", "/healthz").status == 200)
+
+
+# ---- metrics and names
+
+
+def test_metrics_count_requests_tokens_and_times_by_name_never_by_key(start_fake: Any) -> None:
+    gateway: RunningGateway = start_fake()
+    (gateway.dir / "apikeys.txt").write_text('sk-a-long-key-1 my "laptop"\nsk-a-long-key-2\n')
+    first, second = ({"x-api-key": f"sk-a-long-key-{number}"} for number in (1, 2))
+    body = {"messages": [{"role": "user", "content": "hello"}]}
+    assert gateway.post({**body, "stream": True}, first).status == 200
+    assert gateway.post(body, second).status == 200
+    assert gateway.post({"messages": []}, second).status == 400
+    samples = metrics(gateway, first)
+    requests = "cc2api_requests_total"
+    model = 'model="claude-sonnet-4-6"'
+    assert total(samples, requests, 'caller="my_laptop_"', 'status="200"', model) == 1
+    assert total(samples, requests, 'caller="…ey-2"', 'route="messages"') == 2
+    assert total(samples, "cc2api_tokens_total", 'kind="output"') == 8
+    assert samples["cc2api_first_delta_seconds_count{}"] == 2
+    assert samples['cc2api_request_seconds_bucket{le="+Inf",route="messages"}'] == 2
+    assert samples['cc2api_children{state="parked"}'] == 2
+    assert samples["cc2api_waiting_requests"] == 0
+    assert "sk-a-long-key" not in "".join(gateway.log) + "".join(samples)
+    assert "key=my_laptop_ " in gateway.wait_for_log("event=done")
+
+
+def test_the_cost_is_what_the_cli_reports(gateway: RunningGateway) -> None:
+    def cost() -> float:
+        return total(metrics(gateway), "cc2api_cost_dollars_total")
+
+    before = cost()
+    messages = [{"role": "user", "content": "what is the price?"}]
+    answer = gateway.post({"messages": messages})
+    messages += [{"role": "assistant", "content": answer.json["content"]}, messages[0]]
+    assert gateway.post({"messages": messages}).status == 200  # its child has told of the first
+    wait_until(lambda: cost() > before)
+    assert cost() - before < 0.1
+
+
+def test_made_up_models_cannot_fill_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cc2api, "MAX_SERIES", 10)
+    counted = cc2api.Metrics()
+    for number in range(1000):
+        counted.add("cc2api_requests_total", model=f"model-{number}")
+    assert counted.total("cc2api_requests_total") == 1000
+    assert len(counted.render({}).splitlines()) < 30
+
+
+# ---- the log
+
+
+def test_the_log_is_key_value_and_tells_of_waiting(tmp_path: Path, start_fake: Any) -> None:
+    import concurrent.futures
+
+    gateway = start_fake("--max-concurrency", "1")
+    with concurrent.futures.ThreadPoolExecutor() as threads:
+        answers = list(threads.map(gateway.ask, ["one", "two", "three"]))
+    assert [answer.status for answer in answers] == [200] * 3
+    gateway.wait_for_log("event=done", count=3)
+    assert "place=" in gateway.wait_for_log("event=queued")
+    gateway.wait_for_log("event=first_delta", count=3)
+    pair = r"[a-z_]+=(?:\"(?:[^\"\\]|\\.)*\"|\S+)"
+    for line in gateway.log:
+        assert re.fullmatch(rf"time=\S+ level=\w+ event=\w+(?: {pair})*", line), line
+
+
+# ---- --check
+
+
+def run_check(home: Path, *args: str, **env: str) -> tuple[int, dict[str, str]]:
+    command = [sys.executable, str(GATEWAY), "--check", "--claude", str(FAKE_CLAUDE), *args]
+    done = subprocess.run(
+        command,
+        env={**clean_environment(home, **API_KEY), **env},
+        cwd=home,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert "Traceback" not in done.stderr
+    lines = (line.split(maxsplit=2) for line in done.stdout.splitlines())
+    return done.returncode, {name: f"{state} {text}" for name, state, text in lines}
+
+
+def test_check_finds_all_in_order(tmp_path: Path) -> None:
+    orders = {"FAKE_CLAUDE_ORDERS": str(tmp_path)}
+    status, said = run_check(tmp_path, "--port", "0", **orders)
+    assert status == 0
+    assert list(said) == ["keys", "port", "claude", "sign-in", "start"]
+    assert all(text.startswith("ok ") for text in said.values())
+    status, said = run_check(tmp_path, "--port", "0", "--live-call", **orders)
+    assert (status, said["call"]) == (0, "ok fake answered")
+
+
+def test_check_says_what_to_do(tmp_path: Path, start_fake: Any) -> None:
+    port = str(start_fake().port)
+    (tmp_path / "apikeys.txt").mkdir()
+    (tmp_path / "always-die").touch()
+    status, said = run_check(tmp_path, "--port", port, FAKE_CLAUDE_ORDERS=str(tmp_path))
+    assert status == 1
+    assert said["keys"].startswith("FAIL NOBODY CAN CALL")
+    assert said["port"] == (
+        f"FAIL 127.0.0.1 port {port}: Address already in use; choose another with --port"
+    )
+    assert said["start"].startswith("FAIL claude ended")
+    status, said = run_check(tmp_path, "--claude", "/nowhere/claude")
+    assert status == 1
+    assert "pip install claude-agent-sdk" in said["claude"]
