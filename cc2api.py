@@ -3736,9 +3736,9 @@ class Handler(BaseRequestHandler):
         text = self._gateway.status().replace("HERE", f"http://{host}")
         headers = {"content-type": "text/plain; charset=utf-8", "cache-control": "no-store"}
         if "text/html" in self._head.get("accept"):
-            text = PAGE
+            text, own = PAGE, "'self' 'unsafe-inline'"
             headers["content-type"] = "text/html; charset=utf-8"
-            headers["content-security-policy"] = "default-src 'self' 'unsafe-inline'"
+            headers["content-security-policy"] = f"default-src {own}; img-src data:"
         self._out.send(200, text.encode(), {**headers, "vary": "accept"})
 
     def _healthz(self) -> None:
@@ -3845,7 +3845,7 @@ class Handler(BaseRequestHandler):
 # The page at / : the status, read again and again, and a box to try a prompt in.
 PAGE: Final = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>cc2api</title>
-<meta name="viewport" content="width=device-width">
+<meta name="viewport" content="width=device-width"><link rel="icon" href="data:,">
 <style>
  body { font: 16px/1.5 system-ui, sans-serif; max-width: 50em; margin: 2em auto; padding: 0 1em;
         color: #222; background: #fafafa }
