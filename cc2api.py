@@ -40,6 +40,7 @@ import collections
 import contextlib
 import dataclasses
 import email.utils
+import errno
 import functools
 import hashlib
 import hmac
@@ -895,7 +896,9 @@ def hash_conversation(turn: Turn, caller: Caller) -> hashlib._Hash:
     whatever of the API's ways it is written. `hash_message` carries it on.
     """
     tools = _unmarked(turn.extra_body.get("tools"))
-    begin = json.dumps([turn.model, turn.system, tools], sort_keys=True)
+    # the CLI keeps its first turn's betas, and all breakpoints of a request have one ttl
+    told = [turn.model, turn.system, tools, turn.betas, turn.cache_ttl]
+    begin = json.dumps(told, sort_keys=True)
     digest = hashlib.sha256(caller.identity + begin.encode("ascii"))
     for message in turn.history:
         hash_message(digest, message)
@@ -1011,6 +1014,9 @@ CHILD_VARIABLES: Final = {
     "CLAUDE_CODE_MAX_MCP_DESCRIPTION_LENGTH": "1000000",
     "ENABLE_TOOL_SEARCH": "false",
     "CLAUDE_CODE_MAX_TOOL_USE_CONCURRENCY": "1000",
+    "MCP_TOOL_TIMEOUT": "100000000",  # ms; a parked child's calls wait as long as it does
+    # With a login a tool step would else get a reminder of the tokens left (seen, 2.1.330).
+    "CLAUDE_CODE_TOTAL_TOKENS_REMINDER": "off",
 }
 # Not handed down: what a request sets for itself, and the marks of a Claude Code session that this
 # gateway may have been started from (the CLI finds its own).
@@ -1358,6 +1364,11 @@ class Child:
         """Say whether `read_line` has something at once."""
         return bool(self._lines)
 
+    def take_ready(self) -> None:
+        """Read what the child has already printed, for `read_line`. Does not wait."""
+        while any(fd == self._stdout for fd, _ in self._poll.poll(0)):
+            self._read_stdout()
+
     def kill(self) -> None:
         """End the process at once, and what it has started; `reap` collects it."""
         if self._process.poll() is None:  # so that the group is still its own
@@ -1563,12 +1574,13 @@ def resume_turn(child: Child, turn: Turn, patience: Patience) -> None:
     """
     asked = _tool_use_ids(turn.history)
     short = patience.at_most(SETTLE_S, ChildDied("claude did not settle after its answer"))
-    while not asked or not child.tool_calls.keys() >= set(asked):
+    child.take_ready()
+    while child.has_line() or not (asked and child.tool_calls.keys() >= set(asked)):
         line = child.read_line(short)
-        if line.get("type") == "result":
-            if asked or line.get("is_error"):
-                raise ChildDied("claude did not keep its conversation")
+        if line.get("type") == "result" and not asked and not line.get("is_error"):
             break
+        if line.get("type") in ("result", "user") or line.get("status") == "requesting":
+            raise ChildDied("claude did not keep its conversation")  # it went on by itself
     setup = to_setup(turn)
     if child.is_held or child.setup is None or setup.settings != child.setup.settings:
         child.request("apply_flag_settings", patience, settings=setup.settings)
@@ -1737,6 +1749,9 @@ class _Waiter:
         self.has_left = False
 
 
+_SHORTAGES: Final = (errno.ENOMEM, errno.EAGAIN, errno.EMFILE, errno.ENFILE)
+
+
 @dataclass(frozen=True, slots=True)
 class _Parked:
     conversation: bytes
@@ -1772,6 +1787,7 @@ class Pool:
         self._ending: dict[Child, float] = {}  # with the time at which SIGKILL is due
         self._next_spare_at = 0.0  # monotonic; put off when a start has failed
         self._peak, self._peak_at = 1, 0.0  # new conversations at once, and when (monotonic)
+        self._busy_at = 0.0  # when a new conversation came last
         self._fits: collections.deque[bytes] = collections.deque(maxlen=RECENT_FITS)
         self._repeated: Want | None = None  # a setup that came again: spares are prepared for it
         self._failure = ""  # why the last start failed; "" after one that did not
@@ -1792,8 +1808,7 @@ class Pool:
             if want is not None:
                 if (child := self._take_parked(want.conversation)) is not None:
                     return child
-                self._repeated = want if want.fit in self._fits else self._repeated
-                self._fits.append(want.fit)
+                self._note_setup(want)
             if len(self._waiters) >= self._settings.max_queue + self._room() + len(self._parked):
                 raise ApiError(
                     "Overloaded: too many requests are waiting",
@@ -1891,6 +1906,15 @@ class Pool:
 
     # ---- all below hold the lock, but for _keep and _start_one
 
+    def _note_setup(self, want: Want) -> None:
+        """Note what a new conversation needs; spares are prepared for what comes most often."""
+        self._busy_at = time.monotonic()
+        self._fits.append(want.fit)
+        counts = collections.Counter(self._fits)
+        # by two, lest two setups that take turns push each other's spares out
+        if counts[want.fit] > 1 + (counts[self._repeated.fit] if self._repeated else 0):
+            self._repeated = want
+
     def _take_back(self, child: Child) -> None:
         for owned in (self._lent, self._new, self._owed):
             owned.discard(child)
@@ -1948,7 +1972,9 @@ class Pool:
         """Move dead, aged and outdated idle children, and those past need, to the ending ones."""
         now, stamp = time.monotonic(), self._stamp()
         if now - self._peak_at > SPARE_MEMORY_S:
-            self._peak, self._repeated = max(1, len(self._new)), None
+            self._peak, self._peak_at = max(1, len(self._new)), now
+        if now - self._busy_at > SPARE_MEMORY_S:
+            self._repeated = None
         useful = [child for child in self._idle if self._is_useful(child)]
         others = [child for child in self._idle if not self._is_useful(child)]
         kept = max(0, self._settings.spares_max - self._wanted_spares()) if self._repeated else 0
@@ -1966,7 +1992,9 @@ class Pool:
                 child.finish()
                 self._ending[child] = now + EXIT_GRACE_S
         for child, parked in list(self._parked.items()):
-            if now >= parked.until or not child.is_alive():
+            is_old = now - child.started_at > SPARE_MAX_AGE_S
+            is_outdated = stamp is not None and stamp != child.stamp
+            if now >= parked.until or is_old or is_outdated or not child.is_alive():
                 self._end_parked(child)
 
     def _is_useful(self, child: Child) -> bool:
@@ -2031,16 +2059,17 @@ class Pool:
 
     def _start_one(self, waiter: _Waiter | None) -> None:
         """Start a child for a waiter, or as a spare. Runs without the lock."""
-        child, failure = None, ""
+        child, failure, is_short = None, "", False
         try:
             child = self._start()
         except Exception as exc:  # noqa: BLE001 - without this thread nothing works any more
+            is_short = isinstance(exc, OSError) and exc.errno in _SHORTAGES
             failure = f"claude cannot be started: {exc}"
             log.error("%s", failure)
         with self._changed:
             self._starting = 0
             self._failure = failure
-            if child is None and waiter is not None and self._parked:
+            if is_short and self._parked and waiter is not None and not waiter.has_left:
                 self._end_parked(next(iter(self._parked)))  # perhaps there is room for it now
                 self._waiters.appendleft(waiter)
                 return
@@ -2152,7 +2181,7 @@ class AnswerReader:
     def must_kill(self) -> bool:
         """Whether the child would make another call if it were left alone."""
         says = any(str(block.get("text") or "").strip() for block in self.content)
-        is_quiet = bool(self.tool_use_ids) if self._stop_reason == "tool_use" else says
+        is_quiet = bool(self.tool_names) if self._stop_reason == "tool_use" else says
         return not (self.done and is_quiet and self._stop_reason in _QUIET_STOP_REASONS)
 
     @property
@@ -2160,12 +2189,12 @@ class AnswerReader:
         """Whether the child holds the conversation just as the client was told it."""
         is_whole = len(self.content) == self._blocks
         has_calls = self._stop_reason == "tool_use"
-        return not self.must_kill and is_whole and has_calls == bool(self.tool_use_ids)
+        return not self.must_kill and is_whole and has_calls == bool(self.tool_names)
 
     @property
-    def tool_use_ids(self) -> set[str]:
-        """The ids of the tool calls in the answer."""
-        return {str(b.get("id")) for b in self.content if b.get("type") == "tool_use"}
+    def tool_names(self) -> set[str]:
+        """The names of the tools that the answer calls."""
+        return {str(b.get("name")) for b in self.content if b.get("type") == "tool_use"}
 
     def feed(self, line: JsonObject) -> list[Event]:
         """Return the events that a line brings. Raises the ApiError that a failure line means."""
@@ -2973,12 +3002,12 @@ class Gateway:
     ) -> None:
         """Park a child that can go on with its conversation; end any other."""
         self._note_cost(child)
-        if not (self.settings.live and reader.can_go_on):
+        known = {tool["name"] for tool in child.setup.tools} if child.setup else set()
+        if not (self.settings.live and reader.can_go_on and reader.tool_names <= known):
             self.pool.release(child, kill=reader.must_kill)
             return
         child.holds_conversation = True
-        # A tool call that the CLI does not hand on but answers itself, it would also go on from.
-        if child.tool_calls.keys() >= reader.tool_use_ids:
+        if not reader.tool_names:  # else the CLI might go on from a result of its own making
             child.allow_calls()
         hash_message(digest, turn.query)
         hash_message(digest, Message("assistant", reader.content))
@@ -3102,9 +3131,11 @@ class Gateway:
     def status(self) -> str:
         """Return in plain text how things are."""
         keys, counts, total = self.keys.load(), self.pool.counts(), self.metrics.total
-        failed = sum(
-            total("cc2api_requests_total", status=str(status)) for status in range(400, 600)
-        )
+        asked = [
+            functools.partial(total, "cc2api_requests_total", route=route)
+            for route in ("messages", "chat_completions")
+        ]
+        failed = sum(count(status=str(status)) for count in asked for status in range(400, 600))
         kinds = ("input", "output", "cache_read", "cache_write")
         tokens = (f"{total('cc2api_tokens_total', kind=kind):.0f} {kind}" for kind in kinds)
         minutes = (time.time() - self.metrics.started_at) / 60
@@ -3115,7 +3146,7 @@ class Gateway:
             "sign-in": self.sign_in,
             "keys": describe_keys(self.keys),
             "children": "{idle} spare, {busy} busy, {parked} parked".format(**counts),
-            "requests": f"{total('cc2api_requests_total'):.0f}, {failed:.0f} failed,"
+            "requests": f"{sum(count() for count in asked):.0f}, {failed:.0f} failed,"
             f" {self.pool.waiting()} waiting",
             "tokens": ", ".join(tokens),
             "cost": f"${total('cc2api_cost_dollars_total'):.4f} as claude reports it",
@@ -3440,6 +3471,7 @@ class Server(ThreadingHTTPServer):
             return self._idle.wait_for(lambda: self._answering == 0, seconds)
 
 
+_WATCHING: Final = ("status", "healthz", "metrics")  # the routes that watch the gateway itself
 _TOKEN_KINDS: Final = {
     "input_tokens": "input",
     "output_tokens": "output",
@@ -3598,7 +3630,9 @@ class Response:
         pairs = " ".join(f"{name}={value}" for name, value in self.note.items())
         path = _quoted(self._head.path, 200)
         form = "event=done method=%s path=%s id=%s %s"
-        log.info(form, self._head.method, path, self.request_id, pairs)
+        is_watching = self.route in _WATCHING and self.note.get("status") == 200
+        level = logging.DEBUG if is_watching else logging.INFO  # they come every few seconds
+        log.log(level, form, self._head.method, path, self.request_id, pairs)
         metrics, caller = self._gateway.metrics, str(self.note.get("key", "none"))
         status, model = (str(self.note.get(name, "none")) for name in ("status", "model"))
         labels = {"route": self.route, "status": status, "model": model, "caller": caller}
@@ -3992,7 +4026,7 @@ class LogFormatter(logging.Formatter):
         return f"time={when}.{record.msecs:03.0f}Z level={level} {text}"
 
 
-def check(settings: Settings, environ: Mapping[str, str]) -> int:
+def run_check(settings: Settings, environ: Mapping[str, str]) -> int:
     """Say line by line what is in order and what to do about the rest; return the exit status."""
     failed = 0
 
@@ -4076,7 +4110,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     handler.setFormatter(LogFormatter())
     logging.basicConfig(level=logging.DEBUG if settings.debug else logging.INFO, handlers=[handler])
     if settings.check or settings.live_call:
-        return check(settings, environ)
+        return run_check(settings, environ)
     if needs_keys(settings) and not KeyFile(settings.keys).load():
         where = f"{settings.host} is not a loopback address and {settings.keys} holds no key"
         print(f"cc2api: {where}: add one, or use --allow-open", file=sys.stderr)

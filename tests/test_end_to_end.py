@@ -692,7 +692,7 @@ def test_unknown_fields_are_ignored_with_one_warning(
     name = "field_" + uuid4().hex[:8]
     assert gateway.ask(marker(), **{name: 1, "zork": 2}).status == 200
     line = gateway.wait_for_log(name)
-    assert "WARNING" in line
+    assert "level=warning" in line
     assert "zork" in line
 
 
@@ -771,12 +771,12 @@ def test_the_gateway_passes_no_key_of_its_callers_on(start: Any, api: ScriptedAp
 
 def test_every_answer_has_a_request_id_and_is_json(gateway: RunningGateway) -> None:
     seen: list[Answer] = [
-        gateway.request("GET", "/"),
+        gateway.request("GET", "/api/hello"),
         gateway.request("GET", "/nope"),
         gateway.request("GET", "/v1/messages"),
         gateway.request("DELETE", "/"),
         gateway.request("BREW", "/"),
-        gateway.request("HEAD", "/"),
+        gateway.request("HEAD", "/api/hello"),
         gateway.request("HEAD", "/nope"),
     ]
     assert [a.status for a in seen] == [200, 404, 405, 405, 405, 200, 404]

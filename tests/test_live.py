@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import errno
 import json
 import os
+import re
 import signal
 import threading
 import time
@@ -13,7 +15,7 @@ from typing import Any
 from uuid import uuid4
 
 import pytest
-from running import InProcessGateway, RunningGateway, wait_until
+from running import API_KEY, LOGIN, InProcessGateway, RunningGateway, wait_until
 from scripted_api import Call, Reply, ScriptedApi, text_reply
 
 import cc2api
@@ -189,6 +191,59 @@ def test_a_client_that_leaves_in_mid_answer_ends_its_child(
     assert set(live.children()) < before
 
 
+def test_with_a_login_too_a_tool_step_is_sent_as_it_is(start: Any, api: ScriptedApi) -> None:
+    talk = Talk(start("--spares-max", "1", env=LOGIN), api, tools=TOOLS)
+    step = tool_use(a=1)
+    talk.say("use a tool", Reply(blocks=[step], stop_reason="tool_use"))
+    result = tool_result(step, "result")
+    body = talk.say([result])
+    sent = body["messages"][-1]["content"]
+    assert len(sent) == 1
+    assert sent[0]["content"] == [
+        {"type": "text", "text": talk.messages[2]["content"][0]["content"]}
+    ]
+    assert talk.say("thanks")["messages"][2:] == talk.replayed()[2:]
+
+
+def test_betas_and_the_ttl_of_cache_marks_are_each_turns_own(
+    live: RunningGateway, api: ScriptedApi
+) -> None:
+    messages: list[JsonObject] = []
+    for turn, beta in enumerate(["foo-2025-01-01", "", "bar-2025-01-01"]):
+        word = marker()
+        mark = {"type": "ephemeral", "ttl": "1h" if turn else "5m"}
+        marked = {"type": "text", "text": "x", "cache_control": mark}
+        messages.append({"role": "user", "content": [marked, {"type": "text", "text": word}]})
+        headers = {"anthropic-beta": beta} if beta else {}
+        answer = live.post({"messages": messages}, headers)
+        messages.append({"role": "assistant", "content": answer.json["content"]})
+        (call,) = calls_for(api, word)
+        sent = call.headers["anthropic-beta"].split(",")
+        assert [name for name in ("foo-2025-01-01", "bar-2025-01-01") if name in sent] == (
+            [beta] if beta else []
+        )
+        marks = re.findall(r'"cache_control": (\{.*?\})', json.dumps(call.body))
+        ttls = [json.loads(each).get("ttl", "5m") for each in marks]
+        assert ttls == [mark["ttl"]] * len(ttls)
+
+
+def test_a_call_that_the_cli_has_timed_out_is_not_answered_late(
+    start: Any, api: ScriptedApi, tmp_path: Path
+) -> None:
+    settings = tmp_path / "settings"
+    settings.mkdir()
+    (settings / "settings.json").write_text('{"env": {"MCP_TOOL_TIMEOUT": "300"}}')
+    env = {**API_KEY, "CLAUDE_CONFIG_DIR": str(settings)}
+    gateway = start("--spares-max", "1", "--setting-sources", "user", env=env)
+    talk = Talk(gateway, api, tools=TOOLS)
+    step = tool_use(a=1)
+    talk.say("use a tool", Reply(blocks=[step], stop_reason="tool_use"))
+    calls = len(api.calls)
+    time.sleep(0.8)  # nothing tells that the CLI has given up
+    assert len(api.calls) == calls, "it does not go on by itself"
+    assert talk.say([tool_result(step, "result")])["messages"][:-1] == talk.replayed()[:-1]
+
+
 # ---- parking, on the fake CLI
 
 
@@ -253,7 +308,7 @@ def test_a_child_that_cannot_be_started_is_given_a_parked_ones_room(
 
         def start_alone() -> cc2api.Child:
             if pool._parked:
-                raise OSError("Cannot allocate memory")
+                raise OSError(errno.ENOMEM, "Cannot allocate memory")
             return start()
 
         monkeypatch.setattr(pool, "_start", start_alone)

@@ -47,6 +47,7 @@ PARAMETERS = st.fixed_dictionaries(
         "thinking": st.just({"type": "enabled", "budget_tokens": 1024}),
         "output_config": st.just({"effort": "low"}),
         "tool_choice": st.just({"type": "auto"}),
+        "beta": st.sampled_from(["foo-2025-01-01", "bar-2025-01-01"]),
     },
 )
 PIXEL = {
@@ -156,9 +157,10 @@ class Conversations(RuleBasedStateMachine):
             parameters["max_tokens"] = 4096
         self.api.on(word, REPLIES[answer]())
         talk["messages"].append({"role": "user", "content": content})
-        request = {**talk, **parameters}
+        request = {**talk, **{k: v for k, v in parameters.items() if k != "beta"}}
+        headers = {"anthropic-beta": parameters["beta"]} if "beta" in parameters else {}
         before = len(calls_for(self.api, word))
-        answers = [gateway.post(copy.deepcopy(request)) for gateway in (self.live, self.plain)]
+        answers = [each.post(copy.deepcopy(request), headers) for each in (self.live, self.plain)]
         assert [each.status for each in answers] == [200, 200], [each.json for each in answers]
         calls = calls_for(self.api, word)[before:]
         assert len(calls) == 2, [c.body["messages"][-3:] for c in calls]

@@ -16,7 +16,13 @@ import pytest
 from running import ROOT, RunningGateway, clean_environment
 from scripted_api import DEFAULT_TEXT
 
-PYTHON_CLIENTS = ["langchain-anthropic", "pydantic-ai-slim[anthropic]", "litellm", "llm-anthropic"]
+PYTHON_CLIENTS = {  # each in an environment of its own: their requirements conflict
+    "langchain": "langchain-anthropic",
+    "pydantic-ai": "pydantic-ai-slim[anthropic]",
+    "litellm": "litellm",
+    "llm": "llm-anthropic",
+    "aider": "aider-chat",
+}
 JAVASCRIPT_CLIENTS = ["ai", "@ai-sdk/anthropic", "@continuedev/cli"]
 LANGCHAIN = """
 from langchain_anthropic import ChatAnthropic
@@ -64,16 +70,16 @@ models:
 
 @pytest.fixture(scope="session")
 def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Install the clients: Python ones, aider in an environment of its own, JavaScript ones."""
+    """Install the clients; return the directory of each, and of the JavaScript ones."""
     root = tmp_path_factory.mktemp("clients")
-    for name, packages in (("python", PYTHON_CLIENTS), ("aider", ["aider-chat"])):
+    for name, package in PYTHON_CLIENTS.items():
         venv.create(root / name, with_pip=True)
-        pip = [str(root / name / "bin" / "pip"), "install", "--quiet", *packages]
+        pip = [str(root / name / "bin" / "pip"), "install", "--quiet", package]
         subprocess.run(pip, check=True, timeout=900)
     (root / "js").mkdir()
     npm = ["npm", "install", "--silent", "--prefix", str(root / "js"), *JAVASCRIPT_CLIENTS]
     subprocess.run(npm, check=True, timeout=900)
-    return {name: root / name for name in ("python", "aider", "js")}
+    return {name: root / name for name in (*PYTHON_CLIENTS, "js")}
 
 
 def answer(gateway: RunningGateway, command: list[str], home: Path, **env: str) -> str:
@@ -108,14 +114,18 @@ BASE = {"ANTHROPIC_BASE_URL": "http://127.0.0.1:8080"}
 
 
 @pytest.mark.parametrize(
-    ("code", "env"),
-    [(LANGCHAIN, {}), (PYDANTIC_AI, BASE), (LITELLM, {})],
-    ids=["LangChain", "pydantic-ai", "LiteLLM"],
+    ("name", "code", "env"),
+    [("langchain", LANGCHAIN, {}), ("pydantic-ai", PYDANTIC_AI, BASE), ("litellm", LITELLM, {})],
 )
 def test_python_clients(
-    gateway: RunningGateway, places: dict[str, Path], tmp_path: Path, code: str, env: dict[str, str]
+    gateway: RunningGateway,
+    places: dict[str, Path],
+    tmp_path: Path,
+    name: str,
+    code: str,
+    env: dict[str, str],
 ) -> None:
-    python = str(places["python"] / "bin" / "python")
+    python = str(places[name] / "bin" / "python")
     assert DEFAULT_TEXT in answer(gateway, [python, "-c", code], tmp_path, **env)
 
 
@@ -131,7 +141,7 @@ def test_the_python_sdks(
 
 
 def test_llm(gateway: RunningGateway, places: dict[str, Path], tmp_path: Path) -> None:
-    llm = str(places["python"] / "bin" / "llm")
+    llm = str(places["llm"] / "bin" / "llm")
     command = [llm, "-m", "claude-sonnet-4.5", "Hello"]
     assert DEFAULT_TEXT in answer(gateway, command, tmp_path, LLM_USER_PATH=str(tmp_path), **BASE)
 
