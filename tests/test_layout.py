@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 import sys
 
@@ -13,6 +14,7 @@ TREE = ast.parse(SOURCE)
 BANNER = re.compile(r"^# =+ (.+)$", re.MULTILINE)
 
 
+@functools.cache
 def sections() -> list[tuple[int, str]]:
     """Return the first line and the name of each section, in order."""
     return [(SOURCE[: m.start()].count("\n") + 1, m.group(1)) for m in BANNER.finditer(SOURCE)]

@@ -79,9 +79,9 @@ def test_a_client_that_leaves_between_two_deltas_is_noticed(tmp_path: Path) -> N
 
 def test_parallel_requests_at_concurrency_4_all_succeed(start: Any, api: ScriptedApi) -> None:
     gateway = start("--max-concurrency", "4")
-    words = [marker() for _ in range(12)]
+    words = [marker() for _ in range(8)]
     answers = in_parallel(gateway, words)
-    assert [a.status for a in answers] == [200] * 12
+    assert [a.status for a in answers] == [200] * 8
     assert all(len(api.calls_with(word)) == 1 for word in words)
 
 

@@ -51,6 +51,7 @@ def test_curl_is_told_the_state_in_plain_text(start_fake: Any) -> None:
     gateway = start_fake()
     gateway.ask("hello")
     gateway.post({"messages": []})
+    gateway.wait_for_log("event=done", count=2)
     answer = gateway.request("GET", "/", headers={"accept": "*/*"})
     assert answer.headers["content-type"] == "text/plain; charset=utf-8"
     lines = dict(line.split(maxsplit=1) for line in answer.body.decode().splitlines()[1:])
