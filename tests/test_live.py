@@ -42,7 +42,7 @@ def said(call: Call) -> JsonObject:
 
     def plain(node: Any) -> Any:
         if isinstance(node, list):
-            return [plain(item) for item in node]
+            return [plain(item) for item in node if not is_context(item)]
         if not isinstance(node, dict):
             return node
         kept = {k: plain(v) for k, v in node.items() if k not in left_out}
@@ -51,6 +51,15 @@ def said(call: Call) -> JsonObject:
         return {k: v for k, v in kept.items() if (k, v) != ("is_error", False)}
 
     return {**plain(call.body), "betas": call.headers.get("anthropic-beta")}
+
+
+def is_context(block: Any) -> bool:
+    """Say whether a block is what CLIs before 2.1.300 put before the first queried message."""
+    begins = (
+        *("<system-reminder>\nAs you answer", "<local-command-caveat>"),
+        *("<command-name>/model", "<local-command-stdout>Set model"),
+    )
+    return isinstance(block, dict) and str(block.get("text")).lstrip().startswith(begins)
 
 
 def tool_use(name: str = "look", **given: Any) -> JsonObject:
