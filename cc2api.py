@@ -69,7 +69,7 @@ from dataclasses import dataclass, field
 from http.server import ThreadingHTTPServer
 from pathlib import Path
 from socketserver import BaseRequestHandler
-from typing import Any, ClassVar, Final, Literal, TypeVar, cast
+from typing import Any, ClassVar, Final, Literal, NoReturn, TypeVar, cast
 
 __version__ = "0.1.0"
 
@@ -103,6 +103,7 @@ MIN_FREE_BYTES: Final = 400_000_000  # of memory: two children's; with less, par
 MAX_TOOL_RESULT_CHARS: Final = 100_000  # handed to a parked child; the CLI saves large ones to disk
 MAX_TOOL_ERROR_CHARS: Final = 5_000  # the CLI cuts errors at 10,000
 KEEPER_TICK_S: Final = 5.0  # how soon a dead or stale spare is noticed without a request
+STABLE_S: Final = 2.0  # a child that cannot run ends within this
 REAP_TICK_S: Final = 0.02  # a killed child is gone within this
 EXIT_STATUS_S: Final = 1.0  # from a closed stdout to the exit status; a dying process needs 0.01 s
 EXIT_GRACE_S: Final = 5.0  # from EOF on stdin to SIGKILL; the CLI needs 0.04 s
@@ -259,6 +260,7 @@ class KeyFile:
         """`required` shuts open mode: without a key in the file nobody may call."""
         self.path = Path(path)
         self.required = required
+        self.problem = ""  # why the file could not be read last
 
     def load(self) -> dict[str, str] | None:
         """Return the keys with their names; None where there is a file that cannot be read.
@@ -270,7 +272,10 @@ class KeyFile:
         except FileNotFoundError:
             return {}
         except (OSError, UnicodeDecodeError) as exc:
-            log.error("key file %s cannot be read, nobody is let in: %s", self.path, exc)
+            problem = getattr(exc, "strerror", None) or "it is not UTF-8"
+            if problem != self.problem:
+                log.error("key file %s cannot be read, nobody is let in: %s", self.path, problem)
+            self.problem = problem
             return None
         keys = {}
         for line in text.split("\n"):
@@ -980,6 +985,7 @@ PROVIDER_VARIABLES: Final = (
 
 TOOL_SERVER: Final = "t"  # the MCP server under which a request's tools are registered
 # The size in tokens from which on the CLI refuses to call upstream ("Prompt is too long").
+_CALLS_WAIT: Final = {"MCP_TOOL_TIMEOUT": "100000000"}  # ms; tool calls, as long as they must
 _NO_LIMIT: Final = {"CLAUDE_CODE_BLOCKING_LIMIT_OVERRIDE": "1000000000"}
 _NO_CALLS: Final = {"CLAUDE_CODE_BLOCKING_LIMIT_OVERRIDE": "1"}
 
@@ -1014,7 +1020,6 @@ CHILD_VARIABLES: Final = {
     "CLAUDE_CODE_MAX_MCP_DESCRIPTION_LENGTH": "1000000",
     "ENABLE_TOOL_SEARCH": "false",
     "CLAUDE_CODE_MAX_TOOL_USE_CONCURRENCY": "1000",
-    "MCP_TOOL_TIMEOUT": "100000000",  # ms; a parked child's calls wait as long as it does
     # With a login a tool step would else get a reminder of the tokens left (seen, 2.1.330).
     "CLAUDE_CODE_TOTAL_TOKENS_REMINDER": "off",
 }
@@ -1108,7 +1113,7 @@ def describe_sign_in(cli: Cli, environ: Mapping[str, str]) -> str:
     try:
         status = json.loads(_cli_output(cli.path, ["auth", "status"], environ))
         if not status["loggedIn"]:
-            return "NOT SIGNED IN: run `claude` and type /login, or set ANTHROPIC_API_KEY"
+            return f"NOT SIGNED IN: run {cli.path} and type /login, or set ANTHROPIC_API_KEY"
         provider = status.get("apiProvider", "firstParty")
         method = str(status["authMethod"])
         return method if provider == "firstParty" else f"{method} ({provider})"
@@ -1368,6 +1373,15 @@ class Child:
         """Read what the child has already printed, for `read_line`. Does not wait."""
         while any(fd == self._stdout for fd, _ in self._poll.poll(0)):
             self._read_stdout()
+
+    def look_ahead(self) -> None:
+        """Take the cost from what is already printed; `read_line` still returns it."""
+        with contextlib.suppress(ChildDied, CliFailed):  # found out when it is used
+            self.take_ready()
+        for raw in self._lines:
+            with contextlib.suppress(ValueError, TypeError):
+                if b'"total_cost_usd"' in raw:
+                    self.cost_usd = float(json.loads(raw).get("total_cost_usd"))
 
     def kill(self) -> None:
         """End the process at once, and what it has started; `reap` collects it."""
@@ -1658,6 +1672,7 @@ def to_flag_settings(turn: Turn) -> JsonObject:
         # the body's max_tokens is in extra_body; this is for the CLI's own sums
         "CLAUDE_CODE_MAX_OUTPUT_TOKENS": str(turn.max_tokens or ""),
         **_NO_LIMIT,
+        **_CALLS_WAIT,
     }
     model = None if turn.model == DEFAULT_MODEL_NAME else turn.model
     return {"env": variables, "model": model, "effortLevel": turn.effort}
@@ -1761,7 +1776,7 @@ class _Parked:
 class Pool:
     """Warm children. `start` makes one (it may raise OSError); `stamp` tells a new executable.
 
-    `ended` is told each child that has been reaped.
+    `told` is called with children that may have told more since they were handed back.
     """
 
     def __init__(
@@ -1769,12 +1784,12 @@ class Pool:
         start: Callable[[], Child],
         settings: Settings,
         stamp: Callable[[], object],
-        ended: Callable[[Child], None],
+        told: Callable[[Child], None],
     ) -> None:
         self._start = start
         self._settings = settings
         self._stamp = stamp
-        self._ended = ended
+        self._told = told
         # Guarded by _changed: all fields below.
         self._changed = threading.Condition()
         self._idle: collections.deque[Child] = collections.deque()
@@ -1784,6 +1799,7 @@ class Pool:
         self._new: set[Child] = set()  # the lent ones that serve a new conversation
         self._starting = 0  # children that are being started for a waiter: 0 or 1
         self._owed: set[Child] = set()  # claimed spares whose replacement has not been asked for
+        self._unbegun: set[Child] = set()  # lent for a new conversation, before the first delta
         self._ending: dict[Child, float] = {}  # with the time at which SIGKILL is due
         self._next_spare_at = 0.0  # monotonic; put off when a start has failed
         self._peak, self._peak_at = 1, 0.0  # new conversations at once, and when (monotonic)
@@ -1817,9 +1833,9 @@ class Pool:
                 )
             self._waiters.append(waiter)
             self._serve_waiters()
-            place = len(self._waiters)
+            place = len(self._waiters) if self._room() <= 0 else 0
             self._changed.notify_all()
-        if want is not None and not waiter.ready.is_set():
+        if want is not None and place and not waiter.ready.is_set():
             want.queued(place)
         try:
             while not waiter.ready.wait(patience.slice_s()):
@@ -1843,7 +1859,9 @@ class Pool:
         (seen: 160 ms against 80 to the first delta on two cores).
         """
         with self._changed:
-            if child in self._owed:
+            if child in self._unbegun:
+                self._failure = ""
+                self._unbegun.discard(child)
                 self._owed.discard(child)
                 self._changed.notify_all()
 
@@ -1916,7 +1934,7 @@ class Pool:
             self._repeated = want
 
     def _take_back(self, child: Child) -> None:
-        for owned in (self._lent, self._new, self._owed):
+        for owned in (self._lent, self._new, self._owed, self._unbegun):
             owned.discard(child)
 
     def _take_parked(self, conversation: bytes | None) -> Child | None:
@@ -1963,6 +1981,7 @@ class Pool:
     def _lend(self, child: Child, waiter: _Waiter) -> None:
         self._lent.add(child)
         self._new.add(child)
+        self._unbegun.add(child)
         if len(self._new) >= self._peak:
             self._peak, self._peak_at = len(self._new), time.monotonic()
         waiter.child = child
@@ -1986,11 +2005,15 @@ class Pool:
             is_outdated = stamp is not None and stamp != child.stamp
             if child not in fit or is_old or is_outdated or not child.is_alive():
                 if child.has_failed():
+                    if not self._failure:
+                        log.error("claude ends right after its start: try `cc2api --check`")
                     self._failure = "claude ends right after its start"
                     self._next_spare_at = now + KEEPER_TICK_S
                 self._idle.remove(child)
                 child.finish()
                 self._ending[child] = now + EXIT_GRACE_S
+        if any(now - child.started_at > STABLE_S for child in self._idle):
+            self._failure = ""
         for child, parked in list(self._parked.items()):
             is_old = now - child.started_at > SPARE_MAX_AGE_S
             is_outdated = stamp is not None and stamp != child.stamp
@@ -2024,6 +2047,9 @@ class Pool:
                 if not self._closed:
                     self._serve_waiters()
                     self._prepare_spares()
+                for child in self._parked:
+                    child.look_ahead()
+                    self._told(child)
                 self._reap()
                 if self._waiters and self._room() > 0:
                     waiter = self._waiters.popleft()
@@ -2044,6 +2070,8 @@ class Pool:
 
     def _lacks_spare(self) -> bool:
         """Say whether a spare is to be started now."""
+        if len(self._unbegun) >= (os.cpu_count() or 1):
+            return False  # it would take the processor from those who wait for their first delta
         useful = sum(map(self._is_useful, self._idle))
         enough = useful + len(self._owed) >= self._wanted_spares()
         return not (self._closed or enough or time.monotonic() < self._next_spare_at)
@@ -2053,7 +2081,7 @@ class Pool:
         for child, due in list(self._ending.items()):
             if child.reap():
                 del self._ending[child]
-                self._ended(child)
+                self._told(child)
             elif time.monotonic() >= due:
                 child.kill()
 
@@ -2068,7 +2096,7 @@ class Pool:
             log.error("%s", failure)
         with self._changed:
             self._starting = 0
-            self._failure = failure
+            self._failure = failure or self._failure
             if is_short and self._parked and waiter is not None and not waiter.has_left:
                 self._end_parked(next(iter(self._parked)))  # perhaps there is room for it now
                 self._waiters.appendleft(waiter)
@@ -2190,6 +2218,11 @@ class AnswerReader:
         is_whole = len(self.content) == self._blocks
         has_calls = self._stop_reason == "tool_use"
         return not self.must_kill and is_whole and has_calls == bool(self.tool_names)
+
+    @property
+    def tool_use_ids(self) -> set[str]:
+        """The ids of the answer's tool calls."""
+        return {str(b.get("id")) for b in self.content if b.get("type") == "tool_use"}
 
     @property
     def tool_names(self) -> set[str]:
@@ -3007,7 +3040,8 @@ class Gateway:
             self.pool.release(child, kill=reader.must_kill)
             return
         child.holds_conversation = True
-        if not reader.tool_names:  # else the CLI might go on from a result of its own making
+        # A tool call that the CLI does not hand on but answers itself, it would go on from too.
+        if child.tool_calls.keys() >= reader.tool_use_ids:
             child.allow_calls()
         hash_message(digest, turn.query)
         hash_message(digest, Message("assistant", reader.content))
@@ -3166,7 +3200,8 @@ def describe_keys(keys: KeyFile) -> str:
     """Say in a few words who may call."""
     loaded = keys.load()
     if loaded is None:
-        return f"NOBODY CAN CALL: {keys.path} cannot be read"
+        why = f"{keys.path} cannot be read ({keys.problem})"
+        return f"NOBODY CAN CALL: {why}; mend that, or name another with --keys"
     return f"{len(loaded)} in {keys.path}" if loaded else "open: anyone who can connect may call"
 
 
@@ -3952,9 +3987,17 @@ def _quoted(text: str, limit: int) -> str:
 # Options, logging, signals, and putting the parts together.
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says in one line what is wrong."""
+
+    def error(self, message: str) -> NoReturn:
+        """End the process with status 2."""
+        self.exit(2, f"cc2api: {message}; see cc2api --help\n")
+
+
 def build_parser(environ: Mapping[str, str]) -> argparse.ArgumentParser:
     """Return the parser made from the fields of Settings, with CC2API_ variables as defaults."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="cc2api",
         description="The Claude Code CLI on this machine as an Anthropic Messages API.",
         epilog="Every option can be given as a variable too: --port 8080 is CC2API_PORT=8080.",
@@ -3995,8 +4038,10 @@ def parse_args(argv: Sequence[str] | None, environ: Mapping[str, str]) -> Settin
             given[option.name] = tuple(value or filter(None, map(str.strip, listed)))
     if given["port"] > 65535:
         parser.error("--port must be between 0 and 65535")
-    if not all("=" in pair for pair in given["model_map"]):
+    if not all(all(pair.partition("=")) for pair in given["model_map"]):
         parser.error("--model-map takes NAME=MODEL")
+    if not set(filter(None, given["setting_sources"].split(","))) <= {"user", "project", "local"}:
+        parser.error("--setting-sources takes any of user,project,local")
     return Settings(**given)
 
 
@@ -4032,11 +4077,12 @@ def run_check(settings: Settings, environ: Mapping[str, str]) -> int:
 
     def step(name: str, look: Callable[[], str]) -> None:
         nonlocal failed
+        state = "ok  "
         try:
-            print(f"{name:<9}ok    {look()}", flush=True)
+            said = look()
         except (CliUnusable, OSError, ApiError) as exc:
-            failed = 1
-            print(f"{name:<9}FAIL  {getattr(exc, 'strerror', None) or exc}", flush=True)
+            failed, state, said = 1, "FAIL", str(getattr(exc, "strerror", None) or exc)
+        print(f"{name:<9}{state}  {said}", flush=True)
 
     step("keys", lambda: _check_keys(settings))
     step("port", lambda: _check_port(settings))
@@ -4048,19 +4094,38 @@ def run_check(settings: Settings, environ: Mapping[str, str]) -> int:
     step("claude", lambda: f"{cli.version} at {cli.path}")
     step("sign-in", lambda: _check_sign_in(cli, environ))
     gateway = Gateway(dataclasses.replace(settings, spares=0, live=0), cli, environ)
-    step("start", lambda: f"a child tells of {len(gateway.models(lambda: None))} models")
+    step("start", lambda: f"claude starts, and lists {len(gateway.models(lambda: None))} models")
     if settings.live_call:
         step("call", lambda: _check_call(gateway))
     gateway.close()
     return failed
 
 
-def _check_keys(settings: Settings) -> str:
+def key_problem(settings: Settings) -> str:
+    """Return why the gateway should not start with its key file; "" where it may."""
     keys = KeyFile(settings.keys)
-    if keys.load() is None or (needs_keys(settings) and not keys.load()):
-        why = f"{describe_keys(keys)}; {settings.host} needs a key: add one, or use --allow-open"
-        raise CliUnusable(why)
-    return describe_keys(keys)
+    loaded = keys.load()
+    if loaded is None:
+        return describe_keys(keys)
+    if needs_keys(settings) and not loaded:
+        where = f"{settings.host} is not a loopback address and {settings.keys} holds no key"
+        return f"{where}: add one, or use --allow-open"
+    default = next(f.default for f in dataclasses.fields(Settings) if f.name == "keys")
+    if settings.keys != default and not keys.path.exists():
+        return f"the key file {settings.keys} is not there: make it, or leave --keys out"
+    return ""
+
+
+def _check_keys(settings: Settings) -> str:
+    if problem := key_problem(settings):
+        raise CliUnusable(problem)
+    return describe_keys(KeyFile(settings.keys))
+
+
+def _mend_listening(error: OSError) -> str:
+    is_port = error.errno in (errno.EADDRINUSE, errno.EACCES)
+    option = "--port" if is_port else "--host"
+    return f"{error.strerror or error}; choose another with {option}"
 
 
 def _check_port(settings: Settings) -> str:
@@ -4068,7 +4133,7 @@ def _check_port(settings: Settings) -> str:
         Server((settings.host, settings.port)).server_close()
     except OSError as exc:
         where = f"{settings.host} port {settings.port}"
-        raise CliUnusable(f"{where}: {exc.strerror}; choose another with --port") from exc
+        raise CliUnusable(f"{where}: {_mend_listening(exc)}") from exc
     return f"{settings.host} port {settings.port} is free"
 
 
@@ -4104,6 +4169,16 @@ def catch_signals() -> socket.socket:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the gateway until a signal ends it; return the exit status."""
+    try:
+        return _run(argv)
+    except KeyboardInterrupt:  # before signals are caught
+        return 130
+    except BrokenPipeError:  # whoever reads our output is gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _run(argv: Sequence[str] | None) -> int:
     environ = dict(os.environ)
     settings = parse_args(argv, environ)
     handler = logging.StreamHandler(sys.stderr)
@@ -4111,9 +4186,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.DEBUG if settings.debug else logging.INFO, handlers=[handler])
     if settings.check or settings.live_call:
         return run_check(settings, environ)
-    if needs_keys(settings) and not KeyFile(settings.keys).load():
-        where = f"{settings.host} is not a loopback address and {settings.keys} holds no key"
-        print(f"cc2api: {where}: add one, or use --allow-open", file=sys.stderr)
+    if problem := key_problem(settings):
+        print(f"cc2api: {problem}", file=sys.stderr)
         return 1
     try:
         cli = find_cli(settings.claude, environ)
@@ -4123,8 +4197,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except OSError as exc:
         where = f"{settings.host} port {settings.port}"
-        hint = "choose another with --port"
-        print(f"cc2api: cannot listen on {where}: {exc.strerror or exc}; {hint}", file=sys.stderr)
+        print(f"cc2api: cannot listen on {where}: {_mend_listening(exc)}", file=sys.stderr)
         return 1
     with catch_signals() as signals:
         gateway = server.gateway = Gateway(settings, cli, environ)
@@ -4136,8 +4209,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         url = f"http://{host}:{server.server_port}"
         gateway.sign_in = describe_sign_in(cli, environ)
         print(banner(gateway, url, gateway.sign_in), flush=True)
+        log.info("event=start version=%s claude=%s url=%s", __version__, cli.version, url)
         signals.recv(1)
         shut_down(server, signals)
+        log.info("event=stop")
     return 0
 
 

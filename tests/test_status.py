@@ -102,6 +102,7 @@ def test_healthz_is_503_while_no_child_can_start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cc2api, "KEEPER_TICK_S", 0.1)
+    monkeypatch.setattr(cc2api, "STABLE_S", 0.5)
     with InProcessGateway(tmp_path, spares=1) as gateway:
         wait_until(lambda: gateway.gateway.pool.counts()["idle"] == 1)
         assert gateway.request("GET", "/healthz").status == 200
@@ -121,6 +122,7 @@ def test_healthz_is_503_while_children_end_by_themselves(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cc2api, "KEEPER_TICK_S", 0.1)
+    monkeypatch.setattr(cc2api, "STABLE_S", 0.5)
     with InProcessGateway(tmp_path, orders="always-die", spares=1) as gateway:
         wait_until(lambda: gateway.request("GET", "/healthz").status == 503)
         (tmp_path / "always-die").unlink()
@@ -153,7 +155,16 @@ def test_metrics_count_requests_tokens_and_times_by_name_never_by_key(start_fake
     gateway.wait_for_log("key=my_laptop_ ")
 
 
-def test_the_cost_is_what_the_cli_reports(gateway: RunningGateway) -> None:
+def test_the_cost_is_what_the_cli_reports(lone_gateway: RunningGateway, start: Any) -> None:
+    gateway = start("--spares-max", "1")
+    parked = total(metrics(gateway), "cc2api_cost_dollars_total")
+    assert parked == 0
+    gateway.ask("what is the price of one?")
+    wait_until(lambda: total(metrics(gateway), "cc2api_cost_dollars_total") > 0)
+    cost_of_two(lone_gateway)
+
+
+def cost_of_two(gateway: RunningGateway) -> None:
     def cost() -> float:
         return total(metrics(gateway), "cc2api_cost_dollars_total")
 
@@ -161,7 +172,7 @@ def test_the_cost_is_what_the_cli_reports(gateway: RunningGateway) -> None:
     messages = [{"role": "user", "content": "what is the price?"}]
     answer = gateway.post({"messages": messages})
     messages += [{"role": "assistant", "content": answer.json["content"]}, messages[0]]
-    assert gateway.post({"messages": messages}).status == 200  # its child has told of the first
+    assert gateway.post({"messages": messages}).status == 200
     wait_until(lambda: cost() > before)
     assert cost() - before < 0.1
 
@@ -228,7 +239,10 @@ def test_check_says_what_to_do(tmp_path: Path, start_fake: Any) -> None:
     (tmp_path / "always-die").touch()
     status, said = run_check(tmp_path, "--port", port, FAKE_CLAUDE_ORDERS=str(tmp_path))
     assert status == 1
-    assert said["keys"].startswith("FAIL NOBODY CAN CALL")
+    assert said["keys"] == (
+        "FAIL NOBODY CAN CALL: apikeys.txt cannot be read (Is a directory);"
+        " mend that, or name another with --keys"
+    )
     assert said["port"] == (
         f"FAIL 127.0.0.1 port {port}: Address already in use; choose another with --port"
     )

@@ -256,46 +256,42 @@ def direct_stream_s(child: cc2api.Child) -> float:
     return time.monotonic() - started
 
 
-def gateway_stream_s(gateway: RunningGateway) -> float:
+def gateway_stream_s(talk: Talk) -> float:
     """Ask the gateway, and read as it comes; return the seconds for all deltas."""
-    connection = gateway.connect()
-    body = {"model": MODEL, "max_tokens": 100, "stream": True, "messages": [QUESTION]}
-    connection.request("POST", "/v1/messages", json.dumps(body))
-    response = connection.getresponse()
+    talk.connection.request(
+        "POST", "/v1/messages", json.dumps({**talk.body, "messages": [*talk.messages, QUESTION]})
+    )
+    response = talk.connection.getresponse()
     started, tail = 0.0, b""
     while b"event: message_stop" not in tail:
         data = response.read1(1 << 16)
         if not started and b"content_block_delta" in data:
             started = time.monotonic()
         tail = tail[-100:] + data
-    elapsed = time.monotonic() - started
-    connection.close()
-    return elapsed
+    response.read()
+    return time.monotonic() - started
 
 
-def await_spares(gateway: RunningGateway) -> None:
-    """Wait until all spares have started, and are idle."""
-    while len(gateway.children()) < STREAMS:
-        time.sleep(0.1)
-    used = -1.0
-    while cpu_s(gateway.process.pid) - used > 0.02:
-        used = cpu_s(gateway.process.pid)
-        time.sleep(SETTLE_S)
+def begun(gateway: RunningGateway, count: int) -> list[Talk]:
+    """Return conversations that are one turn old, so that their processes are there."""
+    talks = [Talk(gateway) for _ in range(count)]
+    for number, talk in enumerate(talks):
+        talk.say(f"Hello, {number}!")
+    time.sleep(SETTLE_S)
+    return talks
 
 
 def measure_streams(rounds: int, claude: str, url: str, home: Path) -> list[JsonObject]:
     """Measure deltas a second, for one long stream and for STREAMS at once."""
     direct, through = [], []
-    args = ("--live", "0", "--spares", str(STREAMS))
+    args = ("--spares", "0", "--live", str(STREAMS))
     with RunningGateway(*args, claude=claude, base_url=url) as gateway:
-        await_spares(gateway)
         for _ in range(rounds):
             time.sleep(SETTLE_S)
             with lone_child(claude, url, home) as child:
                 time.sleep(SETTLE_S)
                 direct.append(direct_stream_s(child))
-            time.sleep(SETTLE_S)
-            through.append(gateway_stream_s(gateway))
+            through.append(gateway_stream_s(begun(gateway, 1)[0]))
         with (
             contextlib.ExitStack() as stack,
             concurrent.futures.ThreadPoolExecutor(STREAMS) as threads,
@@ -304,10 +300,10 @@ def measure_streams(rounds: int, claude: str, url: str, home: Path) -> list[Json
             started = time.monotonic()
             list(threads.map(direct_stream_s, children))
             direct_all = time.monotonic() - started
-        await_spares(gateway)
+        talks = begun(gateway, STREAMS)
         with concurrent.futures.ThreadPoolExecutor(STREAMS) as threads:
             started = time.monotonic()
-            list(threads.map(lambda _: gateway_stream_s(gateway), range(STREAMS)))
+            list(threads.map(gateway_stream_s, talks))
             through_all = time.monotonic() - started
     one, ours = statistics.median(direct), statistics.median(through)
     all_ratio = direct_all / through_all
