@@ -2070,7 +2070,7 @@ class Pool:
 
     def _lacks_spare(self) -> bool:
         """Say whether a spare is to be started now."""
-        if len(self._unbegun) >= (os.cpu_count() or 1):
+        if len(self._unbegun) >= max(1, (os.cpu_count() or 1) - 1):
             return False  # it would take the processor from those who wait for their first delta
         useful = sum(map(self._is_useful, self._idle))
         enough = useful + len(self._owed) >= self._wanted_spares()

@@ -162,19 +162,21 @@ def row(name: str, times: list[float], base: float) -> JsonObject:
 
 
 def measure_parallel(claude: str, url: str, home: Path) -> list[JsonObject]:
-    """Measure requests a second and CPU-seconds a request, AT_ONCE at a time."""
+    """Measure requests a second, each one's time to its end, and CPU-seconds, AT_ONCE at a time."""
     count = AT_ONCE * TURNS
     with RunningGateway(claude=claude, base_url=url) as gateway:
 
         def fresh(_: int) -> list[float]:
-            return [Talk(gateway).say("Hello!")[0]]
+            return [Talk(gateway).say("Hello!")[1]]
 
         def conversation(_: int) -> list[float]:
             talk = Talk(gateway)
-            return [talk.say(f"turn {turn}")[0] for turn in range(TURNS)]
+            return [talk.say(f"turn {turn}")[1] for turn in range(TURNS)]
 
         def lone(_: int) -> list[float]:
-            return [one_shot(claude, url, home)]
+            started = time.monotonic()
+            one_shot(claude, url, home)
+            return [time.monotonic() - started]
 
         sides: list[tuple[str, Callable[[int], list[float]], int]] = [
             ("one-shot claude -p", lone, count),
