@@ -1147,7 +1147,14 @@ def child_command(cli: Cli, *, bare: bool, setting_sources: str) -> list[str]:
     command = [cli.path, *CHILD_FLAGS, "--setting-sources", setting_sources]
     if bare:
         command.append("--bare")
-    if sys.platform != "linux" or not sys.executable:
+    if sys.platform != "linux":
+        return command
+    setpriv = shutil.which("setpriv")  # of util-linux: 15 ms quicker than Python
+    if setpriv and not subprocess.call(
+        [setpriv, "--pdeathsig", "KILL", "true"], stderr=subprocess.DEVNULL
+    ):
+        return [setpriv, "--pdeathsig", "KILL", *command]
+    if not sys.executable:
         return command
     return [sys.executable, "-I", "-S", "-c", _DIE_WITH_PARENT, str(os.getpid()), *command]
 
