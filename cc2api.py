@@ -1,35 +1,38 @@
 """cc2api: the Claude Code CLI on this machine as a faithful Anthropic Messages API.
 
-A request comes in over HTTP, is checked once, and is played to a warm `claude` process over the
-CLI's own stream-json protocol. The CLI makes the call with the user's own sign-in; the API's events
-come back through it and go out as they arrive. Nothing here talks to Anthropic, and nothing here
-sees a credential.
+A request comes in over HTTP, is checked once, and is played to a `claude` process over the CLI's
+own stream-json protocol. The CLI makes the call with the user's own sign-in; the API's events come
+back through it and go out as they arrive. Nothing here talks to Anthropic or sees a credential.
 
-    client ──HTTP bytes──> Handler ──JSON──> Turn ──lines──> Child (`claude`) ──> Anthropic
+    client ──HTTP bytes──> Handler ──JSON──> Turn ──lines──> Session (`claude`) ──> Anthropic
       ^                    (request thread, one per connection)    |
       └───SSE frames / one message <── events <── AnswerReader <───┘ lines
-                                                                   ^
-                         Pool keeper thread: starts, renews and reaps children
 
-A child goes through these states, each owned by exactly one party:
+Any process serves any next request of its caller: it is cut back to the common prefix of what it
+holds and what the request says, and the rest is appended (Conversation). The pool lends the session
+in which that costs least, and keeps one blank process ready: initialised, and warmed up by a query
+that was held back from upstream. The keeper is the one thread that forks, and waits for their end.
 
-    idle (pool) ──acquire──> claimed (request) ──query──> answering ──release──> ending (pool)
-                                 ^                            |
-                                 └──acquire── parked (pool) <─┘ park
-
+    starting ──prime──> spare (pool) ──acquire──> busy (request) ──give_back──> idle (pool)
+                                                       ^─────────acquire──────────┘
 Rules that hold throughout:
- 1. Data goes one way, and raw client JSON is looked at in one place only: Requests.
- 2. One conversation of one caller, one process: nothing of it can show in another one. A parked
-    child goes on only with the very conversation that it holds.
+ 1. Data goes one way, and raw client JSON is looked at in Requests and the translations alone.
+ 2. A process serves one caller for life, and nothing that was cut is ever sent again. A CLI that
+    does not cut, or does not take another system prompt, gets a process for each conversation.
  3. Exactly one call is made upstream for one request. The CLI would make another by itself after
-    some answers: it is held back from it (`Child.hold_calls`), and ended after such an answer.
+    some answers: it is held back from it, and where that is not certain it is ended.
  4. Prompts and keys go through pipes only: never into argv, files, an environment or the log.
  5. A stream's 200 goes out with the first event, so that a failure keeps its true status; only
     after KEEPALIVE_S of silence does it go out before.
 
-Facts about the CLI were seen on 2.1.330 and 2.1.248 talking to a scripted API; each one relied on
-is pinned by a test in tests/. Sections, each using only what stands above it: Settings, Errors, API
-keys, Requests, CLI process, Pool, Events, OpenAI translation, Metrics, Gateway, HTTP, Command line.
+Where a streaming request passes: HTTP (its head) > Routes (who, what) > HTTP (its body) > Requests
+> Service > Pool > Conversation > Lines > Process; and back: Process > Conversation > Events >
+Service > Routes > HTTP, with Metrics told at its first delta and its end.
+
+Facts about the CLI were seen on 2.1.300 to 2.1.331 talking to a scripted API; each one relied on is
+pinned by a test in tests/. Sections, each using only what stands above it: Settings, Errors, API
+keys, Requests, Lines, Events, Finding the CLI, Process, Conversation, Pool, Chat completions,
+Metrics, Service, Status, HTTP, Routes, Command line.
 """
 
 from __future__ import annotations
@@ -41,7 +44,6 @@ import contextlib
 import dataclasses
 import email.utils
 import errno
-import functools
 import hashlib
 import hmac
 import http.client
@@ -57,6 +59,7 @@ import select
 import shutil
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import tempfile
@@ -65,11 +68,13 @@ import time
 import urllib.parse
 import uuid
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass, field
 from http.server import ThreadingHTTPServer
 from pathlib import Path
 from socketserver import BaseRequestHandler
-from typing import Any, ClassVar, Final, Literal, NoReturn, TypeVar, cast
+from typing import Any, Final, Literal, NamedTuple, NoReturn, TypeVar, cast
 
 __version__ = "0.1.0"
 
@@ -77,38 +82,42 @@ JsonObject = dict[str, Any]
 _T = TypeVar("_T")
 log = logging.getLogger("cc2api")
 
-# `client_composed`, which makes prompts verbatim, came with this version (CLI changelog, and seen:
-# 2.1.197 expands @paths and runs slash commands).
-MIN_CLI_VERSION: Final = (2, 1, 248)
+# From this version on a used process takes another model without a trace of it in the conversation
+# (seen: 2.1.248 leaves `/model` text).
+MIN_CLI_VERSION: Final = (2, 1, 300)
 DEFAULT_SYSTEM_PROMPT: Final = "You are a helpful assistant."
 DEFAULT_MODEL_NAME: Final = "claude-code"  # the name under which clients ask for the CLI's default
 
 MAX_BODY_BYTES: Final = 32 * 1024 * 1024  # the Messages API's own limit
 MAX_JSON_DEPTH: Final = 128  # deep enough for any schema; far from both languages' stack limits
-MAX_MESSAGES: Final = 100_000  # the Messages API's own limit
+MAX_INPUT_DEPTH: Final = 900  # of a tool's input; from some 970 on json cannot write it
 MAX_LINE_BYTES: Final = 16 * 1024 * 1024  # of the child's output; 128k tokens are about 1 MB
 READ_BYTES: Final = 64 * 1024  # a Linux pipe's capacity
 STDERR_TAIL_BYTES: Final = 2000  # enough for a stack trace's first lines in an error message
 
 CLI_PROBE_TIMEOUT_S: Final = 20.0  # `claude --version` takes 0.01 s, `claude auth status` 0.2 s
 CONTROL_TIMEOUT_S: Final = 15.0  # a CLI answers its control requests within 0.1 s, starting in 1 s
-SETUP_ATTEMPTS: Final = 2  # a child that dies before the query has cost nothing: once more, fresh
+CHANGE_TIMEOUT_S: Final = 5.0  # for a cut, prompt or tools; they take 0.005 s
+SETUP_ATTEMPTS: Final = 2  # a new process that dies before the query has cost nothing: once more
 TICK_S: Final = 0.5  # how often a waiting request looks after its client; noticed gone within 1 s
 SETTLE_S: Final = 5.0  # from message_stop to the CLI's own end of its turn; it needs 0.01 s
+LEAVE_S: Final = 2.0  # for a turn to end when its client has left; it needs 0.01 s
 KEEPALIVE_S: Final = 10.0  # of silence before a stream shows life; proxies cut at 30 to 60 s
-SPARE_MAX_AGE_S: Final = 3600.0  # long-idle processes may hold stale sign-ins and connections
-SPARE_MEMORY_S: Final = 600.0  # how long a burst of new conversations keeps more spares ready
-RECENT_FITS: Final = 16  # setups remembered, to know one that comes again
-MIN_FREE_BYTES: Final = 400_000_000  # of memory: two children's; with less, parked ones are ended
-MAX_TOOL_RESULT_CHARS: Final = 100_000  # handed to a parked child; the CLI saves large ones to disk
+MAX_SESSION_AGE_S: Final = 3600.0  # old processes may hold stale sign-ins and connections
+MAX_SESSION_TURNS: Final = 1000  # as many left time and memory flat (tests/bench/soak.py)
+IDLE_S: Final = 300.0  # after a burst, for processes beyond --processes
+SPARE_DELAY_S: Final = 0.1  # a new spare takes 0.45 CPU-seconds: not before the call has left
+REHEARSE_AGAIN_S: Final = 600.0  # a CLI that could not be used again may be busy, not other
+BLANK_COST: Final = 25  # messages that replay in the time that a spare's first turn takes longer
+READY_READS: Final = 256  # of READ_BYTES at once, before others get their turn
+MAX_TOOL_RESULT_CHARS: Final = 100_000  # through the tool channel; the CLI saves large ones to disk
 MAX_TOOL_ERROR_CHARS: Final = 5_000  # the CLI cuts errors at 10,000
 KEEPER_TICK_S: Final = 5.0  # how soon a dead or stale spare is noticed without a request
-STABLE_S: Final = 2.0  # a child that cannot run ends within this
-REAP_TICK_S: Final = 0.02  # a killed child is gone within this
+STABLE_S: Final = 2.0  # a process that cannot run ends within this
+REAP_TICK_S: Final = 0.02  # a killed process is gone within this
 EXIT_STATUS_S: Final = 1.0  # from a closed stdout to the exit status; a dying process needs 0.01 s
 EXIT_GRACE_S: Final = 5.0  # from EOF on stdin to SIGKILL; the CLI needs 0.04 s
 LONGEST_RETRY_S: Final = 60  # what SDKs wait for without seeming to hang
-MAX_COUNTS: Final = 256  # token counts kept; agents count the same conversation again and again
 OVERLOADED_RETRY_AFTER_S: Final = 5  # told to clients that find the queue full
 
 MAX_CONNECTIONS: Final = 512  # open at once, each a thread; far below the usual 1024 descriptors
@@ -117,6 +126,7 @@ MAX_HEAD_BYTES: Final = 64 * 1024  # request line and headers together
 MAX_CHUNK_LINE_BYTES: Final = 256  # a size and extensions that nobody sends
 HEAD_TIMEOUT_S: Final = 15.0  # for a whole head: half-open connections go
 BODY_TIMEOUT_S: Final = 120.0  # for a whole body: 32 MB at 2 Mbit/s
+KEYS_GONE_S: Final = 2.0  # a key file that is written anew is empty or gone for a moment
 KEEP_ALIVE_S: Final = 120.0  # an idle connection is kept longer than proxies keep theirs (60 s)
 LINGER_S: Final = 2.0  # reading on after an early answer, or a reset would destroy it on its way
 ACCEPT_TICK_S: Final = 0.1  # how soon the accepting thread notices that it is to stop
@@ -150,10 +160,9 @@ class Settings:
     model_map: tuple[str, ...] = _option(
         (), "serve the model name NAME with MODEL; repeatable", "NAME=MODEL"
     )
-    spares: int = _option(1, "idle claude processes kept ready; 0 keeps none", "N")
-    spares_max: int = _option(4, "the most kept ready, after many new conversations at once", "N")
-    live: int = _option(4, "conversations kept in their process for the next turn", "N")
-    live_ttl: float = _option(300.0, "seconds that such a conversation is kept", "S")
+    processes: int = _option(
+        4, "claude processes kept ready when idle, one of them blank; 0 keeps none", "N"
+    )
     max_concurrency: int = _option(8, "requests answered at once", "N", low=1)
     max_queue: int = _option(64, "requests that may wait for their turn", "N")
     timeout: float = _option(600.0, "seconds for a whole answer", "S", low=1)
@@ -165,7 +174,6 @@ class Settings:
         "", "settings the CLI loads: any of user,project,local (default: none)", "LIST"
     )
     check: bool = _option(False, "check the CLI, sign-in, keys, port and a start, then end")
-    live_call: bool = _option(False, "with --check: make one tiny request, which costs tokens")
     debug: bool = _option(False, "log requests and responses whole, prompts included")
 
 
@@ -173,19 +181,11 @@ class Settings:
 # Everything a client can be told, as exceptions: one class for a status and its Anthropic type.
 # Raised anywhere above HTTP, answered in one place there.
 
-# Statuses by Anthropic error type (messages-api.md section 5), and back.
-STATUS_BY_TYPE: Final = {
-    "invalid_request_error": 400,
-    "authentication_error": 401,
-    "billing_error": 402,
-    "permission_error": 403,
-    "not_found_error": 404,
-    "conflict_error": 409,
-    "request_too_large": 413,
-    "rate_limit_error": 429,
-    "api_error": 500,
-    "timeout_error": 504,
-    "overloaded_error": 529,
+STATUS_BY_TYPE: Final = {  # messages-api.md section 5
+    **{"invalid_request_error": 400, "authentication_error": 401, "billing_error": 402},
+    **{"permission_error": 403, "not_found_error": 404, "conflict_error": 409},
+    **{"request_too_large": 413, "rate_limit_error": 429, "api_error": 500},
+    **{"timeout_error": 504, "overloaded_error": 529},
 }
 TYPE_BY_STATUS: Final = {status: kind for kind, status in STATUS_BY_TYPE.items()}
 
@@ -209,8 +209,7 @@ class ApiError(Exception):
         self.status = status or self.status
         fallback = "api_error" if self.status >= 500 else "invalid_request_error"
         self.kind = kind or TYPE_BY_STATUS.get(self.status, fallback)
-        self.details = details
-        self.retry_after_s = retry_after_s
+        self.details, self.retry_after_s = details, retry_after_s
         self.should_retry = should_retry  # False: SDKs would only pay for the same again
 
 
@@ -240,7 +239,6 @@ class ClientGone(Exception):
 # Who may call. The file is read on every request, so a change takes effect at once. Fails closed:
 # only a file that is not there, or that holds no key, means open mode.
 
-
 OPEN: Final = "open"  # the caller's name where no key is asked for
 MIN_NAMED_KEY: Final = 12  # characters; of a shorter key four would tell too much
 
@@ -253,674 +251,482 @@ class Caller:
     identity: bytes  # a digest of the key: what tells one caller's conversations from another's
 
 
+NOBODY: Final = Caller(OPEN, b"")  # the gateway itself
+
+
 class KeyFile:
     """The keys of `apikeys.txt`: one a line, a name may follow; blank and # lines are ignored."""
 
     def __init__(self, path: str | os.PathLike[str], *, required: bool = False) -> None:
         """`required` shuts open mode: without a key in the file nobody may call."""
-        self.path = Path(path)
-        self.required = required
+        self.path, self.required = Path(path), required
         self.problem = ""  # why the file could not be read last
+        self._last: dict[str, str] = {}  # what it held when it held something
+        self._gone_at: float | None = None  # monotonic; since when there is nothing in it
 
     def load(self) -> dict[str, str] | None:
-        """Return the keys with their names; None where there is a file that cannot be read.
-
-        A key without a name goes by its last four characters.
-        """
+        """Return the keys with their names; None where there is a file that cannot be read."""
+        text = ""
         try:
-            text = self.path.read_bytes().decode("utf-8-sig")
+            # not blocking: a pipe would keep the request waiting, and is read but once
+            with open(
+                self.path, "rb", opener=lambda p, how: os.open(p, how | os.O_NONBLOCK)
+            ) as file:
+                if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                    raise ValueError("it is not a regular file")
+                text = file.read().decode("utf-8-sig")
         except FileNotFoundError:
-            return {}
-        except (OSError, UnicodeDecodeError) as exc:
-            problem = getattr(exc, "strerror", None) or "it is not UTF-8"
+            pass
+        except (OSError, ValueError) as exc:
+            problem = getattr(exc, "strerror", None) or str(exc)
+            problem = "it is not UTF-8" if isinstance(exc, UnicodeDecodeError) else problem
             if problem != self.problem:
                 log.error("key file %s cannot be read, nobody is let in: %s", self.path, problem)
             self.problem = problem
             return None
+        self.problem = ""
+        if not text and self._last:  # as while it is written anew: what it held before holds on
+            self._gone_at = self._gone_at or time.monotonic()
+            if time.monotonic() - self._gone_at < KEYS_GONE_S:
+                return self._last
         keys = {}
-        for line in text.split("\n"):
+        for line in re.split("[\r\n]+", text):
             key, *words = line.split() or ["#"]
             tail = key[-4:] if len(key) >= MIN_NAMED_KEY else ""
             if not key.startswith("#"):
                 keys[key] = re.sub(r"[^\w.@-]+", "_", " ".join(words)) or f"…{tail}"
+        self._last, self._gone_at = keys, None
         return keys
 
-    def check(self, api_key: str, authorization: str) -> Caller:
-        """Return who calls: OPEN, or the name of its key.
+    def is_open(self, keys: Mapping[str, str] | None) -> bool:
+        """Say whether anybody may call, with these keys."""
+        return keys == {} and not self.required
 
-        Takes the values of the headers `x-api-key`, which wins as on the public API, and
-        `Authorization` (Bearer, or Basic with the key as password), each "" where absent. Raises
-        NotAuthenticated when keys are in force and the caller has none of them.
-        """
-        keys = self.load()
+    def check(self, keys: Mapping[str, str] | None, api_key: str, authorization: str) -> Caller:
+        """Return who calls, by `x-api-key`, which wins as on the public API, or Bearer token."""
         if keys is None:
             raise NotAuthenticated("the gateway's key file cannot be read")
         scheme, _, token = authorization.strip().partition(" ")
         given = api_key.strip() or (token.strip() if scheme.lower() == "bearer" else "")
-        if not given and scheme.lower() == "basic":  # what browsers ask people for
-            with contextlib.suppress(ValueError):
-                given = base64.b64decode(token, validate=True).decode().partition(":")[2]
-        identity = hashlib.sha256(given.encode("utf-8", "surrogateescape")).digest()
-        if not keys and not self.required:
+        raw = given.encode("latin-1", "replace")  # as it came over the wire
+        identity = hashlib.sha256(raw).digest()
+        if self.is_open(keys):
             return Caller(OPEN, identity)
         if not given:
             raise NotAuthenticated("x-api-key header or Authorization: Bearer is required")
         # Every key is compared, in constant time: neither a prefix nor a position can be timed.
-        names = [
-            name for key, name in keys.items() if hmac.compare_digest(given.encode(), key.encode())
-        ]
+        names = [name for key, name in keys.items() if hmac.compare_digest(raw, key.encode())]
         if not names:
             raise NotAuthenticated("invalid x-api-key or bearer token")
         return Caller(names[0], identity)
 
+    def describe(self) -> str:
+        """Say in a few words who may call."""
+        keys = self.load()
+        if keys is None:
+            why = f"{self.path} cannot be read ({self.problem})"
+            return f"NOBODY CAN CALL: {why}; mend that, or name another with --keys"
+        return f"{len(keys)} in {self.path}" if keys else "open: anyone who can connect may call"
+
+
+def needs_keys(settings: Settings) -> bool:
+    """Say whether nobody may call without a key: on any address but loopback."""
+    if settings.allow_open or settings.host == "localhost":
+        return False
+    with contextlib.suppress(ValueError):
+        return not ipaddress.ip_address(settings.host).is_loopback
+    return True
+
 
 # ===================================================================== Requests
-# Bytes to a checked, frozen `Turn`. Nothing below this section looks at raw JSON from a client.
-# Pure: no I/O, any thread. What the CLI would silently repair (cli-contract.md) is refused here.
+# Bytes to a checked, frozen `Turn`. Nothing below looks at raw JSON from a client but the
+# translations, which hand it to `to_turn`. Pure: no I/O, any thread. Refused is only what the CLI
+# would silently repair, drop or choke on, and what the code itself walks into; all else goes
+# upstream, whose own 400 comes back.
 
 Role = Literal["user", "assistant"]
+Placed = tuple[str, JsonObject]  # a block, with the path under which the client sent it
+_Marks = list[JsonObject | None]  # the cache breakpoint of each block, or tool
 
 
-@dataclass(frozen=True, slots=True)
-class Message:
-    """One message as it goes to the CLI: content is a string or a list of blocks, verbatim."""
+class Message(NamedTuple):
+    """One message as it goes to the CLI, its blocks verbatim but for cache breakpoints."""
 
     role: Role
-    content: str | list[JsonObject]
+    content: list[JsonObject]
+
+
+class Entry(NamedTuple):
+    """One entry of a client's `messages`, before merging."""
+
+    role: Role
+    path: str
+    blocks: list[Placed]
+    is_folded: bool = False  # it was a system entry
+
+
+class Breakpoint(NamedTuple):
+    """The one cache breakpoint of the client's that goes upstream: on a block, or on a tool."""
+
+    message: int | None  # None: it is on a tool
+    at: int  # which block of the message, or which tool
 
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """One checked request: what is sent to a child, and how the answer is wanted."""
+    """One checked request: what is sent to a process, and how the answer is wanted."""
 
     model: str
     stream: bool
-    system: tuple[str, ...]  # () means the default system prompt
-    history: tuple[Message, ...]  # all but the last message, roles alternating
-    query: Message  # the last user message
+    system: str  # "" means the default system prompt
+    messages: tuple[Message, ...]  # roles alternating; the last one is the user's
+    digests: tuple[bytes, ...]  # one a message, alike where the model is told the same
+    tools: list[JsonObject]
     max_tokens: int | None  # None: the CLI's own default
     thinking: JsonObject | None  # None: off, as far as the model can
     effort: str | None
     extra_body: JsonObject  # merged by the CLI into the top level of its request
     betas: tuple[str, ...]
+    breakpoint: Breakpoint | None
     cache_ttl: str  # "5m" or "1h", for every cache breakpoint of the request
-    ignored: tuple[str, ...]  # unknown top-level fields, for one warning in the log
+    is_login: bool  # the CLI runs on a claude.ai login
 
 
-@dataclass(frozen=True, slots=True)
-class _Rule:
-    """What a field must be: its kind, lower and upper bound or choices, and its own fields."""
-
-    kind: type
-    required: bool = False  # else absent and null are fine
-    low: float = float("-inf")
-    high: float = float("inf")
-    choices: tuple[str, ...] = ()
-    shape: Mapping[str, _Rule] = field(default_factory=dict)
-
-
-_Shape = Mapping[str, _Rule]
-_KINDS: Final = {
-    **{"string": str, "integer": int, "number": float, "boolean": bool},
-    **{"dictionary": dict, "list": list, "any": object},
-}
-_KIND_NAMES: Final = {kind: name for name, kind in _KINDS.items()}
-_RULE: Final = re.compile(
-    r"(?P<name>\w+)(?P<required>!?):(?P<kind>\w+)"
-    r"(?:=(?P<choices>[\w|/-]+))?(?:>=(?P<low>\d+))?(?:<=(?P<high>\d+))?\Z"
+_KIND_NAMES: Final = {str: "string", bool: "boolean", dict: "dictionary", list: "list"}
+EFFORTS: Final = ("low", "medium", "high", "xhigh", "max")
+# Top-level fields that do not travel in CLAUDE_CODE_EXTRA_BODY: they have a way of their own, are
+# the CLI's to say (metadata), or what it does anyway (a breakpoint on the last block).
+_OURS: Final = (
+    *("model", "messages", "system", "stream", "tools", "thinking", "output_config"),
+    *("output_format", "effort", "metadata", "cache_control", "thread"),
 )
-
-
-def _shape(rules: str, **shapes: _Shape) -> _Shape:
-    """Read rules as `name:kind`, with `!` behind a required name, and `=a|b`, `>=0`, `<=1`.
-
-    `shapes` are those of the fields that are dictionaries.
-    """
-    shape = {}
-    for text in rules.split():
-        rule = cast("re.Match[str]", _RULE.match(text))
-        shape[rule["name"]] = _Rule(
-            kind=_KINDS[rule["kind"]],
-            required=bool(rule["required"]),
-            low=float(rule["low"] or "-inf"),
-            high=float(rule["high"] or "inf"),
-            choices=tuple(rule["choices"].split("|")) if rule["choices"] else (),
-            shape=shapes.get(rule["name"], {}),
-        )
-    return shape
-
-
-_CACHEABLE: Final = _shape(
-    "cache_control:dictionary", cache_control=_shape("type!:string=ephemeral ttl:string=5m|1h")
-)
-_FORMAT: Final = _shape("type!:string=json_schema schema!:dictionary")
-_EFFORT: Final = "effort:string=low|medium|high|xhigh|max"
-# Fields that travel in CLAUDE_CODE_EXTRA_BODY just as they came. The sampling parameters, tools and
-# tool_choice have no other way; the rest are stable fields, or beta ones that a client sends
-# together with its `anthropic-beta` header.
-_PASSED: Final = _shape(
-    "temperature:number>=0<=1 top_p:number>=0<=1 top_k:integer>=0 stop_sequences:list tools:list"
-    " tool_choice:dictionary service_tier:string speed:string container:any inference_geo:string"
-    " diagnostics:dictionary mcp_servers:list context_management:dictionary",
-    tool_choice=_shape("type!:string=auto|any|tool|none name:string"),
-)
-_REQUEST: Final = {
-    **_PASSED,
-    **_CACHEABLE,  # the CLI marks the last block itself, which is what the top-level field asks for
-    **_shape(
-        "model!:string messages!:list max_tokens:integer>=0 stream:boolean system:any"
-        " thinking:dictionary output_config:dictionary output_format:dictionary"
-        " metadata:dictionary thread:any",
-        thinking=_shape(
-            "type!:string=enabled|adaptive|disabled|between_tools budget_tokens:integer"
-            " display:string"
-        ),
-        output_config={**_shape("format:dictionary", format=_FORMAT), **_shape(_EFFORT)},
-        output_format=_FORMAT,  # the older form of output_config.format
-    ),
-    **_shape(_EFFORT),  # this gateway's own, older form of output_config.effort
-}
-_TOOL: Final = {**_shape("type:string name:string"), **_CACHEABLE}
-_CUSTOM_TOOL: Final = _shape("name!:string input_schema!:dictionary")
-_TEXT_BLOCK: Final = {**_shape("type!:string=text text!:string"), **_CACHEABLE}
-_ENTRY: Final = _shape("role!:string=user|assistant|system content!:any")
-
-# The content blocks: where each may stand, and its required fields. Others pass verbatim.
-_USER, _ASSISTANT, _RESULT = "user messages", "assistant messages", "tool results"
-_TOOL_USE: Final = _shape("id!:string name!:string input!:dictionary")
-_BLOCKS: Final[dict[str, tuple[tuple[str, ...], _Shape]]] = {
-    "text": ((_USER, _ASSISTANT, _RESULT), _shape("text!:string")),
-    "image": ((_USER, _RESULT), _shape("source!:dictionary")),
-    "document": ((_USER, _ASSISTANT, _RESULT), _shape("source!:dictionary")),
-    "search_result": ((_USER, _RESULT), _shape("source!:string title!:string content!:list")),
-    "tool_result": ((_USER,), _shape("tool_use_id!:string is_error:boolean")),
-    "container_upload": ((_USER, _ASSISTANT), _shape("file_id!:string")),
-    "tool_reference": ((_RESULT,), _shape("tool_name!:string")),
-    "browser_state": ((_RESULT,), {}),
-    "tool_use": ((_ASSISTANT,), _TOOL_USE),
-    "thinking": ((_ASSISTANT,), _shape("thinking!:string signature!:string")),
-    "redacted_thinking": ((_ASSISTANT,), _shape("data!:string")),
-    "server_tool_use": ((_ASSISTANT,), _TOOL_USE),
-    "mcp_tool_use": ((_ASSISTANT,), _TOOL_USE),
-    "mcp_tool_listing": ((_ASSISTANT,), {}),
-    "compaction": ((_ASSISTANT,), {}),
-    "fallback": ((_ASSISTANT,), {}),
-}
-_SERVER_TOOLS: Final = (
-    *("web_search", "web_fetch", "tool_search", "advisor", "mcp"),
-    *("code_execution", "bash_code_execution", "text_editor_code_execution"),
-)
-for _tool in _SERVER_TOOLS:
-    _BLOCKS[f"{_tool}_tool_result"] = ((_ASSISTANT,), _shape("tool_use_id!:string"))
-_BLOCK: Final = {"type": _Rule(str, required=True, choices=tuple(_BLOCKS)), **_CACHEABLE}
 _IMAGE_MAGIC: Final = {
-    "image/png": b"\x89PNG\r\n\x1a\n",
-    "image/jpeg": b"\xff\xd8\xff",
-    "image/gif": b"GIF8",
-    "image/webp": b"RIFF",
+    **{"image/png": b"\x89PNG\r\n\x1a\n", "image/jpeg": b"\xff\xd8\xff"},
+    **{"image/gif": b"GIF8", "image/webp": b"RIFF"},
 }
-_URL, _FILE = _shape("url!:string"), _shape("file_id!:string")
-_SOURCES: Final[dict[str, dict[str, _Shape]]] = {
-    "image": {
-        "base64": _shape(f"media_type!:string={'|'.join(_IMAGE_MAGIC)} data!:string"),
-        "url": _URL,
-        "file": _FILE,
-    },
-    "document": {
-        "base64": _shape("media_type!:string=application/pdf data!:string"),
-        "text": _shape("media_type!:string=text/plain data!:string"),
-        "url": _URL,
-        "file": _FILE,
-        "content": _shape("content!:any"),
-    },
-}
-_TOOL_NAME: Final = re.compile(r"[a-zA-Z0-9_-]{1,128}\Z")
-_BETA: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*\Z")
-_SURROGATE_ESCAPE: Final = re.compile(rb"\\u[dD][89a-fA-F]")
-
-_Placed = tuple[str, JsonObject]  # a block, with the path under which the client sent it
+_BETA: Final = re.compile(r"(?!claude-code-|oauth-)[A-Za-z0-9][A-Za-z0-9_.-]*\Z")  # not the CLI's
 
 
 def parse_json(raw: bytes) -> JsonObject:
-    """Parse a request body.
-
-    Raises InvalidRequest for what is not a JSON object in UTF-8 that every later step can carry:
-    NaN, infinities, lone surrogates and nesting deeper than `MAX_JSON_DEPTH` are refused.
+    """Parse a request body: a JSON object in UTF-8 that every later step can carry.
 
     Okay: {"a": [1, 2.5, "\\u00e9", null]}
     Okay: {"a": "\\ud83d\\ude00"}
-    400: {"a": NaN}
     400: {"a": 1e999}
     400: {"a": "\\ud83d"}
     400: [1]
-    400: {"a": 1
     """
     try:
-        body = json.loads(raw.decode("utf-8"), parse_constant=_finite, parse_float=_finite)
-        if _SURROGATE_ESCAPE.search(raw):
-            json.dumps(body, ensure_ascii=False).encode("utf-8")
+        body = json.loads(raw.decode("utf-8"))
+        json.dumps(body, ensure_ascii=False, allow_nan=False).encode("utf-8")
     except RecursionError:
         raise InvalidRequest("The request body is nested too deeply") from None
-    except ValueError as exc:  # bad UTF-8, bad JSON, a refused number, an integer of 4301 digits
+    except ValueError as exc:  # bad UTF-8 or JSON, NaN, a lone surrogate, an integer of 4301 digits
         raise InvalidRequest(f"The request body is not valid JSON: {exc}") from None
     if not isinstance(body, dict):
         raise InvalidRequest("The request body must be a JSON object")
-    level: list[Any] = [body]
-    for _ in range(MAX_JSON_DEPTH):
+    if is_deeper(body, MAX_JSON_DEPTH):
+        raise InvalidRequest(f"The request body is nested deeper than {MAX_JSON_DEPTH} levels")
+    return body
+
+
+def is_deeper(value: Any, limit: int) -> bool:
+    """Say whether lists and dictionaries are nested more than `limit` levels deep."""
+    level = [value]
+    for _ in range(limit):
         nested = (node.values() if isinstance(node, dict) else node for node in level)
         level = [child for node in nested for child in node if isinstance(child, (dict, list))]
-        if not level:
-            return body
-    raise InvalidRequest(f"The request body is nested deeper than {MAX_JSON_DEPTH} levels")
+    return bool(level)
 
 
-def _finite(text: str) -> float:
-    number = float(text)
-    if not math.isfinite(number):
-        raise ValueError(f"{text} is not a JSON number")
-    return number
+def expect(value: Any, kind: type[_T], path: str) -> _T:
+    """Return a value that is of a kind. Raises InvalidRequest that names its path."""
+    if not isinstance(value, kind):
+        raise InvalidRequest(f"{path}: Input should be a valid {_KIND_NAMES[kind]}")
+    return value
+
+
+def require(owner: JsonObject, name: str, kind: type[_T], path: str = "") -> _T:
+    """Return a field that must be there. `path` is the owner's, "" for the whole body."""
+    place = f"{path}.{name}" if path else name
+    if owner.get(name) is None:
+        raise InvalidRequest(f"{place}: Field required")
+    return expect(owner[name], kind, place)
+
+
+def optional(owner: JsonObject, name: str, kind: type[_T], path: str = "") -> _T | None:
+    """Return a field, None where it is absent or null."""
+    return None if owner.get(name) is None else require(owner, name, kind, path)
+
+
+def objects(owner: JsonObject, name: str, path: str = "") -> Iterator[Placed]:
+    """Yield the objects of a list, each with its path; none where the list is absent."""
+    for index, item in enumerate(optional(owner, name, list, path) or []):
+        place = f"{path}.{name}.{index}" if path else f"{name}.{index}"
+        yield place, expect(item, dict, place)
+
+
+def _object(value: Any) -> JsonObject:
+    return value if isinstance(value, dict) else {}
+
+
+def without_nulls(owner: JsonObject) -> JsonObject:
+    """Return an object less its fields that are null."""
+    return {name: value for name, value in owner.items() if value is not None}
+
+
+def as_blocks(content: Any) -> Any:
+    """Return content as a list of blocks, a string as one text block."""
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content
 
 
 def parse_count_request(body: JsonObject, betas: str = "") -> Turn:
     """Check a count_tokens request, which needs no max_tokens, and return it as a Turn."""
-    return _parse_turn(body, betas, login=False, counts_only=True)
+    system, entries = _parse_system(body), _parse_entries(body)
+    return to_turn(body, system, entries, betas, is_login=False, is_count=True)
 
 
-def parse_messages_request(body: JsonObject, betas: str = "", *, login: bool = False) -> Turn:
-    """Check a Messages API request and return it as a Turn. Takes ownership of `body`.
-
-    `betas` is the value of the anthropic-beta header. `login` says that the CLI runs on a claude.ai
-    login, where it puts reminders before the last user message (see `_place_breakpoints`).
-    Raises InvalidRequest, its message starting with the field's path.
+def parse_messages_request(body: JsonObject, betas: str = "", *, is_login: bool = False) -> Turn:
+    """Check a Messages API request, with the anthropic-beta header, and return it as a Turn.
 
     Okay: {"model": "m", "max_tokens": 8, "messages": [{"role": "user", "content": "hi"}]}
     400 model: {"max_tokens": 8, "messages": [{"role": "user", "content": "hi"}]}
     400 max_tokens: {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
-    400 max_tokens: {"model": "m", "max_tokens": true, "messages": []}
     400 messages: {"model": "m", "max_tokens": 8, "messages": []}
     400 messages.0.role: {"model": "m", "max_tokens": 8, "messages": [{"role": "bot"}]}
     """
     if body.get("thread") is not None:
         # The SDKs' tool runners then resend the whole history (messages-api.md section 9).
-        raise InvalidRequest(
-            "thread: message threads are not supported; send the whole history",
-            details={"error_code": "thread_unsupported_request"},
-        )
-    if body.get("max_tokens") is None:
+        problem = "thread: message threads are not supported; send the whole history"
+        raise InvalidRequest(problem, details={"error_code": "thread_unsupported_request"})
+    if body.get("max_tokens") is None:  # the CLI would put a number of its own
         raise InvalidRequest("max_tokens: Field required")
-    return _parse_turn(body, betas, login=login)
+    return to_turn(body, _parse_system(body), _parse_entries(body), betas, is_login=is_login)
 
 
-def _parse_turn(body: JsonObject, betas: str, *, login: bool, counts_only: bool = False) -> Turn:
-    """Check everything but `max_tokens` being there, which chat completions do without."""
-    _check(body, "", _REQUEST)
-    if not body["model"].strip():
+def to_turn(
+    body: JsonObject,
+    system: Sequence[JsonObject],
+    entries: Sequence[Entry],
+    betas: str = "",
+    *,
+    is_login: bool,
+    is_count: bool = False,
+) -> Turn:
+    """Return the Turn of a system prompt, messages, and all else from `body`, checked here."""
+    if not require(body, "model", str).strip():
         raise InvalidRequest("model: String should have at least 1 character")
-    _check_tools(body)
-    system = _parse_system(body)
-    thinking = body.get("thinking")
-    if thinking is not None and thinking["type"] == "disabled":
-        thinking = None
-    if thinking is None and body.get("top_p") is not None and body.get("temperature") is None:
-        # With thinking off the CLI sends temperature 1 (seen, 2.1.330), and upstream refuses the
-        # two together. Off by way of the body, it sends none.
-        thinking = {"type": "disabled"}
-    messages = _parse_messages(body, counts_only=counts_only)
-    history, query = messages[:-1], messages[-1]
-
-    output_config = dict(body.get("output_config") or {})
+    output_config = dict(optional(body, "output_config", dict) or {})
     effort = output_config.pop("effort", None) or body.get("effort")
-    if output_config.get("format") is None:
+    if effort is not None and effort not in EFFORTS:  # the CLI would leave it out
+        raise InvalidRequest(f"effort: Input should be {' or '.join(map(repr, EFFORTS))}")
+    if output_config.get("format") is None:  # output_format is its older form
         output_config["format"] = body.get("output_format")
-    passed = {name: body.get(name) for name in (*_PASSED, "max_tokens")}
-    passed["thinking"] = thinking
-    passed["output_config"] = _without_nulls(output_config) or None
-
-    contents = [message.content for message in messages]
-    marked = _marked([{**body, "type": None}, body.get("system"), body.get("tools"), contents])
-    asks_1h = any(block["cache_control"].get("ttl") == "1h" for block in marked)
-    # The API refuses a 1h breakpoint after a 5m one, and the CLI sets its own before and after the
-    # client's, so all have one ttl. With a login the CLI itself uses 1h (seen, 2.1.330).
-    cache_ttl = "1h" if login or asks_1h else "5m"
+    thinking = optional(body, "thinking", dict)
+    if thinking is None or thinking.get("type") == "disabled":
+        # With thinking off the CLI sends temperature 1 (seen, 2.1.330), and upstream refuses that
+        # with top_p. Off by way of the body, it sends none.
+        is_alone = body.get("top_p") is not None and body.get("temperature") is None
+        thinking = {"type": "disabled"} if is_alone else None
+    passed = {name: value for name, value in body.items() if name not in _OURS}
+    passed |= {"thinking": thinking, "output_config": without_nulls(output_config) or None}
+    messages, marks = _merge(entries, is_count=is_count)
+    tools, tool_marks = take_marks([tool for _, tool in objects(body, "tools")])
+    every = [*take_marks(system)[1], *tool_marks, *itertools.chain(*marks)]
+    asks_1h = any(_object(mark).get("ttl") == "1h" for mark in (*every, body.get("cache_control")))
+    max_tokens = body.get("max_tokens")
     return Turn(
         model=body["model"],
-        stream=bool(body.get("stream")),
-        system=system,
-        history=_place_breakpoints(history, query, body.get("tools") or [], cache_ttl, login=login),
-        query=query,
-        max_tokens=body.get("max_tokens"),
+        stream=bool(optional(body, "stream", bool)),
+        system="\n\n".join(block["text"] for block in system),
+        messages=tuple(messages),
+        digests=tuple(map(digest_message, messages)),
+        tools=tools,
+        max_tokens=max_tokens if isinstance(max_tokens, int) else None,
         thinking=thinking,
         effort=effort,
-        extra_body=_without_nulls(passed),
-        betas=_parse_betas(betas),
-        cache_ttl=cache_ttl,
-        ignored=tuple(sorted(name for name in body if name not in _REQUEST)),
+        extra_body=without_nulls(passed),
+        betas=tuple(dict.fromkeys(filter(_BETA.match, map(str.strip, betas.split(","))))),
+        breakpoint=_breakpoint(messages, marks, tool_marks, is_login=is_login),
+        # The API refuses a 1h breakpoint after a 5m one, and the CLI sets its own before and after
+        # the client's, so all have one ttl. With a login the CLI itself uses 1h (seen, 2.1.330).
+        cache_ttl="1h" if is_login or asks_1h else "5m",
+        is_login=is_login,
     )
 
 
-def _without_nulls(owner: JsonObject) -> JsonObject:
-    return {name: value for name, value in owner.items() if value is not None}
-
-
-def _check(owner: JsonObject, path: str, shape: _Shape) -> None:
-    """Check an object's fields against their rules. Raises InvalidRequest naming the first bad one.
-
-    `path` is the object's own with a trailing dot, "" for the whole body.
-    """
-    for name, rule in shape.items():
-        value = owner.get(name)
-        if value is None:
-            if rule.required:
-                raise InvalidRequest(f"{path}{name}: Field required")
-            continue
-        _check_value(value, f"{path}{name}", rule)
-
-
-def _check_value(value: Any, path: str, rule: _Rule) -> None:
-    accepted: Any = (int, float) if rule.kind is float else rule.kind
-    is_bool_for_number = isinstance(value, bool) and rule.kind in (int, float)
-    if is_bool_for_number or not isinstance(value, accepted):
-        raise InvalidRequest(f"{path}: Input should be a valid {_KIND_NAMES[rule.kind]}")
-    if rule.choices and value not in rule.choices:
-        raise InvalidRequest(f"{path}: Input should be {' or '.join(map(repr, rule.choices))}")
-    if rule.kind in (int, float) and value < rule.low:
-        raise InvalidRequest(f"{path}: Input should be greater than or equal to {rule.low:g}")
-    if rule.kind in (int, float) and value > rule.high:
-        raise InvalidRequest(f"{path}: Input should be less than or equal to {rule.high:g}")
-    if rule.shape:
-        _check(value, f"{path}.", rule.shape)
-
-
-def _objects(owner: JsonObject, name: str) -> Iterator[tuple[str, JsonObject]]:
-    """Yield the objects of a top-level list, each with its path."""
-    items = owner.get(name) or []
-    _check_value(items, name, _Rule(list))
-    for index, item in enumerate(items):
-        _check_value(item, f"{name}.{index}", _Rule(dict))
-        yield f"{name}.{index}", item
-
-
-def _parse_system(body: JsonObject) -> tuple[str, ...]:
-    """Return the system prompt's texts; the CLI joins them with a blank line."""
+def _parse_system(body: JsonObject) -> list[JsonObject]:
+    """Return the system prompt's text blocks; none for a blank string."""
     if isinstance(body.get("system"), str):
-        return (body["system"],) if body["system"].strip() else ()
-    texts = []
-    for path, block in _objects(body, "system"):
-        _check(block, f"{path}.", _TEXT_BLOCK)
-        if not block["text"].strip():
-            raise InvalidRequest("system: text content blocks must be non-empty")
-        texts.append(block["text"])
-    return tuple(texts)
+        return as_blocks(body["system"]) if body["system"].strip() else []
+    placed = list(objects(body, "system"))
+    if not all(require(block, "text", str, path).strip() for path, block in placed):
+        raise InvalidRequest("system: text content blocks must be non-empty")
+    return [block for _, block in placed]
 
 
-def _check_tools(body: JsonObject) -> None:
-    """Check what the API would refuse of tools and lists; the rest of a tool passes verbatim."""
-    names = set()
-    for path, tool in _objects(body, "tools"):
-        _check(tool, f"{path}.", _TOOL)
-        if tool.get("type") in (None, "custom"):  # typed tools need neither name nor schema
-            _check(tool, f"{path}.custom.", _CUSTOM_TOOL)
-        name = tool.get("name")
-        if name is not None and not _TOOL_NAME.match(name):
-            problem = "String should match pattern '^[a-zA-Z0-9_-]{1,128}$'"
-            raise InvalidRequest(f"{path}.custom.name: {problem}")
-        if name is not None and name in names:
-            raise InvalidRequest("tools: Tool names must be unique.")
-        names.add(name)
-    choice = body.get("tool_choice") or {}
-    if choice.get("type") == "tool" and choice.get("name") is None:
-        raise InvalidRequest("tool_choice.tool.name: Field required")
-    for index, sequence in enumerate(body.get("stop_sequences") or []):
-        _check_value(sequence, f"stop_sequences.{index}", _Rule(str))
+def _parse_entries(body: JsonObject) -> list[Entry]:
+    """Check `messages`; `system` ones become user text: a line of that role ends the CLI."""
+    require(body, "messages", list)
+    entries = []
+    for path, entry in objects(body, "messages"):
+        role, content = entry.get("role"), entry.get("content")
+        if role not in ("user", "assistant", "system"):
+            raise InvalidRequest(f"{path}.role: Input should be 'user' or 'assistant'")
+        if content is None:
+            raise InvalidRequest(f"{path}.content: Field required")
+        if content in ("", []):
+            problem = "must have non-empty content except for the optional final assistant message"
+            raise InvalidRequest(f"{path}: all messages {problem}")
+        if not isinstance(content, (str, list)):
+            raise InvalidRequest(f"{path}.content: Input should be a valid string or list")
+        blocks = list(objects({"content": as_blocks(content)}, "content", path))
+        for placed in blocks:
+            check_block(*placed)
+        if is_folded := role == "system":
+            texts = [require(block, "text", str, place) for place, block in blocks]
+            told = [f"<system-reminder>\n{text}\n</system-reminder>" for text in texts]
+            blocks = [(path, block) for text in told for block in as_blocks(text)]
+        entries.append(Entry("user" if is_folded else role, path, blocks, is_folded))
+    return entries
 
 
-def _parse_betas(header: str) -> tuple[str, ...]:
-    """Split an anthropic-beta header; the CLI's own names of itself are left to the CLI."""
-    names = (name.strip() for name in header.split(","))
-    kept = [n for n in names if _BETA.match(n) and not n.startswith(("claude-code-", "oauth-"))]
-    return tuple(dict.fromkeys(kept))
-
-
-@dataclass(frozen=True, slots=True)
-class _Parsed:
-    """One entry of `messages`, before merging."""
-
-    role: Role
-    text: str | None  # the content where it was a string
-    blocks: list[_Placed]
-    folded: bool = False  # it was a system entry
-
-
-def _parse_messages(body: JsonObject, *, counts_only: bool) -> list[Message]:
-    """Check the conversation and return it with alternating roles, ending with the user's.
-
-    A mid-conversation `system` entry becomes text of the neighbouring user message, since a line
-    with that role ends the CLI's process; consecutive messages of one role are merged, as the API
-    does (the CLI would merge them itself but add a newline).
-    """
-    entries = list(_objects(body, "messages"))
-    if not entries:
-        raise InvalidRequest("messages: at least one message is required")
-    if len(entries) > MAX_MESSAGES:
-        raise InvalidRequest(f"messages: List should have at most {MAX_MESSAGES} items")
-    parsed = [_parse_message(path, entry) for path, entry in entries]
-    messages, all_blocks = [], []
-    for role, group in itertools.groupby(parsed, key=lambda message: message.role):
-        parts = list(group)
-        blocks = [placed for part in parts for placed in part.blocks]
-        if any(part.folded for part in parts):  # tool results must stay in front
-            blocks.sort(key=lambda placed: placed[1]["type"] != "tool_result")
-        if all("thinking" in block["type"] for _, block in blocks):  # the CLI would drop it
-            path = blocks[-1][0].partition(".content")[0]
-            raise InvalidRequest(
-                f"{path}: The final block in an assistant message cannot be `thinking`."
-            )
-        whole = parts[0].text if len(parts) == 1 else None
-        messages.append(Message(role, [b for _, b in blocks] if whole is None else whole))
-        all_blocks.append(blocks)
-    if messages[-1].role != "user" and not counts_only:
-        raise InvalidRequest(
-            "messages: This gateway does not support assistant message prefill. "
-            "The conversation must end with a user message."
-        )
-    _check_tool_pairs(all_blocks)
-    return messages
-
-
-def _parse_message(path: str, entry: JsonObject) -> _Parsed:
-    _check(entry, f"{path}.", _ENTRY)
-    content = entry["content"]
-    if content in ("", []):
-        raise InvalidRequest(
-            f"{path}: all messages must have non-empty content"
-            " except for the optional final assistant message"
-        )
-    text = content if isinstance(content, str) else None
-    items = [{"type": "text", "text": text}] if text is not None else content
-    if not isinstance(items, list):
-        raise InvalidRequest(f"{path}.content: Input should be a valid string or list")
-    where = _ASSISTANT if entry["role"] == "assistant" else _USER
-    blocks = [(f"{path}.content.{index}", item) for index, item in enumerate(items)]
-    for block_path, block in blocks:
-        _check_block(block, block_path, where)
-    if entry["role"] == "system":
-        return _Parsed("user", None, [_as_reminder(*placed) for placed in blocks], folded=True)
-    return _Parsed(entry["role"], text, blocks)
-
-
-def _as_reminder(path: str, block: JsonObject) -> _Placed:
-    """Turn a block of a mid-conversation system entry into user text, in the CLI's own form."""
-    _check(block, f"{path}.", _TEXT_BLOCK)
-    return path, {**block, "text": f"<system-reminder>\n{block['text']}\n</system-reminder>"}
-
-
-def _check_block(block: Any, path: str, where: str) -> None:
-    """Check one content block: known type, in its place, with its required fields."""
-    _check_value(block, path, _Rule(dict))
-    _check(block, f"{path}.", _BLOCK)
-    kind = block["type"]
-    places, shape = _BLOCKS[kind]
-    if where not in places:
-        raise InvalidRequest(f"{path}: `{kind}` blocks are not allowed in {where}")
-    _check(block, f"{path}.{kind}.", shape)
-    if kind == "text" and not block["text"].strip():
+def check_block(path: str, block: JsonObject) -> None:
+    """Check one content block for what the CLI would not hand on as it is (cli-contract.md)."""
+    kind = require(block, "type", str, path)
+    inside = f"{path}.{kind}"  # as the API names what is in a block
+    if kind == "text" and not require(block, "text", str, inside).strip():
         problem = "contain non-whitespace text" if block["text"] else "be non-empty"
         raise InvalidRequest(f"{path}: text content blocks must {problem}")
-    if kind in _SOURCES:
-        _check_source(block["source"], f"{path}.{kind}.source", kind)
+    if kind == "image":
+        check_image(f"{inside}.source", require(block, "source", dict, inside))
+    if kind in ("tool_use", "server_tool_use"):
+        require(block, "id", str, inside), require(block, "name", str, inside)
+        require(block, "input", dict, inside)
     if kind == "tool_result":
-        _check_tool_result(block, f"{path}.{kind}")
+        require(block, "tool_use_id", str, inside)
+        if not isinstance(block.get("content"), str):
+            for place, part in objects(block, "content", inside):
+                check_block(place, part)
+                if block.get("is_error") and part["type"] != "text":  # the CLI would drop it
+                    problem = "all content must be type `text` if `is_error` is true"
+                    raise InvalidRequest(f"{place}: {problem}")
 
 
-def _check_source(source: JsonObject, path: str, kind: str) -> None:
-    """Check an image's or a document's source.
-
-    The CLI turns bytes that are no image into a text note, so those are refused here.
-    """
-    forms = _SOURCES[kind]
-    _check(source, f"{path}.", {"type": _Rule(str, True, choices=tuple(forms))})
-    form = source["type"]
-    _check(source, f"{path}.{form}.", forms[form])
-    if form != "base64":
+def check_image(path: str, source: JsonObject) -> None:
+    """Check an image's bytes: what is no image the CLI would turn into a text note."""
+    if source.get("type") != "base64":
         return
+    media_type, path = source.get("media_type"), f"{path}.base64"
     try:
-        head = base64.b64decode(source["data"], validate=True)[:16]
+        head = base64.b64decode(require(source, "data", str, path), validate=True)[:16]
     except ValueError:
-        raise InvalidRequest(f"{path}.base64.data: Input should be valid base64") from None
+        raise InvalidRequest(f"{path}.data: Input should be valid base64") from None
     found = [media for media, magic in _IMAGE_MAGIC.items() if head.startswith(magic)]
-    if kind == "image" and source["media_type"] not in found:
+    if media_type not in found:
         problem = f"the image appears to be a {found[0]} image" if found else "it is no image"
         raise InvalidRequest(
-            f"{path}.base64.data: Could not process image: the image was specified using the"
-            f" {source['media_type']} media type, but {problem}"
+            f"{path}.data: Could not process image: the image was specified using the"
+            f" {media_type} media type, but {problem}"
         )
 
 
-def _check_tool_result(block: JsonObject, path: str) -> None:
-    content = block.get("content")
-    if content is None or isinstance(content, str):
-        return
-    _check_value(content, f"{path}.content", _Rule(list))
-    for index, part in enumerate(content):
-        _check_block(part, f"{path}.content.{index}", _RESULT)
-        if block.get("is_error") and part["type"] != "text":  # the CLI would drop it
-            raise InvalidRequest(
-                f"{path}.content.{index}: all content must be type `text` if `is_error` is true"
-            )
+def _merge(entries: Sequence[Entry], *, is_count: bool) -> tuple[list[Message], list[_Marks]]:
+    """Join the messages of one role, as the API does (the CLI would itself, but add a newline)."""
+    if not entries:
+        raise InvalidRequest("messages: at least one message is required")
+    messages, marks, placed = [], [], []
+    for role, group in itertools.groupby(entries, key=lambda entry: entry.role):
+        parts = list(group)
+        blocks = [block for part in parts for block in part.blocks]
+        if any(part.is_folded for part in parts):  # tool results must stay in front
+            blocks.sort(key=lambda block: block[1]["type"] != "tool_result")
+        if all("thinking" in block["type"] for _, block in blocks):  # the CLI would drop it
+            problem = "The final block in an assistant message cannot be `thinking`."
+            raise InvalidRequest(f"{parts[-1].path}: {problem}")
+        clean, taken = take_marks([block for _, block in blocks])
+        messages.append(Message(role, clean))
+        marks.append(taken)
+        placed.append((parts[-1].path, blocks))
+    if messages[-1].role != "user" and not is_count:
+        problem = "This gateway does not support assistant message prefill."
+        raise InvalidRequest(f"messages: {problem} The conversation must end with a user message.")
+    _check_tool_pairs(placed)
+    return messages, marks
 
 
-def _check_tool_pairs(messages: Sequence[list[_Placed]]) -> None:
-    """Check that each tool_use is answered in the next message, and each result has its tool_use.
-
-    The CLI would invent the missing result and blank the orphan; the API refuses both. A server
-    tool has its result in the same message.
-    """
+def _check_tool_pairs(messages: Iterable[tuple[str, list[Placed]]]) -> None:
+    """Refuse calls without results and the reverse: the CLI would invent and blank, silently."""
     seen: set[str] = set()
-    asked: list[str] = []  # the ids of the message before
-    asked_path = ""
-    for blocks in messages:
-        answered = []
-        results = [block.get("tool_use_id") for _, block in blocks]
+    asked: dict[str, str] = {}  # ids of the message before, with the path of that message
+    for message_path, blocks in messages:
+        here = {block.get("tool_use_id") for _, block in blocks}  # where server tools are answered
+        now: dict[str, str] = {}
         for path, block in blocks:
-            if block["type"] == "server_tool_use" and block["id"] not in results:
+            kind, tool_id = block["type"], block.get("id")
+            if kind == "server_tool_use" and tool_id not in here:
                 raise InvalidRequest(
-                    f"{path}: `{block['name']}` tool use with id `{block['id']}` was found without"
+                    f"{path}: `{block['name']}` tool use with id `{tool_id}` was found without"
                     f" a corresponding `{block['name']}_tool_result` block"
                 )
-            if block["type"] != "tool_result":
-                continue
-            if block["tool_use_id"] not in asked or block["tool_use_id"] in answered:
+            if kind == "tool_result" and asked.pop(block["tool_use_id"], None) is None:
                 raise InvalidRequest(
                     f"{path}: unexpected `tool_use_id` found in `tool_result` blocks:"
                     f" {block['tool_use_id']}. Each `tool_result` block must have a corresponding"
                     " `tool_use` block in the previous message."
                 )
-            answered.append(block["tool_use_id"])
-        if missing := [tool_id for tool_id in asked if tool_id not in answered]:
-            raise InvalidRequest(
-                f"{asked_path}: `tool_use` ids were found without `tool_result` blocks immediately"
-                f" after: {', '.join(missing)}. Each `tool_use` block must have a corresponding"
-                " `tool_result` block in the next message."
-            )
-        asked = []
-        for path, block in blocks:
-            if block["type"] == "tool_use":
+            if kind == "tool_use":
                 if block["id"] in seen:
-                    raise InvalidRequest(f"{path}.tool_use.id: `tool_use` ids must be unique")
+                    raise InvalidRequest(f"{path}.id: `tool_use` ids must be unique")
                 seen.add(block["id"])
-                asked.append(block["id"])
-                asked_path = path.partition(".content")[0]
+                now[block["id"]] = message_path
+        if asked:
+            raise InvalidRequest(
+                f"{next(iter(asked.values()))}: `tool_use` ids were found without `tool_result`"
+                f" blocks immediately after: {', '.join(asked)}. Each `tool_use` block must have a"
+                " corresponding `tool_result` block in the next message."
+            )
+        asked = now
 
 
-def _marked(node: Any) -> Iterator[JsonObject]:
-    """Yield, in order, the blocks and tools below `node` that carry a cache_control."""
-    if isinstance(node, list):
-        for item in node:
-            yield from _marked(item)
-    elif isinstance(node, dict):
-        if node.get("type") == "tool_result":
-            yield from _marked(node.get("content"))
-        if node.get("cache_control"):
-            yield node
+def take_marks(blocks: Sequence[JsonObject]) -> tuple[list[JsonObject], _Marks]:
+    """Take the breakpoints off blocks or tools; one inside a tool result counts as one on it."""
+    clean, marks = [], []
+    for block in blocks:
+        kept, mark = dict(block), None
+        if _object(block.get("cache_control")).get("type") == "ephemeral":
+            mark = kept.pop("cache_control")
+        if block.get("type") == "tool_result" and isinstance(block.get("content"), list):
+            kept["content"], inner = take_marks(block["content"])
+            mark = mark or next(filter(None, reversed(inner)), None)
+        clean.append(kept)
+        marks.append(mark)
+    return clean, marks
 
 
-def _place_breakpoints(
-    history: list[Message], query: Message, tools: list[JsonObject], ttl: str, *, login: bool
-) -> tuple[Message, ...]:
-    """Thin out the client's cache breakpoints, in place, so that at most four go upstream.
-
-    The CLI sets three: two system blocks and the last message block (seen, 2.1.330). That leaves
-    one. With an API key it is the client's latest. With a login the CLI's reminders stand in the
-    last user message and so move from call to call; the one that keeps the history cached is on the
-    last block before it. Returns the history.
-    """
-    last_block = query.content[-1] if isinstance(query.content, list) else None
-    marked = [*_marked(tools), *_marked([m.content for m in history]), *_marked(query.content)]
-    spare = [block for block in marked if block is not last_block]  # the CLI marks that one itself
-    kept = [] if login and history else spare[-1:]
-    for block in marked:
-        if not any(block is other for other in kept):
-            del block["cache_control"]
-    if login and history:
-        before, last = history[:-1], history[-1]
-        content = last.content
-        blocks = [{"type": "text", "text": content}] if isinstance(content, str) else content
-        # thinking blocks take no cache_control
-        kept = [block for block in blocks if "thinking" not in block["type"]][-1:]
-        history = [*before, Message(last.role, blocks)]
-    for block in kept:
-        if ttl == "1h" or login:
-            block["cache_control"] = {"type": "ephemeral", "ttl": ttl}
-    return tuple(history)
+def _breakpoint(
+    messages: Sequence[Message], marks: Sequence[_Marks], tool_marks: _Marks, *, is_login: bool
+) -> Breakpoint | None:
+    """Choose the client's latest as the fourth and last breakpoint that the API takes."""
+    # The CLI sets three: two system blocks and the last message block (seen, 2.1.330).
+    if is_login and len(messages) > 1:
+        # its reminders move with the last user message: the block before keeps the history cached
+        before = messages[-2].content
+        blocks = [at for at, block in enumerate(before) if "thinking" not in block["type"]]
+        return Breakpoint(len(messages) - 2, blocks[-1])  # thinking blocks take none
+    every = [(None, tool_marks), *enumerate(marks)]
+    places = [Breakpoint(of, at) for of, its in every for at, mark in enumerate(its) if mark]
+    last = Breakpoint(len(messages) - 1, len(messages[-1].content) - 1)  # the CLI marks it itself
+    return next((place for place in reversed(places) if place != last), None)
 
 
-def hash_conversation(turn: Turn, caller: Caller) -> hashlib._Hash:
-    """Return a running digest of all that comes before a turn's last message.
-
-    Two requests have the same one where the model would be told the same by the same caller, in
-    whatever of the API's ways it is written. `hash_message` carries it on.
-    """
-    tools = _unmarked(turn.extra_body.get("tools"))
-    # the CLI keeps its first turn's betas, and all breakpoints of a request have one ttl
-    told = [turn.model, turn.system, tools, turn.betas, turn.cache_ttl]
-    begin = json.dumps(told, sort_keys=True)
-    digest = hashlib.sha256(caller.identity + begin.encode("ascii"))
-    for message in turn.history:
-        hash_message(digest, message)
-    return digest
-
-
-def hash_message(digest: hashlib._Hash, message: Message) -> None:
-    """Take one more message into a running digest."""
-    digest.update(json.dumps([message.role, _as_blocks(message.content)]).encode("ascii"))
-
-
-def _as_blocks(content: Any) -> Any:
-    """Return content in the one form that all its forms are compared in."""
-    return _canonical([{"type": "text", "text": content}] if isinstance(content, str) else content)
-
-
-_SAYS_NOTHING: Final = ("cache_control", "caller")  # the CLI itself drops a tool_use's `caller`
+def digest_message(message: Message) -> bytes:
+    """Return what two messages have in common that tell the model the same, however written."""
+    try:
+        said = json.dumps([message.role, _canonical(message.content)])
+    except RecursionError:  # an answer's tool input; such a message is like no other
+        said = uuid.uuid4().hex
+    return hashlib.sha256(said.encode("ascii")).digest()
 
 
 def _canonical(node: Any) -> Any:
@@ -934,62 +740,383 @@ def _canonical(node: Any) -> Any:
         if name == "input":
             kept[name] = json.dumps(value, sort_keys=True)
         elif name == "content" and node.get("type") == "tool_result":
-            kept[name] = _as_blocks(value)
-        elif value is not None and value is not False and name not in _SAYS_NOTHING:
+            kept[name] = _canonical(as_blocks(value))
+        elif value is not None and value is not False and name != "caller":  # the CLI drops it
             kept[name] = _canonical(value)
     return kept
 
 
-def without_breakpoints(turn: Turn) -> Turn:
-    """Return a turn whose last message and tools have no cache breakpoints of the client's.
+# ======================================================================== Lines
+# What a turn is in the CLI's own protocol: settings, lines, tool results. Pure: no I/O, no state.
+# Follows cli-contract.md; what is not obvious there was seen on 2.1.300 to 2.1.331.
 
-    In a conversation that goes on in its process, the CLI's own are on every last message; with
-    one more from each turn they would soon be over the four that the API takes.
-    """
-    body = {**turn.extra_body, "tools": _unmarked(turn.extra_body.get("tools"))}
-    query = Message("user", _unmarked(turn.query.content))
-    return dataclasses.replace(turn, query=query, extra_body=_without_nulls(body))
-
-
-def _unmarked(node: Any) -> Any:
-    if isinstance(node, list):
-        return [_unmarked(item) for item in node]
-    if not isinstance(node, dict):
-        return node
-    kept = {name: value for name, value in node.items() if name != "cache_control"}
-    if node.get("type") == "tool_result" and "content" in node:
-        kept["content"] = _unmarked(node["content"])
-    return kept
+TOOL_SERVER: Final = "t"  # the MCP server under which a request's tools are registered
+# The size in tokens from which on the CLI refuses to call upstream ("Prompt is too long").
+_NO_LIMIT: Final = {"CLAUDE_CODE_BLOCKING_LIMIT_OVERRIDE": "1000000000"}
+_NO_CALLS: Final = {"CLAUDE_CODE_BLOCKING_LIMIT_OVERRIDE": "1"}
+_SAYS_SOMETHING: Final = re.compile(r"[^\s\ufeff]")
+_BLANK_END: Final = re.compile(r"\A[\s\ufeff]|[\s\ufeff]\Z")
 
 
-# ================================================================== CLI process
-# Finding the CLI, and one running `claude` as an object: its arguments, environment and line
-# protocol. Knows nothing of HTTP. A Child is used by one thread at a time (the pool hands it over);
-# all of its pipes are moved by that thread in `_pump`, so no child can block on a full pipe while
-# we block on another, and no thread is needed per pipe.
+def _marked(turn: Turn, message: int | None, items: list[JsonObject]) -> list[JsonObject]:
+    """Return a message's blocks, or the tools (None), with the turn's breakpoint if it is there."""
+    if turn.breakpoint is None or turn.breakpoint.message != message:
+        return items
+    mark = {"type": "ephemeral"} | ({"ttl": turn.cache_ttl} if turn.cache_ttl != "5m" else {})
+    at = turn.breakpoint.at
+    return [*items[:at], {**items[at], "cache_control": mark}, *items[at + 1 :]]
 
-CLI_INSTALL_PLACES: Final = ("~/.local/bin/claude", "~/.claude/local/claude")
+
+def to_flag_settings(turn: Turn, model: str, *, is_marked: bool = True) -> JsonObject:
+    """Return the settings of `apply_flag_settings` for a turn; every per-request one is given."""
+    # `model` is no alias: with one a later change of the system prompt is refused;
+    # the CLI goes on sending tools that were taken off its list, so every body says which
+    tools = _marked(turn, None, turn.tools) if is_marked else turn.tools
+    variables = {
+        "CLAUDE_CODE_EXTRA_BODY": json.dumps({**turn.extra_body, "tools": tools}),
+        "ANTHROPIC_BETAS": ",".join(turn.betas),
+        "CLAUDE_CODE_PROMPT_CACHE_TTL": turn.cache_ttl,
+        # the body's max_tokens is in extra_body; this is for the CLI's own sums
+        "CLAUDE_CODE_MAX_OUTPUT_TOKENS": str(turn.max_tokens or ""),
+        "MCP_TOOL_TIMEOUT": "100000000",  # ms; tool calls wait as long as they must
+        **_NO_LIMIT,
+    }
+    return {"env": variables, "model": model, "effortLevel": turn.effort}
+
+
+def named_tools(turn: Turn) -> list[JsonObject]:
+    """Return the tools to register: those that can be called by name."""
+    return [tool for tool in turn.tools if tool.get("name")]
+
+
+def to_name(tool: JsonObject) -> str:
+    """Return the name under which a tool is registered."""
+    return str(tool.get("name") or tool.get("type"))
+
+
+def to_line(
+    turn: Turn, index: int, model: str, *, is_query: bool = False, is_marked: bool = True
+) -> JsonObject:
+    """Return the stdin line of a turn's message; one that `is_query` starts the call."""
+    role, content = turn.messages[index]
+    message: JsonObject = {"role": role, "content": content}
+    line: JsonObject = {"type": role, "message": message, "uuid": str(uuid.uuid4())}
+    line |= {"parent_tool_use_id": None, "session_id": ""}
+    if is_marked:
+        message["content"] = _marked(turn, index, content)
+    if role == "user":
+        line["client_composed"] = True  # verbatim: no @paths, no commands
+        return line if is_query else {**line, "shouldQuery": False}
+    message |= {"id": f"msg_{uuid.uuid4().hex}", "type": "message"}
+    message |= {"stop_reason": "end_turn", "stop_sequence": None}
+    message["model"] = model.removesuffix("[1m]")  # of another the CLI would drop thinking blocks
+    message["usage"] = {"input_tokens": 0, "output_tokens": 0}  # others would be counted as real
+    return line
+
+
+def has_tool_results(message: Message) -> bool:
+    """Say whether a message answers tool calls."""
+    return any(block["type"] == "tool_result" for block in message.content)
+
+
+def to_tool_results(query: Message, asked: Sequence[str]) -> list[JsonObject] | None:
+    """Return a message's MCP results in the order of their calls; None: the CLI would change it."""
+    # It orders results by their calls, strips and joins errors, words empty results, and writes
+    # large ones to disk (all seen). Images and text beside the results go no better.
+    if [block.get("tool_use_id") for block in query.content] != list(asked):
+        return None
+    results, size = [], 0
+    for block in query.content:
+        parts = as_blocks(block.get("content") or [])
+        texts = [part["text"] for part in parts if part.keys() == {"type", "text"}]
+        if not texts or len(texts) < len(parts) or not all(map(_SAYS_SOMETHING.search, texts)):
+            return None
+        is_error, first = bool(block.get("is_error")), texts[0]
+        is_changed = len(texts) > 1 or len(first) > MAX_TOOL_ERROR_CHARS or _BLANK_END.search(first)
+        if is_error and is_changed:
+            return None
+        size += sum(map(len, texts))
+        content = [{"type": "text", "text": text} for text in texts]
+        results.append({"content": content, "isError": is_error})
+    return results if size <= MAX_TOOL_RESULT_CHARS else None
+
+
+def is_taken(line: JsonObject, tool_use_id: str) -> bool:
+    """Say whether a line tells that the CLI has put a tool's result into its conversation."""
+    return line.get("type") == "user" and tool_use_id in json.dumps(line.get("message"))
+
+
+def resolve_model(name: str, models: Iterable[JsonObject]) -> str:
+    """Return the id that the CLI will use for a model name or alias, by its own list."""
+    wanted = "default" if name == DEFAULT_MODEL_NAME else name
+    found = (model.get("resolvedModel") for model in models if model.get("value") == wanted)
+    return str(next(found, None) or name)
+
+
+def to_model_list(models: Iterable[JsonObject]) -> list[JsonObject]:
+    """Return the CLI's models as both SDKs parse them (messages-api.md section 6), newest first."""
+    items: dict[str, JsonObject] = {}
+    for model in models:
+        model_id = resolve_model(str(model.get("value")), [model]).removesuffix("[1m]")
+        item = {"type": "model", "object": "model", "id": model_id, "owned_by": "anthropic"}
+        dates = {"created_at": "1970-01-01T00:00:00Z", "created": 0}  # unknown, by the API's docs
+        items[model_id] = {**item, **dates, "display_name": model.get("displayName") or model_id}
+    versions = {model_id: list(map(int, re.findall(r"\d+", model_id))) for model_id in items}
+    return sorted(items.values(), key=lambda item: versions[item["id"]], reverse=True)
+
+
+COUNTED_TOOLS_DEDUCTION: Final = 500  # tokens that get_context_usage takes off all tools together
+COUNTED_BESIDE_TOOLS: Final = 8  # tokens of the message "foo", which the tools are counted with
+# Counted with the tools, so that their sum is never below the deduction, and by itself.
+PADDING_TOOL: Final[JsonObject] = {
+    **{"name": "cc2api_padding", "description": "word " * 1000},
+    "input_schema": {"type": "object", "properties": {}},
+}
+
+
+def as_counted(turn: Turn) -> Turn:
+    """Move the system prompt into the messages: the CLI would count it as a message of its own."""
+    messages = list(turn.messages)
+    if turn.system:
+        is_user = messages[0].role == "user"
+        rest = messages[0].content if is_user else []
+        messages[:is_user] = [Message("user", [*as_blocks(turn.system), *rest])]
+    return with_messages(turn, messages)
+
+
+def with_messages(turn: Turn, messages: Sequence[Message]) -> Turn:
+    """Return a turn with other messages, and a system prompt never counted before (`to_counts`)."""
+    digests, system = tuple(map(digest_message, messages)), " ".join(uuid.uuid4().hex)
+    return dataclasses.replace(
+        turn, system=system, messages=tuple(messages), digests=digests, breakpoint=None
+    )
+
+
+def to_counts(usage: JsonObject) -> tuple[int, int]:
+    """Return the tokens of messages, and of tools less COUNTED_TOOLS_DEDUCTION."""
+    # Where upstream does not count, the CLI silently guesses a token for four characters; of the
+    # system prompt of `with_messages` every true count is twice that.
+    counts = {c.get("name"): int(c.get("tokens") or 0) for c in usage.get("categories") or []}
+    if counts.get("System prompt", 0) < 32:
+        raise CliFailed("upstream did not count the tokens")
+    return counts.get("Messages", 0), counts.get("MCP tools", 0)
+
+
+# ======================================================================= Events
+# The child's lines to Anthropic events, and events to one message. Pure: no I/O, no threads.
+
+Event = JsonObject
+
+# For failures that carry no status: the CLI's own word for them, on its `assistant` line.
+_STATUS_BY_CLI_ERROR: Final = {
+    **{"authentication_failed": 401, "billing_error": 402, "oauth_org_not_allowed": 403},
+    **{"invalid_request": 400, "max_output_tokens": 400, "model_not_found": 404, "rate_limit": 429},
+}
+_NOT_SIGNED_IN: Final = (
+    "claude is not signed in on the gateway's machine, or its sign-in was refused: run `claude`"
+    " there and type /login, or start the gateway with a valid ANTHROPIC_API_KEY"
+)
+# What the CLI puts around upstream's message (seen, 2.1.330 and 2.1.248).
+_DECORATION: Final = re.compile(
+    r"(?:Failed to authenticate\. |Please run /login · )?API Error: "
+    r"(?:(?:Request rejected|Server is temporarily limiting requests) \([^)]*\) · |\d{3} )?"
+    r"(?P<message>.*?)(?:\. This is a server-side issue, usually temporary.*)?\Z",
+    re.DOTALL,
+)
+_HANDED_ON: Final = re.compile(r"(message_(start|delta)|content_block_(start|delta|stop))\Z")
+_BLOCK_DEFAULTS: Final[dict[str, JsonObject]] = {
+    **{"text": {"text": ""}, "thinking": {"thinking": "", "signature": ""}},
+    "tool_use": {"input": {}},
+}
+
+
+@contextlib.contextmanager
+def upstream_protocol() -> Iterator[None]:
+    """Take what an event lacks for a failure of upstream's, not of ours."""
+    try:
+        yield
+    except (KeyError, IndexError, TypeError, AttributeError) as exc:
+        raise CliFailed(f"upstream broke the protocol of its answers: {exc!r}") from exc
+
+
+class AnswerReader:
+    """Turn the lines of one answer into events, and tell when it is complete."""
+
+    def __init__(self) -> None:
+        self.is_called = False  # the CLI's call to upstream is on its way
+        self.done = False
+        self.has_failed = False  # the CLI has ended its turn without an answer
+        self.content: list[JsonObject] = []  # the finished blocks, as the CLI remembers them
+        self.rate_limits: dict[str, str] = {}  # the plan's state as headers, where it was told
+        self._started = False  # message_start was seen
+        self._stop_reason: str | None = None
+        self._cli_error: str | None = None
+        self._blocks = 0  # content blocks begun
+
+    @property
+    def can_go_on(self) -> bool:
+        """Whether the CLI holds the conversation as the client was told it, and asks no more."""
+        # After any other stop reason (max_tokens, refusal, model_context_window_exceeded), and
+        # after an empty answer, it asks upstream again by itself (seen, 2.1.330).
+        says = any(str(block.get("text") or "").strip() for block in self.content)
+        has_calls = self._stop_reason == "tool_use"
+        is_quiet = has_calls or (says and self._stop_reason in ("end_turn", "stop_sequence"))
+        is_whole = len(self.content) == self._blocks
+        return self.done and is_quiet and is_whole and has_calls == bool(self.tool_use_ids)
+
+    @property
+    def tool_use_ids(self) -> list[str]:
+        """The ids of the answer's tool calls, in order."""
+        return [str(b.get("id")) for b in self.content if b.get("type") == "tool_use"]
+
+    @property
+    def tool_names(self) -> set[str]:
+        """The names of the tools that the answer calls."""
+        return {str(b.get("name")) for b in self.content if b.get("type") == "tool_use"}
+
+    def feed(self, line: JsonObject) -> list[Event]:
+        """Return the events that a line brings. Raises the ApiError that a failure line means."""
+        kind = line.get("type")
+        if line.get("parent_tool_use_id") is not None or self.done:
+            return []
+        if kind == "result":
+            self.has_failed = True
+            raise to_api_error(line, self._cli_error)
+        if line.get("status") == "requesting":
+            self.is_called = True
+        if kind == "rate_limit_event":
+            self.rate_limits = to_rate_limit_headers(line.get("rate_limit_info"))
+        if line.get("subtype") == "api_retry":
+            details = {name: line.get(name) for name in ("attempt", "error_status", "error")}
+            log.warning("claude retries by itself: %s", details)
+        if kind == "assistant" and line.get("error"):
+            # A failure: what still comes are closing events of the CLI's own making, without a stop
+            # reason, and then `result`. After a refusal the true message_delta comes.
+            self._cli_error = str(line["error"])
+        elif kind == "assistant":
+            blocks = _object(line.get("message")).get("content") or []
+            self.content += [block for block in blocks if isinstance(block, dict)]
+        event = _object(line.get("event"))
+        is_told = not self._cli_error or _object(event.get("delta")).get("stop_reason")
+        return self._feed_event(event) if kind == "stream_event" and is_told else []
+
+    def _feed_event(self, event: Event) -> list[Event]:
+        kind, delta = event.get("type"), event.get("delta") or {}
+        if kind == "message_stop" and self._started:
+            # without a stop reason: upstream's stream broke between two blocks, and the CLI is
+            # about to ask for the rest by a second call (seen, 2.1.330)
+            raise CliFailed("upstream's stream ended before its answer was complete")
+        if not _HANDED_ON.match(str(kind)) or self._started == (kind == "message_start"):
+            return []
+        if kind == "message_start":
+            self._started = self.is_called = True
+        elif kind == "content_block_start":
+            self._blocks += 1
+            # some Anthropic-compatible upstreams leave these out, and SDKs stumble over that
+            block = event.get("content_block") or {}
+            defaults = _BLOCK_DEFAULTS.get(str(block.get("type")), {})
+            return [{**event, "content_block": {**block, **defaults, **block}}]
+        elif kind == "message_delta" and delta.get("stop_reason") is not None:
+            self._stop_reason = str(delta["stop_reason"])
+            self.done = True
+            # it always follows; made here, the process can be stopped before it goes on by itself
+            return [event, {"type": "message_stop"}]
+        return [event]
+
+
+def to_rate_limit_headers(info: Any) -> dict[str, str]:
+    """Return a plan's state as the headers that Claude Code reads (messages-api.md 1.2)."""
+    windows = _object(_object(info).get("unifiedWindows"))
+    states = {"": info, "-5h": windows.get("five_hour"), "-7d": windows.get("seven_day")}
+    headers = {}
+    for name, state in states.items():
+        for key, ending in (("status", "status"), ("resetsAt", "reset"), ("utilization",) * 2):
+            value = str(_object(state).get(key, ""))
+            if re.fullmatch(r"[a-z_]+|[0-9.]+", value) and (name or key != "utilization"):
+                headers[f"anthropic-ratelimit-unified{name}-{ending}"] = value
+    return headers
+
+
+def to_api_error(result: JsonObject, cli_error: str | None = None) -> ApiError:
+    """Return upstream's error by a `result` line, else one by the CLI's word for it, else 502."""
+    text, kind, status = map(result.get, ("result", "api_error_type", "api_error_status"))
+    if not isinstance(text, str):
+        text = f"claude gave no answer: {result.get('errors')}"
+    if not result.get("is_error"):
+        return CliFailed("claude ended its turn without an answer")
+    if text.startswith(("Not logged in", "Invalid API key")):
+        return NotAuthenticated(_NOT_SIGNED_IN)
+    if result.get("terminal_reason") == "blocking_limit":  # by `Channel.hold_calls`, too early
+        return CliFailed("claude held its call back; nothing was sent upstream", status=503)
+    if text.startswith("Prompt is too long"):
+        return InvalidRequest("prompt is too long for the model's context window")
+    if model := re.match(r"(?s)There's an issue with the selected model \((.*?)\)", text):
+        return ApiError(f"model: {model.group(1)}", status=404)
+    kind = kind if isinstance(kind, str) and kind in STATUS_BY_TYPE else None
+    if not isinstance(status, int) or not 400 <= status <= 599:
+        status = STATUS_BY_TYPE.get(kind or "") or _STATUS_BY_CLI_ERROR.get(cli_error or "", 502)
+    decorated = _DECORATION.match(text)
+    return ApiError(decorated.group("message") if decorated else text, status=status, kind=kind)
+
+
+class MessageAssembler:
+    """Put the events of one answer together to the message of a non-streaming answer."""
+
+    def __init__(self) -> None:
+        self.message: JsonObject = {}
+        self._json: list[str] = []  # of the tool_use block that is open
+
+    def add(self, event: Event) -> None:
+        """Take the next event that an AnswerReader gave out."""
+        match event["type"]:
+            case "message_start":
+                usage = dict(event["message"]["usage"])
+                self.message = {**event["message"], "content": [], "usage": usage}
+            case "content_block_start":
+                self.message["content"].append(dict(event["content_block"]))
+                self._json = []
+            case "content_block_delta":
+                self._add_delta(self.message["content"][-1], event["delta"])
+            case "content_block_stop" if self._json:
+                self.message["content"][-1]["input"] = parse_input("".join(self._json))
+            case "message_delta":
+                self.message.update(event["delta"])
+                self.message["usage"].update(without_nulls(event["usage"]))
+                if event.get("context_management") is not None:
+                    self.message["context_management"] = event["context_management"]
+
+    def _add_delta(self, block: JsonObject, delta: JsonObject) -> None:
+        match delta["type"]:
+            case "text_delta" | "thinking_delta" as kind:
+                name = kind.removesuffix("_delta")
+                block[name] = block.get(name, "") + delta[name]
+            case "signature_delta":
+                block["signature"] = delta["signature"]
+            case "input_json_delta":
+                self._json.append(delta["partial_json"])
+            case "citations_delta":
+                block["citations"] = [*(block.get("citations") or []), delta.get("citation")]
+            case "compaction_delta":
+                block["content"] = delta.get("content")
+
+
+def parse_input(text: str) -> Any:
+    """Parse a tool's input; {} where it was cut short, is not there, or is nested too deeply."""
+    try:
+        value = json.loads(text) if text else {}
+    except (ValueError, RecursionError):
+        return {}
+    return {} if is_deeper([value], MAX_INPUT_DEPTH) else value
+
+
+# ============================================================== Finding the CLI
+# Where the CLI is, its version and sign-in, and the arguments and environment of its processes.
+
 INSTALL_HINT: Final = (
     "Install it from https://claude.com/claude-code, or `pip install claude-agent-sdk`, which"
     " carries it; update an old one with `claude update`; name its path with --claude."
 )
-
-# Variables that make the CLI run on an API key or a cloud provider: `--bare` is then right, and
-# adds nothing of its own to the messages. `--bare` never reads a claude.ai login.
-API_KEY_VARIABLES: Final = ("ANTHROPIC_API_KEY", "ANTHROPIC_AUTH_TOKEN")
-PROVIDER_VARIABLES: Final = (
-    "CLAUDE_CODE_USE_BEDROCK",
-    "CLAUDE_CODE_USE_VERTEX",
-    "CLAUDE_CODE_USE_FOUNDRY",
-)
-
-TOOL_SERVER: Final = "t"  # the MCP server under which a request's tools are registered
-# The size in tokens from which on the CLI refuses to call upstream ("Prompt is too long").
-_CALLS_WAIT: Final = {"MCP_TOOL_TIMEOUT": "100000000"}  # ms; tool calls, as long as they must
-_NO_LIMIT: Final = {"CLAUDE_CODE_BLOCKING_LIMIT_OVERRIDE": "1000000000"}
-_NO_CALLS: Final = {"CLAUDE_CODE_BLOCKING_LIMIT_OVERRIDE": "1"}
-
-CHILD_FLAGS: Final = (
+PROCESS_FLAGS: Final = (
     *("-p", "--input-format", "stream-json", "--output-format", "stream-json"),
     *("--verbose", "--include-partial-messages"),
     *("--tools", "", "--disable-slash-commands", "--strict-mcp-config"),
@@ -998,7 +1125,7 @@ CHILD_FLAGS: Final = (
     *("--system-prompt", DEFAULT_SYSTEM_PROMPT),
     *("--allowedTools", "mcp__t", "--permission-mode", "dontAsk"),  # of the TOOL_SERVER
 )
-CHILD_VARIABLES: Final = {
+PROCESS_VARIABLES: Final = {
     "CLAUDE_CODE_DISABLE_AUTO_MEMORY": "1",
     "ENABLE_CLAUDEAI_MCP_SERVERS": "false",
     "CLAUDE_CODE_MAX_RETRIES": "0",  # the client decides about retries
@@ -1010,11 +1137,14 @@ CHILD_VARIABLES: Final = {
     "CLAUDE_CODE_DISABLE_EXPERIMENTAL_BETAS": "1",
     # Else thinking without a `display` becomes display "updates" (seen, 2.1.330).
     "CLAUDE_CODE_THINKING_DISPLAY_UPDATES": "0",
-    # The CLI's guess of what is too long is upstream's to make.
-    **_NO_LIMIT,
+    **_NO_LIMIT,  # what is too long is upstream's to say, not the CLI's to guess
+    # No other model answers in place of the one that was asked. Its beta, once sent, would stay on
+    # in the process, and a 400 be asked again without it (seen, 2.1.300 and 2.1.331).
+    "CLAUDE_CODE_DISABLE_REFUSAL_FALLBACK": "1",
+    "CLAUDE_CODE_DISABLE_REFUSAL_RETRY": "1",  # a refusal would be asked again: a second paid call
     "DISABLE_AUTO_COMPACT": "1",  # no summarising call behind the client's back
     "DISABLE_COMPACT": "1",
-    "DISABLE_AUTOUPDATER": "1",  # the pool notices an update; children must not make one
+    "DISABLE_AUTOUPDATER": "1",  # the pool notices an update; processes must not make one
     # The tools' names and descriptions as given, all of them, and any number called at once.
     "CLAUDE_AGENT_SDK_MCP_NO_PREFIX": "1",
     "CLAUDE_CODE_MAX_MCP_DESCRIPTION_LENGTH": "1000000",
@@ -1026,16 +1156,9 @@ CHILD_VARIABLES: Final = {
 # Not handed down: what a request sets for itself, and the marks of a Claude Code session that this
 # gateway may have been started from (the CLI finds its own).
 DROPPED_VARIABLES: Final = (
-    "ANTHROPIC_BETAS",
-    "CLAUDE_CODE_EXTRA_BODY",
-    "CLAUDE_CODE_MAX_OUTPUT_TOKENS",
-    "CLAUDE_CODE_EFFORT_LEVEL",
-    "CLAUDE_CODE_PROMPT_CACHE_TTL",
-    "ENABLE_PROMPT_CACHING_1H",
-    "FORCE_PROMPT_CACHING_5M",
-    "MAX_THINKING_TOKENS",
-    "CLAUDECODE",
-    "CLAUDE_CODE_ENTRYPOINT",
+    *("ANTHROPIC_BETAS", "CLAUDE_CODE_EXTRA_BODY", "CLAUDE_CODE_MAX_OUTPUT_TOKENS"),
+    *("CLAUDE_CODE_EFFORT_LEVEL", "CLAUDE_CODE_PROMPT_CACHE_TTL", "ENABLE_PROMPT_CACHING_1H"),
+    *("FORCE_PROMPT_CACHING_5M", "MAX_THINKING_TOKENS", "CLAUDECODE", "CLAUDE_CODE_ENTRYPOINT"),
 )
 
 
@@ -1060,48 +1183,36 @@ class Cli:
 
 
 def find_cli(choice: str | None, environ: Mapping[str, str]) -> Cli:
-    """Find the CLI and check its version.
-
-    Looked for: `choice` (--claude or CC2API_CLAUDE), PATH, the usual install places, and the one
-    inside an installed claude_agent_sdk. Raises CliUnusable.
-    """
-    if choice is not None:
-        path: str | None = shutil.which(os.path.expanduser(choice))
-        if path is None:
-            raise CliUnusable(f"{choice} is not an executable file. {INSTALL_HINT}")
-    else:
-        places = [os.path.expanduser(place) for place in CLI_INSTALL_PLACES]
-        spec = importlib.util.find_spec("claude_agent_sdk")
-        if spec is not None and spec.origin:
-            places.append(str(Path(spec.origin).parent / "_bundled" / "claude"))
-        candidates = ("claude", *places)
-        path = next(filter(None, map(shutil.which, candidates)), None)
-        if path is None:
-            raise CliUnusable(
-                f"no claude found on PATH, nor at {', '.join(places)}. {INSTALL_HINT}"
-            )
-    path = os.path.abspath(path)
-    output = _cli_output(path, ["--version"], environ)
-    found = re.search(r"(\d+)\.(\d+)\.(\d+)", output)
+    """Find `choice`, or else the first claude there is, new enough. Raises CliUnusable."""
+    places = ["claude", "~/.local/bin/claude", "~/.claude/local/claude"]
+    spec = importlib.util.find_spec("claude_agent_sdk")
+    if spec is not None and spec.origin:
+        places.append(str(Path(spec.origin).parent / "_bundled" / "claude"))
+    places = [os.path.expanduser(place) for place in (places if choice is None else [choice])]
+    found = next(filter(None, map(shutil.which, places)), None)
     if found is None:
+        nowhere = f"no claude found on PATH, nor at {', '.join(places[1:])}"
+        problem = nowhere if choice is None else f"{choice} is not an executable file"
+        raise CliUnusable(f"{problem}. {INSTALL_HINT}")
+    path = os.path.abspath(found)
+    output = _cli_output(path, ["--version"], environ)
+    version = re.search(r"(\d+)\.(\d+)\.(\d+)", output)
+    if version is None:
         raise CliUnusable(f"{path} --version printed {output.strip()[:200]!r}. {INSTALL_HINT}")
-    if tuple(map(int, found.groups())) < MIN_CLI_VERSION:
-        needed = ".".join(map(str, MIN_CLI_VERSION))
-        raise CliUnusable(
-            f"{path} is version {found.group()}; {needed} or newer is needed. {INSTALL_HINT}"
-        )
-    return Cli(path, found.group())
+    if tuple(map(int, version.groups())) < MIN_CLI_VERSION:
+        needed = ".".join(map(str, MIN_CLI_VERSION)) + " or newer is needed"
+        raise CliUnusable(f"{path} is version {version.group()}; {needed}. {INSTALL_HINT}")
+    return Cli(path, version.group())
 
 
 def _cli_output(path: str, args: list[str], environ: Mapping[str, str]) -> str:
     try:
         done = subprocess.run(
             [path, *args],
-            env=dict(environ),
+            env=environ,
             stdin=subprocess.DEVNULL,
             capture_output=True,
             timeout=CLI_PROBE_TIMEOUT_S,
-            check=False,
         )
     except (OSError, subprocess.TimeoutExpired) as exc:
         raise CliUnusable(f"{path} does not run: {exc}. {INSTALL_HINT}") from exc
@@ -1114,20 +1225,23 @@ def describe_sign_in(cli: Cli, environ: Mapping[str, str]) -> str:
         status = json.loads(_cli_output(cli.path, ["auth", "status"], environ))
         if not status["loggedIn"]:
             return f"NOT SIGNED IN: run {cli.path} and type /login, or set ANTHROPIC_API_KEY"
-        provider = status.get("apiProvider", "firstParty")
-        method = str(status["authMethod"])
+        provider, method = status.get("apiProvider", "firstParty"), str(status["authMethod"])
         return method if provider == "firstParty" else f"{method} ({provider})"
     except (CliUnusable, ValueError, KeyError, TypeError):
         return "unknown (`claude auth status` gave no answer)"
 
 
 def wants_bare(choice: bool | None, environ: Mapping[str, str]) -> bool:
-    """Decide on `--bare`: as chosen, else where an API key or a provider is configured."""
+    """Decide on `--bare`: as chosen, else where an API key or a cloud provider is configured.
+
+    It then adds nothing of the CLI's own to the messages. It never reads a claude.ai login.
+    """
     if choice is not None:
         return choice
-    off = ("", "0", "false", "no", "off")
-    providers = any(environ.get(name, "").lower() not in off for name in PROVIDER_VARIABLES)
-    return providers or any(environ.get(name) for name in API_KEY_VARIABLES)
+    keys = ("ANTHROPIC_API_KEY", "ANTHROPIC_AUTH_TOKEN")
+    providers = [environ.get(f"CLAUDE_CODE_USE_{p}", "") for p in ("BEDROCK", "VERTEX", "FOUNDRY")]
+    is_on = any(value.lower() not in ("", "0", "false", "no", "off") for value in providers)
+    return is_on or any(map(environ.get, keys))
 
 
 # Run in place of the CLI and turned into it: asks Linux to kill it when the thread that forked it
@@ -1142,32 +1256,34 @@ os.execv(sys.argv[2], sys.argv[2:])
 """
 
 
-def child_command(cli: Cli, *, bare: bool, setting_sources: str) -> list[str]:
-    """Return the argument list of a child; nothing of a request is ever in it."""
-    command = [cli.path, *CHILD_FLAGS, "--setting-sources", setting_sources]
-    if bare:
-        command.append("--bare")
-    if sys.platform != "linux":
-        return command
-    setpriv = shutil.which("setpriv")  # of util-linux: 15 ms quicker than Python
-    if setpriv and not subprocess.call(
-        [setpriv, "--pdeathsig", "KILL", "true"], stderr=subprocess.DEVNULL
-    ):
-        return [setpriv, "--pdeathsig", "KILL", *command]
-    if not sys.executable:
+def process_command(cli: Cli, *, bare: bool, setting_sources: str) -> list[str]:
+    """Return the argument list of a process; nothing of a request is ever in it."""
+    command = [cli.path, *PROCESS_FLAGS, "--setting-sources", setting_sources]
+    command += ["--bare"] * bare
+    if sys.platform != "linux" or not sys.executable:
         return command
     return [sys.executable, "-I", "-S", "-c", _DIE_WITH_PARENT, str(os.getpid()), *command]
 
 
-def child_environment(environ: Mapping[str, str], temp_dir: str) -> dict[str, str]:
-    """Return the environment of a child: the gateway's own, with what makes the CLI predictable."""
+def process_environment(environ: Mapping[str, str], temp_dir: str) -> dict[str, str]:
+    """Return a process's environment: the gateway's, with what makes the CLI predictable."""
     kept = {name: value for name, value in environ.items() if name not in DROPPED_VARIABLES}
     # the CLI leaves sockets and probe files behind when it is killed: they go where we clean up
-    return {**kept, **CHILD_VARIABLES, "TMPDIR": temp_dir}
+    return {**kept, **PROCESS_VARIABLES, "TMPDIR": temp_dir}
 
 
-class ChildDied(Exception):
-    """The child ended, closed its output or fell silent; the message says how it ended."""
+# ====================================================================== Process
+# One running `claude` as an object: pipes, whole lines, its end; and its control protocol. It is
+# used by one thread at a time (the pool hands it over); that thread moves all of its pipes in
+# `_pump`, so neither side can block the other and no pipe needs a thread of its own.
+
+
+class ProcessDied(Exception):
+    """The process ended, closed its output or fell silent; the message says how it ended."""
+
+
+class CliRefused(Exception):
+    """The CLI does not do what a used process needs, or does not answer: take a fresh one."""
 
 
 class Patience:
@@ -1177,125 +1293,78 @@ class Patience:
     """
 
     def __init__(self, seconds: float, tick: Callable[[], None], late: Exception) -> None:
-        self._deadline = time.monotonic() + seconds
-        self._tick = tick
-        self._late = late
-        self._next_tick = time.monotonic() + TICK_S
+        self._tick, self._late = tick, late
+        self._deadline, self._next_tick = time.monotonic() + seconds, time.monotonic() + TICK_S
+
+    def look(self) -> None:
+        """Call `tick` where it is due; also for those who are busy without ever waiting."""
+        if time.monotonic() >= self._next_tick:
+            self._next_tick = time.monotonic() + TICK_S
+            self._tick()
 
     def slice_s(self) -> float:
         """Return how long to wait now before calling again."""
-        now = time.monotonic()
-        if now >= self._deadline:
+        self.look()
+        left = self._deadline - time.monotonic()
+        if left <= 0:
             raise self._late
-        if now >= self._next_tick:
-            self._next_tick = now + TICK_S
-            self._tick()
-        return min(self._deadline, self._next_tick) - now
+        return min(left, TICK_S)
 
     def at_most(self, seconds: float, late: Exception) -> Patience:
-        """Return a patience that ends earlier, with another exception."""
+        """Return a patience that ends earlier, with another exception; it ticks with this one."""
         if time.monotonic() + seconds >= self._deadline:
             return self
-        return Patience(seconds, self._tick, late)
+        shorter = Patience(seconds, self.look, late)
+        shorter._next_tick = 0.0  # whenever it is looked at, this one is
+        return shorter
 
 
-_NO_PATIENCE: Final = Patience(float("inf"), lambda: None, ChildDied())
-
-
-class Child:
-    """One running CLI and its line protocol.
-
-    Used by one thread at a time. Whoever owns it ends it: `kill` at once, or `finish`, and then
-    `reap` until it says true. Reading raises ChildDied, CliFailed, and what the patience raises.
-    """
+class Process:
+    """One running CLI. Its owner ends it: by `kill` or `finish`, and `close` once it has ended."""
 
     def __init__(
         self, command: Sequence[str], environment: Mapping[str, str], cwd: str, stamp: object = None
     ) -> None:
-        """Start the process. Raises OSError."""
+        """Start it. Raises OSError. `stamp` tells which executable it runs (`Cli.stamp`)."""
         self.stamp = stamp
         self.started_at = time.monotonic()
-        self._process = subprocess.Popen(
-            command,
-            env=dict(environment),
-            cwd=cwd,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            bufsize=0,
-            start_new_session=True,  # a Ctrl-C at the terminal is the gateway's, not the child's
+        pipes: Any = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+        # a session of its own: a Ctrl-C at the terminal is the gateway's, not the process's
+        self._popen = subprocess.Popen(
+            command, env=environment, cwd=cwd, bufsize=0, start_new_session=True, **pipes
         )
-        self.pid = self._process.pid
-        self._stdin, self._stdout, self._stderr = (
-            pipe.fileno()
-            for pipe in (self._process.stdin, self._process.stdout, self._process.stderr)
-            if pipe is not None
-        )
-        os.set_blocking(self._stdin, False)
+        self.pid = self._popen.pid
+        # raw and not blocking: they read and write None where nothing can be moved now
+        self._pipes: list[Any] = [self._popen.stdin, self._popen.stdout, self._popen.stderr]
+        self._stdin, self._stdout, self._stderr = self._pipes
+        moves = (self._write_some, self._read_stdout, self._read_stderr)
+        self._moves = {pipe.fileno(): move for pipe, move in zip(self._pipes, moves, strict=True)}
+        for fd in self._moves:
+            os.set_blocking(fd, False)
         self._poll = select.poll()
-        self._poll.register(self._stdout, select.POLLIN)
-        self._poll.register(self._stderr, select.POLLIN)
+        for pipe in (self._stdout, self._stderr):
+            self._poll.register(pipe, select.POLLIN)
         self._outbox = bytearray()
         self._partial = bytearray()  # the start of a line not yet whole
         self._lines: collections.deque[bytes] = collections.deque()
         self._last_words = b""
-        self._requests = itertools.count(1)
         self._has_babbled = False
-        self._tool_server: JsonObject = {}  # what the tools' MCP server answers, by method
-        self.tool_calls: dict[str, JsonObject] = {}  # those that wait for an answer, by tool_use id
-        self.setup: Setup | None = None  # what it was last told of a turn's parameters
-        self.holds_conversation = False  # it has answered, and can go on
-        self.caller: Caller | None = None  # whom it serves
-        self.cost_usd = 0.0  # of all its turns, as it said last
-        self.noted_cost_usd = 0.0  # what of that is in the metrics
-        self.is_held = False  # from calling upstream
-        self.setup_requests: list[str] = []  # the requests that told it, until they are answered
-        self.fit: bytes | None = None  # the label of what a spare was prepared with
 
     def is_alive(self) -> bool:
-        """Say whether the process runs; reaps it where it does not."""
-        return self._process.poll() is None
-
-    def has_failed(self) -> bool:
-        """Say whether the process has ended by itself, which no idle one should."""
-        return (self._process.poll() or -1) >= 0
+        """Say whether it runs."""
+        return self._popen.poll() is None
 
     def send(self, line: JsonObject) -> None:
-        """Queue a line; it is written while reading, so neither side can block the other."""
+        """Queue a line, and write what goes without waiting; the rest goes while reading."""
+        if self._stdin.closed:
+            return
         self._outbox += json.dumps(line).encode("ascii") + b"\n"
         self._poll.register(self._stdin, select.POLLOUT)
-
-    def request(self, subtype: str, patience: Patience, **fields: Any) -> JsonObject:
-        """Send a control request and return the child's response to it.
-
-        A child that does not answer within CONTROL_TIMEOUT_S counts as dead.
-        """
-        return self.read_response(self.ask(subtype, **fields), patience)
-
-    def ask(self, subtype: str, **fields: Any) -> str:
-        """Queue a control request; return its id, for `read_response`."""
-        request_id = f"{subtype} {next(self._requests)}"
-        request = {"subtype": subtype, **fields}
-        self.send({"type": "control_request", "request_id": request_id, "request": request})
-        return request_id
-
-    def read_response(self, request_id: str, patience: Patience) -> JsonObject:
-        """Wait for the response to a control request, passing over all other lines."""
-        subtype = request_id.partition(" ")[0]
-        silent = ChildDied(f"claude did not answer {subtype} within {CONTROL_TIMEOUT_S:.0f} s")
-        patience = patience.at_most(CONTROL_TIMEOUT_S, silent)
-        while True:
-            line = self.read_line(patience)
-            response = line.get("response")
-            if line.get("type") != "control_response" or not isinstance(response, dict):
-                continue
-            if response.get("request_id") == request_id:
-                if response.get("subtype") == "success":
-                    return response.get("response") or {}
-                raise CliFailed(f"claude refused {subtype}: {response.get('error')}")
+        while self._outbox and self._write_some():
+            pass
 
     def read_line(self, patience: Patience) -> JsonObject:
-        """Wait for the next line. Garbage (no JSON object) is logged and skipped."""
+        """Wait for the next line. Raises ProcessDied, CliFailed, and what the patience raises."""
         while True:
             while not self._lines:
                 self._pump(patience)
@@ -1305,1152 +1374,957 @@ class Child:
             except (ValueError, RecursionError):
                 line = None
             if isinstance(line, dict):
-                if line.get("type") == "control_request":
-                    self._answer(line)
-                if isinstance(line.get("total_cost_usd"), (int, float)):
-                    self.cost_usd = float(line["total_cost_usd"])
                 return line
-            if raw.strip() and not self._has_babbled:
+            if raw.strip() and not self._has_babbled:  # skipped, and told of once
                 self._has_babbled = True
                 log.warning("claude pid=%d prints lines that are not JSON", self.pid)
-
-    def _answer(self, line: JsonObject) -> None:
-        """Answer what the CLI asks of the tool server; a tool call waits for `answer_tool_call`."""
-        request = line.get("request")
-        message = request.get("message") if isinstance(request, dict) else None
-        if not isinstance(message, dict):
-            return
-        if message.get("method") == "tools/call":
-            meta = (message.get("params") or {}).get("_meta") or {}
-            self.tool_calls[str(meta.get("claudecode/toolUseId"))] = line
-        else:  # asked by older CLIs; a newer one knows from initialize
-            self._respond(line, self._tool_server.get(str(message.get("method")), {}))
-
-    def _respond(self, line: JsonObject, result: JsonObject) -> None:
-        message_id = line["request"]["message"].get("id")
-        reply = {"jsonrpc": "2.0", "id": message_id, "result": result}
-        response = {"request_id": line.get("request_id"), "response": {"mcp_response": reply}}
-        self.send({"type": "control_response", "response": {"subtype": "success", **response}})
-
-    def answer_tool_call(self, tool_use_id: str, result: JsonObject) -> None:
-        """Give the CLI the result of a tool call that it waits for."""
-        self._respond(self.tool_calls.pop(tool_use_id), result)
-
-    def serve_tools(self, tools: Sequence[JsonObject]) -> JsonObject:
-        """Be the tools' MCP server; return the fields of `initialize` that tell the CLI of it."""
-        if not tools:
-            return {}
-        self._tool_server = server = to_tool_server(tools)
-        manifest = {
-            "initializeResult": server["initialize"],
-            "toolsListResult": server["tools/list"],
-        }
-        name = TOOL_SERVER
-        return {"sdkMcpServers": [name], "sdkMcpServerManifests": {name: manifest}}
-
-    def hold_calls(self) -> None:
-        """Keep the CLI from calling upstream again, once its call is on its way.
-
-        After some answers it would by itself ask for more. What holds it back is its own limit of
-        size, now 1 token: its next call ends as "Prompt is too long" before it is made (seen,
-        2.1.330 and 2.1.248). Killing it at message_delta alone came too late in 1 of 40.
-        """
-        self.is_held = True
-        self.ask("apply_flag_settings", settings={"env": _NO_CALLS})
-        self.flush()
-
-    def allow_calls(self) -> None:
-        """Let the CLI call again, for the next turn. Does not wait."""
-        self.is_held = False
-        self.ask("apply_flag_settings", settings={"env": _NO_LIMIT})
-        self.flush()
-
-    def flush(self) -> None:
-        """Write what is queued, as far as that goes without waiting."""
-        left = -1
-        while self._outbox and len(self._outbox) != left:
-            left = len(self._outbox)
-            self._write_some()
 
     def has_line(self) -> bool:
         """Say whether `read_line` has something at once."""
         return bool(self._lines)
 
     def take_ready(self) -> None:
-        """Read what the child has already printed, for `read_line`. Does not wait."""
-        while any(fd == self._stdout for fd, _ in self._poll.poll(0)):
+        """Read what it has already printed, for `read_line`. Does not wait."""
+        for _ in range(READY_READS):
+            if self._stdout.fileno() not in dict(self._poll.poll(0)):
+                return
             self._read_stdout()
 
-    def look_ahead(self) -> None:
-        """Take the cost from what is already printed; `read_line` still returns it."""
-        with contextlib.suppress(ChildDied, CliFailed):  # found out when it is used
-            self.take_ready()
-        for raw in self._lines:
-            with contextlib.suppress(ValueError, TypeError):
-                if b'"total_cost_usd"' in raw:
-                    self.cost_usd = float(json.loads(raw).get("total_cost_usd"))
-
     def kill(self) -> None:
-        """End the process at once, and what it has started; `reap` collects it."""
-        if self._process.poll() is None:  # so that the group is still its own
+        """End it at once, and what it has started; `close` comes after."""
+        if self.is_alive():  # so that the group is still its own
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self.pid, signal.SIGKILL)
 
     def finish(self) -> None:
-        """Close the child's stdin: the CLI ends by itself after what it is doing."""
-        with contextlib.suppress(OSError):
-            cast("Any", self._process.stdin).close()
+        """Close its stdin: the CLI ends by itself after what it is doing. Nothing is sent then."""
+        with contextlib.suppress(KeyError):
+            self._poll.unregister(self._stdin)
+        self._stdin.close()
 
-    def reap(self) -> bool:
-        """Collect an ended process and close its pipes; say whether it has ended."""
-        if self._process.poll() is None:
-            return False
-        # what it said at the end tells what it cost
-        with contextlib.suppress(ChildDied, CliFailed, OSError, ValueError):
-            os.set_blocking(self._stdout, False)
-            while True:
-                self._read_stdout()
-                while self._lines:
-                    self.read_line(_NO_PATIENCE)
-        for pipe in (self._process.stdin, self._process.stdout, self._process.stderr):
-            with contextlib.suppress(OSError):
-                cast("Any", pipe).close()
-        return True
+    def close(self) -> None:
+        """Close the pipes of an ended process; it must not be used any more."""
+        for pipe in self._pipes:
+            pipe.close()
 
     def _pump(self, patience: Patience) -> None:
         """Wait a while for a direction that is ready, and move bytes once in each that is."""
         for fd, _ in self._poll.poll(patience.slice_s() * 1000):
-            if fd == self._stdin:
-                self._write_some()
-            elif fd == self._stderr:
-                self._read_stderr()
-            else:
-                self._read_stdout()
+            self._moves[fd]()
 
-    def _write_some(self) -> None:
+    def _write_some(self) -> int:
         try:
-            written = os.write(self._stdin, memoryview(self._outbox)[:READ_BYTES])
-        except BlockingIOError:
-            return
+            written: int = self._stdin.write(self._outbox[:READ_BYTES]) or 0
         except OSError:  # it has closed its stdin; what it still prints tells why
             written = len(self._outbox)
         del self._outbox[:written]
         if not self._outbox:
             self._poll.unregister(self._stdin)
+        return written
 
     def _read_stdout(self) -> None:
-        chunk = os.read(self._stdout, READ_BYTES)
+        chunk: bytes | None = self._stdout.read(READ_BYTES)
+        if chunk is None:
+            return
         if not chunk:
-            raise ChildDied(self._explain_death())
+            raise ProcessDied(self._explain_death())
         first, *rest = chunk.split(b"\n")
         self._partial += first
         if len(self._partial) > MAX_LINE_BYTES:
             raise CliFailed(f"claude printed a line of over {MAX_LINE_BYTES} bytes")
         if rest:
-            self._lines.append(bytes(self._partial))
-            self._lines.extend(rest[:-1])
+            self._lines.extend([bytes(self._partial), *rest[:-1]])
             self._partial = bytearray(rest[-1])
 
     def _read_stderr(self) -> None:
-        chunk = os.read(self._stderr, READ_BYTES)
-        self._last_words = (self._last_words + chunk)[-STDERR_TAIL_BYTES:]
-        if not chunk:
+        chunk: bytes | None = self._stderr.read(READ_BYTES)
+        self._last_words = (self._last_words + (chunk or b""))[-STDERR_TAIL_BYTES:]
+        if chunk == b"":
             self._poll.unregister(self._stderr)
 
     def _explain_death(self) -> str:
-        """Describe how the child ended; waits a moment for its exit status."""
+        """Describe how it ended; waits a moment for its exit status."""
         with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(timeout=EXIT_STATUS_S)
-        with contextlib.suppress(KeyError, OSError):  # what it said last may still be in the pipe
-            os.set_blocking(self._stderr, False)
+            self._popen.wait(timeout=EXIT_STATUS_S)
+        with contextlib.suppress(KeyError):  # what it said last may still be in the pipe
             self._read_stderr()
         # on one line, and nothing in it that could pass for a line of its own
         words = " ".join(self._last_words.decode("ascii", "replace").split())
-        code = self._process.returncode
+        code = self._popen.returncode
         how = "closed its output" if code is None else f"ended with status {code}"
         return f"claude {how}" + (f": {words}" if words else "")
 
 
-COUNTED_TOOLS_DEDUCTION: Final = 500  # tokens that get_context_usage takes off all tools together
-COUNTED_BESIDE_TOOLS: Final = 8  # tokens of the message "foo", which the tools are counted with
-# Counted with the tools, so that their sum is never below the deduction, and by itself.
-PADDING_TOOL: Final[JsonObject] = {
-    "name": "cc2api_padding",
-    "description": "word " * 1000,
-    "input_schema": {"type": "object", "properties": {}},
+SERVER_INFO: Final = {
+    "protocolVersion": "2025-11-25",
+    "capabilities": {"tools": {"listChanged": True}},
+    "serverInfo": {"name": TOOL_SERVER, "version": __version__},
 }
 
 
-def read_context_usage(
-    child: Child, turn: Turn, tools: Sequence[JsonObject], patience: Patience
-) -> tuple[int, int]:
-    """Have the CLI count a turn with the API's own count_tokens: nothing is generated.
+class Channel:
+    """The control protocol of one process: requests, and the MCP server where its calls wait."""
 
-    Returns the tokens of the messages, the system prompt included, and of the tools less
-    COUNTED_TOOLS_DEDUCTION. Raises as Child does, and CliFailed where upstream did not count.
-    """
-    messages = [*turn.history, turn.query]
-    if turn.system:  # counted as a block of the first message: as a message it would be wrapped
-        first = messages[0].content if messages[0].role == "user" else []
-        blocks = [{"type": "text", "text": first}] if isinstance(first, str) else first
-        prompt = {"type": "text", "text": "\n\n".join(turn.system)}
-        messages[: messages[0].role == "user"] = [Message("user", [prompt, *blocks])]
-    counted = dataclasses.replace(turn, system=(), history=tuple(messages))
-    open_turn(child, counted, dataclasses.replace(to_setup(counted), tools=tuple(tools)), patience)
-    usage = child.request("get_context_usage", patience)
-    counts = {c.get("name"): c.get("tokens") for c in usage.get("categories") or []}
-    # Where upstream does not count, the CLI guesses a token for four characters, without a word;
-    # of the default prompt, wrapped in a message, every true count is higher (seen, 2.1.330).
-    if int(counts.get("System prompt") or 0) <= len(DEFAULT_SYSTEM_PROMPT) / 4:
-        raise CliFailed("upstream did not count the tokens")
-    return int(counts.get("Messages") or 0), int(counts.get("MCP tools") or 0)
+    def __init__(self, process: Process) -> None:
+        self.process = process
+        self.results_due = 0  # `result` lines that the CLI has still to print, one a user line
+        self.known_tools: dict[str, JsonObject] = {}  # as the CLI was first told of each name
+        self.calls: dict[str, JsonObject] = {}  # tools/call lines that wait, by tool_use id
+        self._tools: list[JsonObject] = []
+        self._is_listed = False  # the CLI has asked for the tools since they were last set
+        self._requests = itertools.count(1)
+        self.is_held = False  # from calling upstream, by the settings as last sent
+        self._hold = ""  # id of the last `apply`, until it is acknowledged
+        self._cost_usd = self._noted_usd = 0.0  # of all turns, and what of that was taken
 
+    @property
+    def is_pending(self) -> bool:
+        """Whether the last `apply` has not been acknowledged yet."""
+        return bool(self._hold)
 
-def to_tool_server(tools: Sequence[JsonObject]) -> JsonObject:
-    """Return what an MCP server with these tools answers, by method.
+    def next(self, patience: Patience) -> JsonObject:
+        """Return the next line, and take note of what the protocol needs."""
+        line = self.process.read_line(patience)
+        kind, request, response = line.get("type"), line.get("request"), line.get("response")
+        if kind == "control_request" and isinstance(request, dict):
+            message = request.get("message")
+            if isinstance(message, dict) and "id" in message:
+                self._serve_tools(line, message)
+        elif kind == "control_response" and isinstance(response, dict):
+            if response.get("request_id") == self._hold:
+                self._hold = ""
+        elif kind == "result":
+            self.results_due -= 1
+            if isinstance(cost := line.get("total_cost_usd"), (int, float)):
+                self._cost_usd = float(cost)
+        return line
 
-    Tools without a schema (typed and server tools) are described by their own JSON.
-    """
-    listed = [
-        {
-            "name": tool.get("name") or tool.get("type"),
-            "description": tool.get("description") or json.dumps(tool),
-            "inputSchema": tool.get("input_schema") or PADDING_TOOL["input_schema"],
-            "annotations": {"readOnlyHint": True},  # else calls wait for each other
-            "_meta": {"anthropic/maxResultSizeChars": 2 * MAX_TOOL_RESULT_CHARS},
-        }
-        for tool in tools
-    ]
-    server = {"name": TOOL_SERVER, "version": __version__}
-    protocol = {"protocolVersion": "2025-11-25", "capabilities": {"tools": {}}}
-    return {"initialize": {**protocol, "serverInfo": server}, "tools/list": {"tools": listed}}
+    def send(self, line: JsonObject) -> None:
+        """Send a message's line; each of the user's ends in a `result`."""
+        self.results_due += line["type"] == "user"
+        self.process.send(line)
 
+    def request(self, subtype: str, patience: Patience, **fields: Any) -> JsonObject:
+        """Send a control request and return the response; one that does not come means death."""
+        request_id = self._ask(subtype, **fields)
+        late = ProcessDied(f"claude did not answer {subtype} within {CONTROL_TIMEOUT_S:.0f} s")
+        patience = patience.at_most(CONTROL_TIMEOUT_S, late)
+        while True:
+            response = self.next(patience).get("response")
+            if isinstance(response, dict) and response.get("request_id") == request_id:
+                if response.get("subtype") == "success":
+                    return response.get("response") or {}
+                raise CliFailed(f"claude refused {subtype}: {response.get('error')}")
 
-@dataclass(frozen=True, slots=True)
-class Setup:
-    """What a child is told before the first message: the same for many conversations."""
+    def change(self, subtype: str, patience: Patience, **fields: Any) -> JsonObject:
+        """Send a request that a later CLI may not know. Raises CliRefused where it is not taken."""
+        late = CliRefused(f"claude did not answer {subtype} within {CHANGE_TIMEOUT_S:.0f} s")
+        try:
+            return self.request(subtype, patience.at_most(CHANGE_TIMEOUT_S, late), **fields)
+        except CliFailed as exc:
+            raise CliRefused(str(exc)) from exc
 
-    system: tuple[str, ...]
-    tools: tuple[JsonObject, ...]  # registered with the CLI, which waits for their results
-    settings: JsonObject  # of apply_flag_settings
-    thinking_tokens: int | None
+    def hold_calls(self) -> None:
+        """Keep the CLI from calling upstream again, once its call is on its way. Does not wait.
 
-    def label(self, caller: Caller) -> bytes:
-        """Return what is the same for requests of one caller that need the same setup."""
-        fields = json.dumps([self.system, self.tools, self.settings, self.thinking_tokens])
-        return hashlib.sha256(caller.identity + fields.encode("ascii")).digest()
+        After some answers it would by itself ask for more. What holds it back is its own limit of
+        size, now 1 token: its next call ends as "Prompt is too long" before it is made. From the
+        acknowledgement on that is certain; before, only a kill at message_delta can prevent it.
+        """
+        self.apply({"env": _NO_CALLS})
 
+    def apply(self, settings: JsonObject) -> None:
+        """Change settings. Does not wait: what comes next does."""
+        self._hold = self._ask("apply_flag_settings", settings=settings)
 
-def to_setup(turn: Turn) -> Setup:
-    """Return a turn's setup. Tools are registered by name alone; their schemas go in the body."""
-    named = (tool.get("name") for tool in turn.extra_body.get("tools") or [])
-    # null leaves thinking to extra_body; 0 turns it off where the model can be without
-    tokens = None if turn.thinking else 0
-    tools = tuple({"name": name, "description": name} for name in named if name)
-    return Setup(turn.system, tools, to_flag_settings(turn), tokens)
+    def interrupt(self) -> bool:
+        """End the turn whose answer nobody wants any more; say whether it has ended."""
+        patience = Patience(LEAVE_S, lambda: None, ProcessDied("claude did not stop its answer"))
+        try:
+            reply = self.request("interrupt", patience)
+            self.come_to_rest(patience)
+        except (ProcessDied, CliFailed) as exc:
+            log.warning("%s", exc)
+            return False
+        return not reply.get("still_queued")
 
+    def come_to_rest(self, patience: Patience) -> None:
+        """Wait for all that is due. Raises ProcessDied where it does not come."""
+        late = ProcessDied("claude did not end its turn in time")
+        short = patience.at_most(CONTROL_TIMEOUT_S, late)
+        while self.results_due or self._hold:
+            self.next(short)
 
-def begin_setup(child: Child, setup: Setup) -> None:
-    """Send a blank child its setup; the answers are read by `open_turn`. Does not wait."""
-    fields: JsonObject = {"systemPrompt": list(setup.system)} if setup.system else {}
-    fields |= child.serve_tools(setup.tools)
-    child.setup = setup
-    child.setup_requests = [
-        child.ask("initialize", hooks=None, **fields),
-        child.ask("apply_flag_settings", settings=setup.settings),
-        child.ask("set_max_thinking_tokens", max_thinking_tokens=setup.thinking_tokens),
-    ]
-    child.flush()
+    def cut(self, fields: JsonObject, patience: Patience) -> None:
+        """Take back what follows a place; nothing of it is ever sent upstream again."""
+        reply = self.change("rewind_conversation", patience, **fields)
+        if reply.get("rewound") is not True:
+            raise CliRefused(f"claude did not cut its conversation: {reply}")
+        self.come_to_rest(patience)
+        self.calls.clear()
 
+    def settle(self, due: set[str], patience: Patience) -> None:
+        """Wait until its turn has ended, or made the calls due; raise ProcessDied if it goes on."""
+        short = patience.at_most(SETTLE_S, ProcessDied("claude did not settle after its answer"))
+        self.process.take_ready()
+        while (
+            self._hold
+            or self.process.has_line()
+            or not (self.calls.keys() >= due if due else self.results_due == 0)
+        ):
+            line = self.next(short)
+            kind, has_failed = line.get("type"), bool(line.get("is_error"))
+            if (kind == "result" and (due or has_failed)) or (kind == "user" and due):
+                raise ProcessDied("claude did not keep its conversation")
 
-def open_turn(child: Child, turn: Turn, setup: Setup, patience: Patience) -> list[JsonObject]:
-    """Bring a spare to the point where only the last user message is missing.
+    def take_cost(self) -> float:
+        """Return the dollars that the process has newly told of. Does not wait, nor raise."""
+        with contextlib.suppress(ProcessDied, CliFailed):
+            self.process.take_ready()
+        with contextlib.suppress(ProcessDied, CliFailed):
+            while self.process.has_line():
+                self.next(_NO_PATIENCE)
+        new, self._noted_usd = self._cost_usd - self._noted_usd, self._cost_usd
+        return new
 
-    Follows cli-contract.md, "Claiming a spare": initialize, settings, thinking, history; a prepared
-    spare has had the first three. Nothing goes upstream. Returns the CLI's list of models. Raises
-    as Child does.
-    """
-    if child.setup is None:
-        begin_setup(child, setup)
-    reply, *_ = [child.read_response(asked, patience) for asked in child.setup_requests]
-    models = reply.get("models") or []
-    model = resolve_model(turn.model, models)
-    for message in turn.history:
-        child.send(to_line(message, model))
-        if message.role == "user":
-            # user lines are queued but assistant lines applied at once: wait, or order is lost
-            silent = ChildDied("claude did not take the history in time")
-            short = patience.at_most(CONTROL_TIMEOUT_S, silent)
-            while child.read_line(short).get("type") != "result":
+    def _ask(self, subtype: str, **fields: Any) -> str:
+        request_id = f"{subtype} {next(self._requests)}"
+        request = {"subtype": subtype, **fields}
+        if "settings" in fields:
+            self.is_held = fields["settings"]["env"] is _NO_CALLS
+        self.process.send({"type": "control_request", "request_id": request_id, "request": request})
+        return request_id
+
+    # ---- tools
+
+    def offer(self, tools: Sequence[JsonObject]) -> JsonObject:
+        """Set the tools; return the fields of `initialize` that tell of them.
+
+        By their names calls wait; upstream is told of the tools in CLAUDE_CODE_EXTRA_BODY.
+        """
+        self._is_listed = False
+        self.known_tools = {to_name(tool): tool for tool in tools} | self.known_tools
+        self._tools = [
+            {
+                "name": to_name(tool),
+                "description": tool.get("description") or json.dumps(tool),  # without a schema
+                "inputSchema": tool.get("input_schema") or {"type": "object", "properties": {}},
+                "annotations": {"readOnlyHint": True},  # else calls wait for each other
+                "_meta": {"anthropic/maxResultSizeChars": 2 * MAX_TOOL_RESULT_CHARS},
+            }
+            for tool in tools
+        ]
+        told = {"initializeResult": SERVER_INFO, "toolsListResult": {"tools": self._tools}}
+        return {"sdkMcpServers": [TOOL_SERVER], "sdkMcpServerManifests": {TOOL_SERVER: told}}
+
+    def change_tools(self, tools: Sequence[JsonObject], patience: Patience) -> None:
+        """Offer other tools, and wait until the CLI has asked for them. Raises CliRefused."""
+        self.offer(tools)
+        message = {"jsonrpc": "2.0", "method": "notifications/tools/list_changed"}
+        self.change("mcp_message", patience, server_name=TOOL_SERVER, message=message)
+        late = CliRefused("claude did not ask for the changed tools")
+        short = patience.at_most(CHANGE_TIMEOUT_S, late)
+        while not self._is_listed:
+            self.next(short)
+
+    def answer_calls(self, results: Mapping[str, JsonObject], patience: Patience) -> None:
+        """Give the calls that wait their results, by tool_use id."""
+        late = ProcessDied("claude did not take a tool's result in time")
+        short = patience.at_most(CONTROL_TIMEOUT_S, late)
+        *_, last = results
+        for tool_use_id, result in results.items():
+            self._reply(self.calls.pop(tool_use_id), result)
+            # one by one: the CLI puts results in the order in which it has dealt with them
+            while tool_use_id != last and not is_taken(self.next(short), tool_use_id):
                 pass
-    return cast("list[JsonObject]", models)
+
+    def _serve_tools(self, line: JsonObject, message: JsonObject) -> None:
+        """Reply to the CLI's message to the MCP server; a tool call waits."""
+        method = message.get("method")
+        if method == "tools/call":
+            meta = (message.get("params") or {}).get("_meta") or {}
+            self.calls[str(meta.get("claudecode/toolUseId"))] = line
+            return
+        self._is_listed = self._is_listed or method == "tools/list"
+        results: JsonObject = {"initialize": SERVER_INFO, "tools/list": {"tools": self._tools}}
+        self._reply(line, results.get(str(method), {}))
+
+    def _reply(self, line: JsonObject, result: JsonObject) -> None:
+        reply = {"jsonrpc": "2.0", "id": line["request"]["message"]["id"], "result": result}
+        response = {"request_id": line.get("request_id"), "response": {"mcp_response": reply}}
+        told = {"type": "control_response", "response": {"subtype": "success", **response}}
+        self.process.send(told)
 
 
-def resume_turn(child: Child, turn: Turn, patience: Patience) -> None:
-    """Have a parked child go on with its conversation: parameters, then the call.
-
-    The CLI itself ends a turn a little after its answer, so that is waited for (seen: `result` 10
-    ms after message_stop). Raises as Child does, and ChildDied where the child did not keep the
-    conversation as it should; nothing was sent upstream then.
-    """
-    asked = _tool_use_ids(turn.history)
-    short = patience.at_most(SETTLE_S, ChildDied("claude did not settle after its answer"))
-    child.take_ready()
-    while child.has_line() or not (asked and child.tool_calls.keys() >= set(asked)):
-        line = child.read_line(short)
-        if line.get("type") == "result" and not asked and not line.get("is_error"):
-            break
-        if line.get("type") in ("result", "user") or line.get("status") == "requesting":
-            raise ChildDied("claude did not keep its conversation")  # it went on by itself
-    setup = to_setup(turn)
-    if child.is_held or child.setup is None or setup.settings != child.setup.settings:
-        child.request("apply_flag_settings", patience, settings=setup.settings)
-        child.is_held = False
-    if child.setup is None or setup.thinking_tokens != child.setup.thinking_tokens:
-        tokens = setup.thinking_tokens
-        child.request("set_max_thinking_tokens", patience, max_thinking_tokens=tokens)
-    child.setup = setup
-    if not asked:
-        child.send(to_line(turn.query, turn.model, query=True))
-    for tool_use_id, result in zip(asked, to_tool_results(turn.query, asked) or (), strict=True):
-        child.answer_tool_call(tool_use_id, result)
-        # one by one: the CLI puts results in the order in which it has dealt with them
-        while tool_use_id != asked[-1] and not _is_taken(child.read_line(short), tool_use_id):
-            pass
+_NO_PATIENCE: Final = Patience(float("inf"), lambda: None, ProcessDied())
 
 
-def _is_taken(line: JsonObject, tool_use_id: str) -> bool:
-    """Say whether a line tells that the CLI has put a tool's result into its conversation."""
-    return line.get("type") == "user" and tool_use_id in json.dumps(line.get("message"))
+# ================================================================= Conversation
+# What a process holds, and how a request is brought to it. One mechanism: cut back to the common
+# prefix of what is held and what the request says, tell what differs (settings, system prompt,
+# tools, thinking), append the rest, then ask or count. To continue is to cut nothing; to edit,
+# regenerate or branch is to cut to the middle; a new conversation is a cut to the beginning. Facts
+# are of 2.1.300 to 2.1.331, each pinned in tests/test_reuse.py. Knows nothing of HTTP and of pools.
 
 
-def can_resume(turn: Turn) -> bool:
-    """Say whether a child that holds a turn's history could go on with its last message."""
-    asked = _tool_use_ids(turn.history)
-    return bool(turn.history) and (not asked or to_tool_results(turn.query, asked) is not None)
+class Base(NamedTuple):
+    """What a process can never change: it serves nobody else."""
+
+    identity: bytes  # of the caller
+    name: str
+    betas: tuple[str, ...]  # the CLI keeps those of its first call
 
 
-def _tool_use_ids(history: Sequence[Message]) -> list[str]:
-    """Return the ids of the tool calls that the last message of a history makes."""
-    content = history[-1].content if history else ""
-    blocks = [] if isinstance(content, str) else content
-    return [block["id"] for block in blocks if block["type"] == "tool_use"]
+class Held(NamedTuple):
+    """One message inside a process."""
+
+    digest: bytes
+    uuid: str | None = None  # of the user line that brought it; answers and answered calls: none
+    is_place: bool = False  # can be cut at: a user message without tool results
 
 
-def to_tool_results(query: Message, asked: Sequence[str]) -> list[JsonObject] | None:
-    """Return the MCP results that a message holds, in the order of the calls that it answers.
+class Conversation:
+    """The messages that a process holds. What is done to the process is a Session's."""
 
-    None where the message would not reach the model as it is: the CLI orders results by their
-    calls, strips and joins errors, words empty results, and writes large ones to disk (all seen,
-    2.1.330 and 2.1.248). Images and text beside the results go no better.
-    """
-    blocks = query.content if isinstance(query.content, list) else []
-    if [block.get("tool_use_id") for block in blocks] != list(asked):
-        return None
-    results = [result for block in blocks if (result := _to_tool_result(block))]
-    size = sum(len(part["text"]) for result in results for part in result["content"])
-    return results if len(results) == len(blocks) and size <= MAX_TOOL_RESULT_CHARS else None
+    def __init__(self) -> None:
+        self.is_loose = False  # the last message got no answer that counts: cut before use
+        self.calls_due: list[str] = []  # ids of the tool calls that the last answer makes
+        self._held: list[Held] = []
+        self._told_for: object = None  # the model, system prompt and ttl that it goes on with
 
+    def __len__(self) -> int:
+        return len(self._held)
 
-def _to_tool_result(block: JsonObject) -> JsonObject | None:
-    content = block.get("content")
-    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content or []
-    texts = [part["text"] for part in parts if part.keys() == {"type", "text"}]
-    if not texts or len(texts) < len(parts) or not all(map(_SAYS_SOMETHING.search, texts)):
-        return None
-    is_error, first = bool(block.get("is_error")), texts[0]
-    if is_error and (
-        len(texts) > 1 or _BLANK_END.search(first) or len(first) > MAX_TOOL_ERROR_CHARS
-    ):
-        return None
-    return {"content": parts, "isError": is_error}
+    @property
+    def can_be_cut(self) -> bool:
+        """Whether it begins with a message that it can be cut back to."""
+        return not self._held or self._held[0].is_place
 
+    def kept(self, turn: Turn, wanted: int) -> int:
+        """Return how many messages can stay, of the turn's first `wanted`."""
+        if self._told_for != (turn.model, turn.system, turn.cache_ttl):
+            return 0  # with another model or system prompt no conversation goes on
+        whole = len(self._held) - self.is_loose
+        pairs = zip(self._held[:whole], turn.digests[:wanted], strict=False)
+        common = sum(1 for _ in itertools.takewhile(lambda pair: pair[0].digest == pair[1], pairs))
+        if common == len(self._held):
+            given = turn.messages[wanted:][:1] if wanted == common else ()  # to calls that wait
+            if not self.calls_due or any(to_tool_results(m, self.calls_due) for m in given):
+                return common
+        held = self._held[: common + 1]
+        return max((at for at, message in enumerate(held) if message.is_place), default=0)
 
-_SAYS_SOMETHING: Final = re.compile(r"[^\s\ufeff]")
-_BLANK_END: Final = re.compile(r"\A[\s\ufeff]|[\s\ufeff]\Z")
-
-
-def to_flag_settings(turn: Turn) -> JsonObject:
-    """Return the settings of `apply_flag_settings` for a turn; every per-request one is given."""
-    variables = {
-        "CLAUDE_CODE_EXTRA_BODY": json.dumps(turn.extra_body),
-        "ANTHROPIC_BETAS": ",".join(turn.betas),
-        "CLAUDE_CODE_PROMPT_CACHE_TTL": turn.cache_ttl,
-        # the body's max_tokens is in extra_body; this is for the CLI's own sums
-        "CLAUDE_CODE_MAX_OUTPUT_TOKENS": str(turn.max_tokens or ""),
-        **_NO_LIMIT,
-        **_CALLS_WAIT,
-    }
-    model = None if turn.model == DEFAULT_MODEL_NAME else turn.model
-    return {"env": variables, "model": model, "effortLevel": turn.effort}
-
-
-def resolve_model(name: str, models: Iterable[JsonObject]) -> str:
-    """Return the id that the CLI will use for a model name or alias, by its own list."""
-    wanted = "default" if name == DEFAULT_MODEL_NAME else name
-    for model in models:
-        if model.get("value") == wanted:
-            return str(model.get("resolvedModel") or name).removesuffix("[1m]")
-    return name.removesuffix("[1m]")
-
-
-def to_model_list(models: Iterable[JsonObject]) -> list[JsonObject]:
-    """Return the CLI's models as both SDKs parse them (messages-api.md section 6), newest first.
-
-    The CLI tells no dates: the epoch stands for an unknown one, as the API's documentation has it,
-    and the newest is the one with the highest version in its id.
-    """
-    items: dict[str, JsonObject] = {}
-    for model in models:
-        model_id = resolve_model(str(model.get("value")), [model])
-        items[model_id] = {
-            "type": "model",
-            "object": "model",
-            "id": model_id,
-            "display_name": model.get("displayName") or model_id,
-            "created_at": "1970-01-01T00:00:00Z",
-            "created": 0,
-            "owned_by": "anthropic",
+    def cut_fields(self, kept: int) -> JsonObject:
+        """Return the fields of the request that cuts back to the first messages."""
+        return {
+            "target_message_uuid": self._held[kept].uuid,
+            "last_seen_user_message_uuid": [held.uuid for held in self._held if held.uuid][-1],
+            "interrupt_if_running": True,  # ends a turn whose tool calls wait
         }
-    return sorted(items.values(), key=_version_of, reverse=True)
+
+    def cut(self, kept: int) -> None:
+        """Hold no more than the first messages."""
+        del self._held[kept:]
+        self.is_loose, self.calls_due = False, []
+
+    def go_on_with(self, turn: Turn) -> None:
+        """Belong to a turn's model, system prompt and ttl from now on."""
+        self._told_for = (turn.model, turn.system, turn.cache_ttl)
+
+    def add(self, turn: Turn, index: int, line: JsonObject | None) -> None:
+        """Hold a turn's message, sent by this line, or None where through the tool channel."""
+        brought_by = line["uuid"] if line is not None and line["type"] == "user" else None
+        is_place = brought_by is not None and not has_tool_results(turn.messages[index])
+        self._held.append(Held(turn.digests[index], brought_by, is_place))
+
+    def loosen(self) -> list[str]:
+        """Let the last message be a query without its answer yet; return the calls it answers."""
+        calls, self.calls_due, self.is_loose = self.calls_due, [], True
+        return calls
+
+    def add_answer(self, reader: AnswerReader) -> None:
+        """Hold the answer to the last message."""
+        self._held.append(Held(digest_message(Message("assistant", reader.content))))
+        self.is_loose, self.calls_due = False, reader.tool_use_ids
 
 
-def _version_of(item: JsonObject) -> list[int]:
-    return [int(number) for number in re.findall(r"\d+", item["id"])]
+def _rehearsal(**fields: Any) -> Turn:
+    question = {"role": "user", "content": "rehearsal"}
+    return parse_count_request({"model": DEFAULT_MODEL_NAME, "messages": [question], **fields})
 
 
-def to_line(message: Message, model: str, *, query: bool = False) -> JsonObject:
-    """Return the stdin line of a message; `query` makes it the one that starts the call."""
-    line: JsonObject = {"type": message.role, "parent_tool_use_id": None, "session_id": ""}
-    if message.role == "user":
-        inner: JsonObject = {"role": "user", "content": message.content}
-        line |= {"message": inner, "client_composed": True}  # verbatim: no @paths, no commands
-        return line if query else {**line, "shouldQuery": False}
-    content = message.content
-    blocks = [{"type": "text", "text": content}] if isinstance(content, str) else content
-    line["uuid"] = str(uuid.uuid4())
-    line["message"] = {
-        "id": "msg_" + uuid.uuid4().hex,
-        "type": "message",
-        "role": "assistant",
-        "model": model,  # of another model the CLI would drop thinking blocks
-        "content": blocks,
-        "stop_reason": "end_turn",
-        "stop_sequence": None,
-        "usage": {"input_tokens": 0, "output_tokens": 0},  # others would be counted as real
-    }
-    return line
+# Two turns of no meaning, with other system prompts and tools: what any two requests may differ in.
+REHEARSALS: Final = (
+    _rehearsal(),
+    _rehearsal(system="rehearsal", tools=[{"name": "rehearsal", "input_schema": {}}]),
+)
+
+
+class Session:
+    """A process and the conversation in it. One owner at a time; nobody else writes its fields.
+
+    A request goes `bring`, `ask`, `read`, `end`. All but `end` raise ProcessDied and CliFailed, and
+    what their patience raises.
+    """
+
+    def __init__(self, process: Process) -> None:
+        self.process = process
+        self.base: Base | None = None  # None: blank, it has served nobody
+        self.is_new = True  # not initialised
+        self.models: list[JsonObject] = []  # as the CLI lists them
+        self.turns = 0
+        self._channel = Channel(process)
+        self.take_cost = self._channel.take_cost
+        self._conversation = Conversation()
+        self._told: JsonObject = {}  # system prompt, tools, thinking, settings: as last told
+        self._turn: Turn | None = None  # the one that is served, once it may be asked
+        self._is_marked = False  # the client's cache breakpoint goes with it
+
+    def claim(self, base: Base) -> None:
+        """Belong to one caller from now on."""
+        assert self.base in (None, base)
+        self.base = base
+
+    @property
+    def can_be_cut(self) -> bool:
+        """Whether any next request can be brought to it."""
+        return self._conversation.can_be_cut
+
+    def cost(
+        self, turn: Turn, *, may_cut: bool, counted: list[JsonObject] | None = None
+    ) -> int | None:
+        """Return the messages that a turn would append here and, of what is held, lose.
+
+        With a login the lost weigh double, as a cached prefix is lost with them. None where it
+        cannot be served here. `counted` are tools to count.
+        """
+        if self.base is None:
+            return len(turn.messages)
+        known = self._channel.known_tools
+        if counted and any(known.get(to_name(tool), tool) != tool for tool in counted):
+            return None  # the CLI counts the tool that first had a name
+        kept = self._conversation.kept(turn, len(turn.messages) - 1)
+        lost, is_loose = len(self._conversation) - kept, self._conversation.is_loose
+        differs = (turn.system, named_tools(turn)) != (self._told["system"], self._told["tools"])
+        if not may_cut and (lost or is_loose or differs):
+            return None
+        return len(turn.messages) - kept + lost * (lost > is_loose) * (2 if turn.is_login else 1)
+
+    # ---- before the answer
+
+    def prime(self, patience: Patience) -> None:
+        """Make a new process ready for anybody, and prove that it can be used again and again.
+
+        A query that is held back from upstream warms it up: the first true turn then takes half as
+        long (seen). Nothing goes upstream. Raises CliRefused too.
+        """
+        first, second = REHEARSALS
+        self.bring(first, patience)
+        self._channel.hold_calls()
+        self._channel.come_to_rest(patience)
+        self.ask(patience)
+        while self._channel.results_due:
+            if self._channel.next(patience).get("type") == "stream_event":
+                raise CliRefused("claude does not hold its calls back")
+        self.bring(second, patience)
+        self.turns = 0
+
+    def bring(
+        self, turn: Turn, patience: Patience, counted: list[JsonObject] | None = None
+    ) -> None:
+        """Make the process hold all but the last message; nothing goes upstream.
+
+        With `counted`, the tools to count, the last one is held too. Raises CliRefused too.
+        """
+        self.turns += 1
+        self._turn = None
+        channel, conversation = self._channel, self._conversation
+        tools = named_tools(turn) if counted is None else counted
+        wanted = len(turn.messages) - (counted is None)
+        if self.is_new:
+            prompt = {"systemPrompt": [turn.system]} if turn.system else {}
+            fields = {"hooks": None, **prompt, **channel.offer(tools)}
+            self.models = channel.request("initialize", patience, **fields).get("models") or []
+            self.is_new = False
+            self._told = {"system": turn.system, "tools": tools, "thinking": "", "settings": None}
+        kept = conversation.kept(turn, wanted)
+        if kept < len(conversation) or conversation.is_loose:
+            channel.cut(conversation.cut_fields(kept), patience)
+            conversation.cut(kept)
+        else:
+            channel.settle(set(conversation.calls_due), patience)
+        # Where something is held the CLI's own breakpoints are on it: with one more of the client's
+        # in each turn they would soon be over the four that the API takes.
+        self._is_marked = kept == 0
+        self._tell(turn, tools, patience)
+        conversation.go_on_with(turn)
+        for index in range(kept, wanted):
+            self._append(turn, index)
+            patience.look()  # in a long history no wait is long enough to
+            # user lines are queued but assistant lines applied at once: wait, or order is lost
+            channel.come_to_rest(patience)
+        self._turn = turn
+
+    def ask(self, patience: Patience) -> None:
+        """Start the call: give the tool calls that wait their results, or send the last message."""
+        assert self._turn is not None, "bring comes first"
+        turn, asked, last = self._turn, self._conversation.loosen(), len(self._turn.messages) - 1
+        if not asked:
+            return self._append(turn, last, is_query=True)
+        self._conversation.add(turn, last, None)
+        results = to_tool_results(turn.messages[last], asked) or []
+        return self._channel.answer_calls(dict(zip(asked, results, strict=True)), patience)
+
+    def count_context(self, patience: Patience) -> JsonObject:
+        """Return the CLI's count of what it holds; it asks upstream's count_tokens for it."""
+        names = {to_name(tool) for tool in self._told["tools"]}
+        while True:
+            usage = self._channel.request("get_context_usage", patience)
+            # the tools that it was just given may take it a moment
+            if {tool.get("name") for tool in usage.get("mcpTools") or []} == names:
+                return usage
+            patience.slice_s()
+
+    def _tell(self, turn: Turn, tools: list[JsonObject], patience: Patience) -> None:
+        """Tell what a turn needs, as far as it was not told before."""
+        channel, told = self._channel, self._told
+        if tools != told["tools"]:  # first: they take the CLI a moment
+            channel.change_tools(tools, patience)
+        model = resolve_model(turn.model, self.models)
+        settings = to_flag_settings(turn, model, is_marked=self._is_marked)
+        if channel.is_held or settings != told["settings"]:
+            channel.request("apply_flag_settings", patience, settings=settings)
+        if turn.system != told["system"]:
+            prompt = turn.system or DEFAULT_SYSTEM_PROMPT
+            change = {"model": model, "system_prompt": prompt, "only_if_model_is_current": True}
+            channel.change("set_model", patience, **change)
+        # null leaves thinking to the extra body; 0 turns it off where the model can be without
+        tokens = None if turn.thinking else 0
+        if tokens != told["thinking"]:
+            channel.request("set_max_thinking_tokens", patience, max_thinking_tokens=tokens)
+        told |= {"system": turn.system, "tools": tools, "thinking": tokens, "settings": settings}
+
+    def _append(self, turn: Turn, index: int, *, is_query: bool = False) -> None:
+        model = resolve_model(turn.model, self.models)
+        line = to_line(turn, index, model, is_query=is_query, is_marked=self._is_marked)
+        self._conversation.add(turn, index, line)
+        self._channel.send(line)
+
+    # ---- the answer and after
+
+    def read(
+        self, reader: AnswerReader, patience: Patience
+    ) -> Generator[list[Event], None, list[Event]]:
+        """Yield the answer's events in batches of those that were ready together.
+
+        Returns the last batch. Raises ApiError; ProcessDied only while nothing went upstream.
+        """
+        while True:
+            batch: list[Event] = []
+            failure: ApiError | None = None
+            try:
+                while not batch or (self.process.has_line() and not reader.done):
+                    line = self._channel.next(patience)
+                    if line.get("status") == "requesting" and not reader.is_called:
+                        self._channel.hold_calls()
+                    with upstream_protocol():
+                        batch += reader.feed(line)
+            except ProcessDied as exc:
+                if not reader.is_called:
+                    raise  # the CLI tells before it calls, so nothing was sent upstream
+                log.error("%s", exc)
+                failure = CliFailed("claude ended before its answer was complete")
+            except ApiError as exc:
+                failure = exc
+            if reader.done:
+                return batch
+            yield batch  # also what came just before a failure
+            if failure:
+                raise failure
+
+    def end(self, reader: AnswerReader) -> bool:
+        """Come to rest after a turn, however it ended; say whether the session can be used again.
+
+        It can where nothing of this turn can reach upstream any more. Takes up to LEAVE_S.
+        """
+        if not self._conversation.is_loose or self._turn is None or not self.can_be_cut:
+            return False  # told in part, or nothing that could be cut to
+        if not reader.done:
+            return reader.has_failed or (reader.is_called and self._channel.interrupt())
+        names = {tool.get("name") for tool in self._told["tools"]}
+        if not (reader.can_go_on and reader.tool_names <= names):
+            return not self._channel.is_pending  # it would ask again: certain not to, or killed
+        self._conversation.add_answer(reader)
+        if not (self._conversation.calls_due or self._channel.is_pending):
+            self._channel.apply(self._told["settings"])  # likely those of the next turn too
+        return True
+
+
+def run_to_end(generator: Generator[Any, None, _T]) -> _T:
+    """Run a generator whose items matter to nobody; return what it returns."""
+    while True:
+        try:
+            next(generator)
+        except StopIteration as stop:
+            return cast("_T", stop.value)
 
 
 # ========================================================================= Pool
-# Keeps idle children warm, lends each to one request, and keeps parked those that hold a
-# conversation. Rule 1: a child is owned by the pool or by one request, never both. Rule 2: nothing
-# blocks while holding the lock. One keeper thread starts, prepares, renews and reaps children; the
-# public methods run on request threads. What conversations and setups are is not known here, only
-# their labels.
+# Who has which session, and who waits. Rule 1: a session is owned by the pool or by one request,
+# never both. Rule 2: nothing blocks while holding the lock. One keeper thread starts and reaps
+# processes, a spare is primed on a thread of its own, the public methods run on request threads.
+# What sessions hold is not known here, only what a request would cost in one.
+
+_CLOSING: Final = "the gateway is shutting down"
+Cost = Callable[[Session, bool], int | None]  # of a session, which may or may not be cut
+
+
+class _Waiter(NamedTuple):
+    """A request's place in the queue."""
+
+    base: Base
+    cost: Cost
+    is_new_wanted: bool  # a process that nobody has used
+    served: Future[Session]
 
 
 @dataclass(frozen=True, slots=True)
-class Want:
-    """What kind of child a request can use. The labels tell callers apart as well."""
+class Snapshot:
+    """The pids of a pool's processes by state, and how many requests wait."""
 
-    conversation: bytes | None  # of a parked child
-    fit: bytes  # of a prepared spare
-    prepare: Callable[[Child], None]  # makes a blank spare fit; does not wait
-    queued: Callable[[int], None]  # told the place, from 1, of a request that has to wait
-
-
-class _Waiter:
-    """A request's place in the queue. All but `ready` is guarded by the pool's lock."""
-
-    def __init__(self, fit: bytes | None) -> None:
-        self.fit = fit
-        self.ready = threading.Event()  # set with a child or a failure in place
-        self.child: Child | None = None
-        self.failure = "the gateway is shutting down"
-        self.has_left = False
+    spare: list[int]  # blank: no caller's yet
+    starting: list[int]  # to be spares
+    idle: list[int]
+    busy: list[int]
+    ending: list[int]
+    waiting: int
 
 
-_SHORTAGES: Final = (errno.ENOMEM, errno.EAGAIN, errno.EMFILE, errno.ENFILE)
+class Fleet:
+    """A pool's sessions, each in one of Snapshot's states. Guarded by the pool's lock."""
 
+    def __init__(self, settings: Settings, stamp: Callable[[], object]) -> None:
+        self._settings, self._stamp = settings, stamp
+        # with since when (monotonic); those that are longest in their state come first
+        self._states: dict[Session, tuple[str, float]] = {}
 
-@dataclass(frozen=True, slots=True)
-class _Parked:
-    conversation: bytes
-    until: float  # monotonic
+    def put(self, session: Session, state: str) -> None:
+        """Take in a session, or let it change its state."""
+        self._states.pop(session, None)
+        self._states[session] = (state, time.monotonic())
+
+    def all(self, *states: str) -> list[Session]:
+        """Return the sessions in these states, the longest there first."""
+        return [session for session, (state, _) in self._states.items() if state in states]
+
+    def snapshot(self, waiting: int) -> Snapshot:
+        """Return how things are."""
+        pids: Any = {
+            state: [session.process.pid for session in self.all(state)]
+            for state in ("spare", "starting", "idle", "busy", "ending")
+        }
+        return Snapshot(**pids, waiting=waiting)
+
+    def room(self) -> int:
+        """Return how many more sessions may be lent."""
+        return self._settings.max_concurrency - len(self.all("busy"))
+
+    def cheapest(self, waiter: _Waiter, *, may_cut: bool) -> Session | None:
+        """Return the idle session that costs least, the longest idle of equal ones.
+
+        A blank one rather than a conversation that would be lost, up to the number that is kept;
+        from then on only for a conversation that is worth another process.
+        """
+        kept = min(self._settings.processes - 1, self._settings.max_concurrency)
+        of_blank = 1 if len(self.all("busy", "idle")) < kept else BLANK_COST
+        costs = {}
+        for session in self.all("spare", "idle"):
+            if session.base in (None, waiter.base) and (session.is_new or not waiter.is_new_wanted):
+                cost = waiter.cost(session, may_cut)
+                if cost is not None:
+                    costs[session] = cost + of_blank * (session.base is None)
+        return min(costs, key=costs.__getitem__, default=None)
+
+    def end(self, session: Session) -> None:
+        """Let an idle process end by itself, one that may be in mid-turn at once."""
+        is_idle, process = session in self.all("spare", "idle"), session.process
+        (process.finish if is_idle else process.kill)()
+        self.put(session, "ending")
+
+    def end_all(self) -> None:
+        """End the idle ones; kill the others, which whoever has them notices, and gives back."""
+        for session in self.all("spare", "idle"):
+            self.end(session)
+        for session in self.all("busy", "starting"):
+            session.process.kill()
+
+    def end_unfit(self) -> bool:
+        """End idle sessions that are dead, old, or of another executable than today's.
+
+        Say whether a spare ended right after its start.
+        """
+        now, stamp, has_failed = time.monotonic(), self._stamp(), False
+        for session in self.all("spare", "idle"):
+            age, is_dead = now - session.process.started_at, not session.process.is_alive()
+            has_failed = has_failed or (is_dead and session.base is None and age < STABLE_S)
+            if is_dead or age >= MAX_SESSION_AGE_S or stamp not in (None, session.process.stamp):
+                self.end(session)
+        return has_failed
+
+    def retire(self) -> None:
+        """End what is over the number that may serve, and what was long idle over those kept."""
+        kept = self._settings.processes
+        used = self.all("idle") if kept else self.all("spare", "idle")
+        over, room = len(self.all("spare", "idle", "starting")) - kept, self.room()
+        for rank, session in enumerate(used):
+            was_long_idle = time.monotonic() - self._states[session][1] > IDLE_S
+            if rank < len(used) - room or (rank < over and was_long_idle):
+                self.end(session)
+
+    def make_room(self) -> bool:
+        """Say whether one more process may serve; end the one least recently used for it."""
+        used, room = self.all("idle"), self.room()
+        if 0 < room <= len(used):
+            self.end(used[0])
+        return room > 0
+
+    def lacks_spare(self) -> bool:
+        """Say whether there should be a blank process that is not there."""
+        is_wanted = self._settings.processes >= (2 if self.all("busy", "idle") else 1)
+        return is_wanted and not self.all("starting", "spare")
+
+    def take_gone(self) -> list[Session]:
+        """Return the processes that have ended; kill those whose grace is over."""
+        gone = []
+        for session in self.all("ending"):
+            if not session.process.is_alive():
+                del self._states[session]
+                gone.append(session)
+            elif time.monotonic() >= self._states[session][1] + EXIT_GRACE_S:
+                session.process.kill()
+        return gone
 
 
 class Pool:
-    """Warm children. `start` makes one (it may raise OSError); `stamp` tells a new executable.
-
-    `told` is called with children that may have told more since they were handed back.
-    """
+    """Sessions, interchangeable but for their base, and who waits for one."""
 
     def __init__(
         self,
-        start: Callable[[], Child],
+        start: Callable[[], Session],
         settings: Settings,
         stamp: Callable[[], object],
-        told: Callable[[Child], None],
+        ended: Callable[[Session], None],
     ) -> None:
-        self._start = start
-        self._settings = settings
-        self._stamp = stamp
-        self._told = told
+        """`start` may raise anything; `ended` is called with each session that was given up."""
+        self._start, self._settings, self._ended = start, settings, ended
         # Guarded by _changed: all fields below.
         self._changed = threading.Condition()
-        self._idle: collections.deque[Child] = collections.deque()
-        self._parked: dict[Child, _Parked] = {}  # least recently used first
-        self._waiters: collections.deque[_Waiter] = collections.deque()
-        self._lent: set[Child] = set()
-        self._new: set[Child] = set()  # the lent ones that serve a new conversation
-        self._starting = 0  # children that are being started for a waiter: 0 or 1
-        self._owed: set[Child] = set()  # claimed spares whose replacement has not been asked for
-        self._unbegun: set[Child] = set()  # lent for a new conversation, before the first delta
-        self._ending: dict[Child, float] = {}  # with the time at which SIGKILL is due
-        self._next_spare_at = 0.0  # monotonic; put off when a start has failed
-        self._peak, self._peak_at = 1, 0.0  # new conversations at once, and when (monotonic)
-        self._busy_at = 0.0  # when a new conversation came last
-        self._fits: collections.deque[bytes] = collections.deque(maxlen=RECENT_FITS)
-        self._repeated: Want | None = None  # a setup that came again: spares are prepared for it
-        self._failure = ""  # why the last start failed; "" after one that did not
+        self._fleet = Fleet(settings, stamp)
+        self._waiters: list[_Waiter] = []
+        self._spare_at = 0.0  # monotonic; when the next spare may be started
+        self._failure = ""  # why no process starts; "" once one has answered, or stayed
+        self._refusal = ""  # why the CLI's processes cannot be used again; "" where they can
+        self._refused_at: float | None = None  # monotonic
         self._closed = False
-        # One thread forks all children, since on Linux they die with the thread that forked them.
+        # One thread forks all processes, since on Linux they die with the thread that forked them.
         self._keeper = threading.Thread(target=self._keep, name="cc2api-keeper", daemon=True)
         self._keeper.start()
 
-    def acquire(self, patience: Patience, want: Want | None = None) -> Child:
-        """Take the child that holds the wanted conversation, or an idle one, or wait in order.
+    def acquire(
+        self,
+        base: Base,
+        cost: Cost,
+        patience: Patience,
+        queued: Callable[[int], None] = lambda place: None,
+        *,
+        new: bool = False,
+    ) -> Session:
+        """Take the session in which a request costs least, a `new` one if so asked; wait in order.
 
-        Raises ApiError (529), CliFailed, and what the patience raises.
+        `queued` is told the place, from 1, of a request that has to wait. Raises ApiError (529),
+        CliFailed, and what the patience raises.
         """
-        waiter = _Waiter(want.fit if want else None)
+        waiter = _Waiter(base, cost, new, Future())
         with self._changed:
             if self._closed:
-                raise CliFailed("the gateway is shutting down", status=503)
-            if want is not None:
-                if (child := self._take_parked(want.conversation)) is not None:
-                    return child
-                self._note_setup(want)
-            if len(self._waiters) >= self._settings.max_queue + self._room() + len(self._parked):
-                raise ApiError(
-                    "Overloaded: too many requests are waiting",
-                    status=529,
-                    retry_after_s=OVERLOADED_RETRY_AFTER_S,
-                )
+                raise CliFailed(_CLOSING, status=503)
+            room = self._fleet.room()
+            if len(self._waiters) >= self._settings.max_queue + room:
+                words = "Overloaded: too many requests are waiting"
+                raise ApiError(words, status=529, retry_after_s=OVERLOADED_RETRY_AFTER_S)
             self._waiters.append(waiter)
             self._serve_waiters()
-            place = len(self._waiters) if self._room() <= 0 else 0
-            self._changed.notify_all()
-        if want is not None and place and not waiter.ready.is_set():
-            want.queued(place)
+            place = len(self._waiters) - self._fleet.room()  # of those that no start will serve
+            if not waiter.served.done():  # else the keeper would only take the processor
+                self._changed.notify_all()
+        if place > 0 and not waiter.served.done():
+            queued(place)
         try:
-            while not waiter.ready.wait(patience.slice_s()):
-                pass
+            while True:
+                with contextlib.suppress(FutureTimeout):
+                    return waiter.served.result(patience.slice_s())
         except BaseException:
             with self._changed:
-                waiter.has_left = True
                 if waiter in self._waiters:
                     self._waiters.remove(waiter)
-            if waiter.child is not None:  # it came in the last moment
-                self.release(waiter.child, kill=True)
+            if waiter.served.done() and not waiter.served.exception():  # in the last moment
+                self.give_back(waiter.served.result(), usable=not waiter.served.result().is_new)
             raise
-        if waiter.child is None:
-            raise CliFailed(waiter.failure, status=503)
-        return waiter.child
 
-    def refill(self, child: Child) -> None:
-        """Let a claimed spare be replaced: its answer has begun.
-
-        Not at the claim, since a starting process takes 0.4 s of CPU from the one that answers
-        (seen: 160 ms against 80 to the first delta on two cores).
-        """
+    def give_back(self, session: Session, *, usable: bool) -> None:
+        """Take a session back: keep it where it can be used again, else end it at once."""
         with self._changed:
-            if child in self._unbegun:
-                self._failure = ""
-                self._unbegun.discard(child)
-                self._owed.discard(child)
-                self._changed.notify_all()
+            self._take_in(session, usable=usable)
 
-    def release(self, child: Child, *, kill: bool) -> None:
-        """Take a child back and end it; `kill` at once, or let it finish by itself."""
-        if kill:
-            child.kill()
-        else:
-            child.finish()
+    def snapshot(self) -> Snapshot:
+        """Return how things are."""
         with self._changed:
-            self._take_back(child)
-            self._ending[child] = time.monotonic() + EXIT_GRACE_S
-            self._changed.notify_all()
-
-    def park(self, child: Child, conversation: bytes) -> None:
-        """Take a child back and keep it for the next turn of the conversation that it holds."""
-        is_short = (available_memory() or MIN_FREE_BYTES) < MIN_FREE_BYTES
-        with self._changed:
-            self._take_back(child)
-            until = time.monotonic() + self._settings.live_ttl
-            self._parked[child] = _Parked(conversation, until)
-            while len(self._parked) > (0 if is_short or self._closed else self._settings.live):
-                self._end_parked(next(iter(self._parked)))
-            self._changed.notify_all()
-
-    def counts(self) -> dict[str, int]:
-        """Return how many children there are in each state."""
-        with self._changed:
-            return {
-                "idle": len(self._idle),
-                "busy": len(self._lent),
-                "parked": len(self._parked),
-                "ending": len(self._ending),
-            }
-
-    def waiting(self) -> int:
-        """Return how many requests wait for a child."""
-        return len(self._waiters)
+            return self._fleet.snapshot(len(self._waiters))
 
     def failure(self) -> str:
-        """Return why no child can be started; "" where one can, or did."""
+        """Return why no process can be started; "" where one can, or did."""
         return self._failure
 
+    def refusal(self) -> str:
+        """Return why the CLI's processes cannot be used again, each by any next request."""
+        return self._refusal
+
     def close(self) -> None:
-        """End every child, lent ones too, and wait until the last is reaped."""
+        """End every process, lent ones too, and wait until the last is reaped."""
         with self._changed:
             self._closed = True
-            for child in self._lent:
-                child.kill()  # whoever has it notices, and releases it
-            for child in (*self._idle, *self._parked):
-                child.kill()
-                self._ending[child] = time.monotonic()
-            self._idle.clear()
-            self._parked.clear()
-            for waiter in self._waiters:
-                waiter.ready.set()
-            self._waiters.clear()
+            self._fleet.end_all()
+            while self._waiters:
+                self._waiters.pop().served.set_exception(CliFailed(_CLOSING, status=503))
             self._changed.notify_all()
-        self._keeper.join(EXIT_GRACE_S)
+        self._keeper.join(EXIT_GRACE_S + 1)
 
-    # ---- all below hold the lock, but for _keep and _start_one
-
-    def _note_setup(self, want: Want) -> None:
-        """Note what a new conversation needs; spares are prepared for what comes most often."""
-        self._busy_at = time.monotonic()
-        self._fits.append(want.fit)
-        counts = collections.Counter(self._fits)
-        # by two, lest two setups that take turns push each other's spares out
-        if counts[want.fit] > 1 + (counts[self._repeated.fit] if self._repeated else 0):
-            self._repeated = want
-
-    def _take_back(self, child: Child) -> None:
-        for owned in (self._lent, self._new, self._owed, self._unbegun):
-            owned.discard(child)
-
-    def _take_parked(self, conversation: bytes | None) -> Child | None:
-        """Lend the child that was last parked with a conversation."""
-        for child, parked in reversed(self._parked.items()):
-            if parked.conversation == conversation and child.is_alive():
-                del self._parked[child]
-                self._lent.add(child)
-                return child
-        return None
-
-    def _end_parked(self, child: Child) -> None:
-        del self._parked[child]
-        child.kill()
-        self._ending[child] = time.monotonic() + EXIT_GRACE_S
-
-    def _room(self) -> int:
-        """Return how many more children may be lent while all parked ones stay."""
-        return self._settings.max_concurrency - len(self._lent) - len(self._parked) - self._starting
+    # ---- these hold the lock
 
     def _serve_waiters(self) -> None:
-        """Lend idle children to those who wait, in order; parked ones give way to them."""
-        self._retire_unfit()
-        while self._waiters:
-            if self._room() <= 0 and not self._parked:
-                return
-            if self._room() <= 0:
-                self._end_parked(next(iter(self._parked)))
-            child = self._take_idle(self._waiters[0].fit)
-            if child is None:
-                return
-            self._owed.add(child)
-            self._lend(child, self._waiters.popleft())
+        """Lend what is idle to those who wait, in order, each what costs it least."""
+        if self._fleet.end_unfit():
+            self._note_failure("claude ends right after its start")
+        for waiter in list(self._waiters):
+            session = self._fleet.cheapest(waiter, may_cut=not self._refusal)
+            if session is None or self._fleet.room() <= 0:
+                continue
+            if session.base is None:  # its replacement starts when the call is likely to have left
+                self._spare_at = max(self._spare_at, time.monotonic() + SPARE_DELAY_S)
+                self._changed.notify_all()
+            self._fleet.put(session, "busy")
+            self._waiters.remove(waiter)
+            session.claim(waiter.base)
+            waiter.served.set_result(session)
 
-    def _take_idle(self, fit: bytes | None) -> Child | None:
-        """Take a spare that was prepared for just this, else a blank one."""
-        usable = [child for child in self._idle if child.fit in (fit, None)]
-        if not usable:
-            return None
-        child = next((child for child in usable if child.fit is not None), usable[0])
-        self._idle.remove(child)
-        return child
+    def _take_in(self, session: Session, *, usable: bool) -> None:
+        """Keep a session for others, or end it, and see who waits for one."""
+        if usable:
+            self._failure = self._failure if session.is_new else ""
+            self._fleet.put(session, "spare" if session.base is None else "idle")
+        is_spent = session.base and not self._settings.processes  # a blank one is for a waiter
+        if not usable or is_spent or session.turns >= MAX_SESSION_TURNS or self._closed:
+            self._fleet.end(session)
+            self._changed.notify_all()
+        self._serve_waiters()
 
-    def _lend(self, child: Child, waiter: _Waiter) -> None:
-        self._lent.add(child)
-        self._new.add(child)
-        self._unbegun.add(child)
-        if len(self._new) >= self._peak:
-            self._peak, self._peak_at = len(self._new), time.monotonic()
-        waiter.child = child
-        waiter.ready.set()
+    def _note_failure(self, problem: str) -> None:
+        if problem != self._failure:
+            log.error("%s: try `cc2api --check`", problem)
+        self._failure = problem
+        self._spare_at = time.monotonic() + KEEPER_TICK_S
 
-    def _retire_unfit(self) -> None:
-        """Move dead, aged and outdated idle children, and those past need, to the ending ones."""
-        now, stamp = time.monotonic(), self._stamp()
-        if now - self._peak_at > SPARE_MEMORY_S:
-            self._peak, self._peak_at = max(1, len(self._new)), now
-        if now - self._busy_at > SPARE_MEMORY_S:
-            self._repeated = None
-        useful = [child for child in self._idle if self._is_useful(child)]
-        others = [child for child in self._idle if not self._is_useful(child)]
-        kept = max(0, self._settings.spares_max - self._wanted_spares()) if self._repeated else 0
-        # of the others the newest are kept, and of all a blank one
-        useful.sort(key=lambda child: child.fit is None, reverse=True)
-        fit = useful[: self._wanted_spares()] + others[max(0, len(others) - kept) :]
-        for child in list(self._idle):
-            is_old = now - child.started_at > SPARE_MAX_AGE_S
-            is_outdated = stamp is not None and stamp != child.stamp
-            if child not in fit or is_old or is_outdated or not child.is_alive():
-                if child.has_failed():
-                    if not self._failure:
-                        log.error("claude ends right after its start: try `cc2api --check`")
-                    self._failure = "claude ends right after its start"
-                    self._next_spare_at = now + KEEPER_TICK_S
-                self._idle.remove(child)
-                child.finish()
-                self._ending[child] = now + EXIT_GRACE_S
-        if any(now - child.started_at > STABLE_S for child in self._idle):
-            self._failure = ""
-        for child, parked in list(self._parked.items()):
-            is_old = now - child.started_at > SPARE_MAX_AGE_S
-            is_outdated = stamp is not None and stamp != child.stamp
-            if now >= parked.until or is_old or is_outdated or not child.is_alive():
-                self._end_parked(child)
-
-    def _is_useful(self, child: Child) -> bool:
-        """Say whether a spare is blank, or prepared for the setup that comes again and again."""
-        return child.fit is None or (self._repeated is not None and child.fit == self._repeated.fit)
-
-    def _wanted_spares(self) -> int:
-        """Return how many useful spares there should be: as many as came at once, and a blank."""
-        if self._settings.spares == 0:
-            return 0
-        wanted = min(self._peak + (self._repeated is not None), self._settings.spares_max)
-        return max(self._settings.spares, wanted)
-
-    def _prepare_spares(self) -> None:
-        """Prepare all spares but one for a setup that comes again and again."""
-        if (repeated := self._repeated) is not None:
-            blank = [child for child in self._idle if child.fit is None]
-            for child in blank[1:]:
-                child.fit = repeated.fit
-                repeated.prepare(child)
+    # ---- the keeper, which takes the lock by itself
 
     def _keep(self) -> None:
-        """Run the keeper thread: serve waiters first, then spares; reap; until closed and empty."""
+        """Run the keeper thread: start for waiters first, then spares; reap; until all are gone."""
         while True:
-            waiter: _Waiter | None = None
-            with self._changed:
-                if not self._closed:
-                    self._serve_waiters()
-                    self._prepare_spares()
-                for child in self._parked:
-                    child.look_ahead()
-                    self._told(child)
-                self._reap()
-                if self._waiters and self._room() > 0:
-                    waiter = self._waiters.popleft()
-                    self._starting = 1
-                elif not self._lacks_spare():
-                    if self._closed and not self._ending and not self._lent:
-                        return
-                    self._changed.wait(self._next_look_s())
-                    continue
-            self._start_one(waiter)
+            try:
+                if self._keep_once():
+                    return
+            except Exception:  # without this thread nothing works any more
+                log.exception("the keeper goes on")
+                time.sleep(REAP_TICK_S)
 
-    def _next_look_s(self) -> float:
-        """Return in how many seconds something may be due."""
-        if self._ending:
-            return REAP_TICK_S
-        ends = [parked.until - time.monotonic() for parked in self._parked.values()]
-        return max(0.0, min([KEEPER_TICK_S, *ends]))
-
-    def _lacks_spare(self) -> bool:
-        """Say whether a spare is to be started now."""
-        if len(self._unbegun) >= max(1, (os.cpu_count() or 1) - 1):
-            return False  # it would take the processor from those who wait for their first delta
-        useful = sum(map(self._is_useful, self._idle))
-        enough = useful + len(self._owed) >= self._wanted_spares()
-        return not (self._closed or enough or time.monotonic() < self._next_spare_at)
-
-    def _reap(self) -> None:
-        """Collect ended children; kill those whose grace is over."""
-        for child, due in list(self._ending.items()):
-            if child.reap():
-                del self._ending[child]
-                self._told(child)
-            elif time.monotonic() >= due:
-                child.kill()
-
-    def _start_one(self, waiter: _Waiter | None) -> None:
-        """Start a child for a waiter, or as a spare. Runs without the lock."""
-        child, failure, is_short = None, "", False
-        try:
-            child = self._start()
-        except Exception as exc:  # noqa: BLE001 - without this thread nothing works any more
-            is_short = isinstance(exc, OSError) and exc.errno in _SHORTAGES
-            failure = f"claude cannot be started: {exc}"
-            log.error("%s", failure)
+    def _keep_once(self) -> bool:
+        """Do what is due, or wait for it; say whether all is over."""
         with self._changed:
-            self._starting = 0
-            self._failure = failure or self._failure
-            if is_short and self._parked and waiter is not None and not waiter.has_left:
-                self._end_parked(next(iter(self._parked)))  # perhaps there is room for it now
-                self._waiters.appendleft(waiter)
-                return
-            if child is None:
-                self._next_spare_at = time.monotonic() + KEEPER_TICK_S
-                if waiter is not None:
-                    waiter.failure = failure
-            elif self._closed:
-                child.kill()
-                self._ending[child] = time.monotonic()
-            elif waiter is not None and not waiter.has_left:
-                self._lend(child, waiter)
-            else:
-                self._idle.append(child)
-            if waiter is not None:
-                waiter.ready.set()
+            fleet, gone = self._fleet, self._fleet.take_gone()
+            if self._closed and not (gone or fleet.all("ending", "busy", "starting")):
+                return True
+            self._serve_waiters()
+            fleet.retire()
+            new = sum(waiter.is_new_wanted for waiter in self._waiters)
+            lacking = max(new, len(self._waiters) - len(fleet.all("starting")))
+            is_for_waiter = lacking > 0 and fleet.make_room()
+            spare_in_s = self._spare_at - time.monotonic()
+            is_due = is_for_waiter or (spare_in_s <= 0 and not self._closed and fleet.lacks_spare())
+            if not is_due and not gone:
+                tick_s = REAP_TICK_S if fleet.all("ending") else KEEPER_TICK_S
+                self._changed.wait(min(tick_s, spare_in_s) if spare_in_s > 0 else tick_s)
+        for session in gone:
+            self._ended(session)
+            session.process.close()
+        if is_due:
+            self._start_one(for_waiter=is_for_waiter)
+        return False
 
-
-def available_memory() -> int | None:
-    """Return how many bytes of memory processes can still get; None where that is not told."""
-    with contextlib.suppress(OSError, ValueError, IndexError):
-        for line in Path("/proc/meminfo").read_text("ascii").split("\n"):
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    return None
-
-
-# ======================================================================= Events
-# The child's lines to Anthropic events, and events to one message. Pure: no I/O, no threads.
-
-Event = JsonObject
-
-# After an answer with one of these stop reasons and something said, the CLI's turn is over. After
-# any other (max_tokens, refusal, model_context_window_exceeded), and after an empty answer, it asks
-# upstream again by itself (seen, 2.1.330).
-_QUIET_STOP_REASONS: Final = ("end_turn", "stop_sequence", "tool_use")
-
-# For failures that carry no status: the CLI's own word for them, on its `assistant` line.
-_STATUS_BY_CLI_ERROR: Final = {
-    "authentication_failed": 401,
-    "oauth_org_not_allowed": 403,
-    "billing_error": 402,
-    "rate_limit": 429,
-    "invalid_request": 400,
-    "model_not_found": 404,
-    "max_output_tokens": 400,
-}
-_NOT_SIGNED_IN: Final = (
-    "claude is not signed in on the gateway's machine, or its sign-in was refused: run `claude`"
-    " there and type /login, or start the gateway with a valid ANTHROPIC_API_KEY"
-)
-# What the CLI puts around upstream's message (seen, 2.1.330 and 2.1.248).
-_DECORATION: Final = re.compile(
-    r"(?:Failed to authenticate\. |Please run /login · )?"
-    r"API Error: "
-    r"(?:(?:Request rejected|Server is temporarily limiting requests) \([^)]*\) · |\d{3} )?"
-    r"(?P<message>.*?)"
-    r"(?:\. This is a server-side issue, usually temporary.*)?\Z",
-    re.DOTALL,
-)
-_MODEL_ISSUE: Final = re.compile(r"There's an issue with the selected model \((.*?)\)", re.DOTALL)
-
-
-_EVENTS: Final[dict[str, _Shape]] = {  # the events that are handed on, and what they must hold
-    "message_start": _shape(
-        "message!:dictionary", message=_shape("id!:string content!:list usage!:dictionary")
-    ),
-    "content_block_start": _shape(
-        "index!:integer content_block!:dictionary", content_block=_shape("type!:string")
-    ),
-    "content_block_delta": _shape("index!:integer delta!:dictionary", delta=_shape("type!:string")),
-    "content_block_stop": _shape("index!:integer"),
-    "message_delta": _shape(
-        "delta!:dictionary usage!:dictionary", delta=_shape("stop_reason:string")
-    ),
-}
-_BLOCK_DEFAULTS: Final[dict[str, JsonObject]] = {
-    "text": {"text": ""},
-    "thinking": {"thinking": "", "signature": ""},
-    "tool_use": {"input": {}},
-}
-_DELTAS: Final[dict[str, _Shape]] = {
-    "text_delta": _shape("text!:string"),
-    "thinking_delta": _shape("thinking!:string"),
-    "signature_delta": _shape("signature!:string"),
-    "input_json_delta": _shape("partial_json!:string"),
-}
-
-
-class AnswerReader:
-    """Turn the lines of one answer into events, and tell when it is complete.
-
-    It is complete with the message_delta that carries a stop reason: message_stop, which always
-    follows, is made here, so that the child can be stopped before it goes on by itself.
-    """
-
-    def __init__(self) -> None:
-        self.is_called = False  # the CLI's call to upstream is on its way
-        self.started = False  # message_start was seen
-        self.done = False
-        self.has_delta = False
-        self._stop_reason: str | None = None
-        self._cli_error: str | None = None
-        self.content: list[JsonObject] = []  # the finished blocks, as the child remembers them
-        self._blocks = 0  # content blocks begun
-        self._block_is_open = False
-
-    @property
-    def must_kill(self) -> bool:
-        """Whether the child would make another call if it were left alone."""
-        says = any(str(block.get("text") or "").strip() for block in self.content)
-        is_quiet = bool(self.tool_names) if self._stop_reason == "tool_use" else says
-        return not (self.done and is_quiet and self._stop_reason in _QUIET_STOP_REASONS)
-
-    @property
-    def can_go_on(self) -> bool:
-        """Whether the child holds the conversation just as the client was told it."""
-        is_whole = len(self.content) == self._blocks
-        has_calls = self._stop_reason == "tool_use"
-        return not self.must_kill and is_whole and has_calls == bool(self.tool_names)
-
-    @property
-    def tool_use_ids(self) -> set[str]:
-        """The ids of the answer's tool calls."""
-        return {str(b.get("id")) for b in self.content if b.get("type") == "tool_use"}
-
-    @property
-    def tool_names(self) -> set[str]:
-        """The names of the tools that the answer calls."""
-        return {str(b.get("name")) for b in self.content if b.get("type") == "tool_use"}
-
-    def feed(self, line: JsonObject) -> list[Event]:
-        """Return the events that a line brings. Raises the ApiError that a failure line means."""
-        kind = line.get("type")
-        if line.get("parent_tool_use_id") is not None or self.done:
-            return []
-        if kind == "result":
-            raise to_api_error(line, self._cli_error)
-        if kind == "assistant" and line.get("error"):
-            # A failure: what still comes are closing events of the CLI's own making, without a stop
-            # reason, and then `result`. After a refusal the true message_delta comes.
-            self._cli_error = str(line["error"])
-        elif kind == "assistant":
-            message = line.get("message")
-            blocks = message.get("content") if isinstance(message, dict) else None
-            self.content += [b for b in blocks if isinstance(b, dict)] if blocks else []
-        event = line.get("event")
-        if kind != "stream_event" or not isinstance(event, dict):
-            return []
-        delta = event.get("delta")
-        if self._cli_error and not (isinstance(delta, dict) and delta.get("stop_reason")):
-            return []
-        return self._feed_event(event)
-
-    def _feed_event(self, event: Event) -> list[Event]:
-        kind = event.get("type")
-        if kind == "message_stop" and self.started:
-            # without a stop reason: upstream's stream broke between two blocks, and the CLI is
-            # about to ask for the rest by a second call (seen, 2.1.330)
-            raise CliFailed("upstream's stream ended before its answer was complete")
-        if not isinstance(kind, str) or kind not in _EVENTS:
-            return []
-        if self.started == (kind == "message_start"):
-            return []
-        block = event.get("content_block")
-        if kind == "content_block_start" and isinstance(block, dict):
-            # some Anthropic-compatible upstreams leave these out, and SDKs stumble over that
-            defaults = _BLOCK_DEFAULTS.get(str(block.get("type")), {})
-            missing = {name: value for name, value in defaults.items() if name not in block}
-            event = {**event, "content_block": {**block, **missing}}
+    def _start_one(self, *, for_waiter: bool) -> None:
+        """Start a process: for the request that waits longest just so, as a spare to be primed."""
         try:
-            self._check_event(event, kind)
-        except InvalidRequest as exc:
-            raise CliFailed(f"claude broke its protocol: {kind}.{exc}") from exc
-        if kind == "message_start":
-            self.started = True
-        elif kind == "content_block_delta":
-            self.has_delta = True
-        elif kind == "message_delta" and event["delta"].get("stop_reason") is not None:
-            self._stop_reason = event["delta"]["stop_reason"]
-            self.done = True
-            return [event, {"type": "message_stop"}]
-        return [event]
+            session = self._start()
+        except Exception as exc:  # noqa: BLE001 - the message says what it was
+            with self._changed:
+                self._note_failure(f"claude cannot be started: {exc}")
+                if self._waiters and for_waiter:
+                    failure = CliFailed(self._failure, status=503)
+                    self._waiters.pop(0).served.set_exception(failure)
+            return
+        with self._changed:
+            if self._refused_at and time.monotonic() - self._refused_at > REHEARSE_AGAIN_S:
+                self._refusal = ""
+            if for_waiter or self._refusal:
+                return self._take_in(session, usable=True)
+            self._fleet.put(session, "starting")
+        threading.Thread(None, self._prime, "cc2api-prime", [session], daemon=True).start()
 
-    def _check_event(self, event: Event, kind: str) -> None:
-        """Check what clients' accumulators need (messages-api.md 4.3): fields, order of blocks."""
-        _check(event, "", _EVENTS[kind])
-        is_inside = kind in ("content_block_delta", "content_block_stop")
-        if "index" in _EVENTS[kind] and event["index"] != self._blocks - is_inside:
-            raise InvalidRequest("index: out of order")
-        if self._block_is_open != is_inside:
-            raise InvalidRequest("type: out of order")
-        if kind == "content_block_start":
-            block = event["content_block"]
-            _check(block, "content_block.", _BLOCKS.get(block["type"], ((), {}))[1])
-            self._blocks += 1
-        elif kind == "content_block_delta":
-            _check(event["delta"], "delta.", _DELTAS.get(event["delta"]["type"], {}))
-        self._block_is_open = kind in ("content_block_start", "content_block_delta")
-
-
-def to_rate_limit_headers(info: Any) -> dict[str, str]:
-    """Return a plan's state as the headers that Claude Code reads (messages-api.md 1.2)."""
-    names = {"five_hour": "-5h", "seven_day": "-7d"}
-    info = info if isinstance(info, dict) else {}
-    windows = info.get("unifiedWindows")
-    states = {"": info}
-    for window, state in (windows if isinstance(windows, dict) else {}).items():
-        if window in names and isinstance(state, dict):
-            states[names[window]] = state
-    headers = {}
-    for name, state in states.items():
-        for key, ending in (("status", "status"), ("resetsAt", "reset"), ("utilization",) * 2):
-            value = str(state.get(key, ""))
-            if re.fullmatch(r"[a-z_]+|[0-9.]+", value) and (name or key != "utilization"):
-                headers[f"anthropic-ratelimit-unified{name}-{ending}"] = value
-    return headers
+    def _prime(self, session: Session) -> None:
+        """Prime a spare, on a thread of its own."""
+        patience = Patience(CONTROL_TIMEOUT_S, lambda: None, ProcessDied("claude is too slow"))
+        problem: Exception | None = None
+        try:
+            session.prime(patience)
+        except Exception as exc:  # noqa: BLE001 - whatever it is, nobody else would tell of it
+            problem = exc
+        with self._changed:
+            if isinstance(problem, CliRefused):
+                if self._refused_at is None:  # once is enough
+                    log.warning("%s: each new conversation takes a process of its own", problem)
+                self._refusal, self._refused_at = str(problem), time.monotonic()
+            elif problem and not self._closed:
+                self._note_failure(str(problem) or repr(problem))
+            self._take_in(session, usable=problem is None)
+            self._changed.notify_all()
 
 
-def to_api_error(result: JsonObject, cli_error: str | None = None) -> ApiError:
-    """Return the error that a `result` line without a finished answer stands for.
+# ============================================================= Chat completions
+# OpenAI chat completions to a Turn and back: a translation, not a second pipeline. Pure. What
+# Anthropic's own OpenAI layer ignores is ignored.
 
-    Status and type are upstream's where the CLI tells them (`api_error_status`,
-    `api_error_type`), else by the CLI's own word for the failure, else 502.
-    """
-    text = result.get("result")
-    if not isinstance(text, str):
-        text = f"claude gave no answer: {result.get('errors')}"
-    if not result.get("is_error"):
-        return CliFailed("claude ended its turn without an answer")
-    if text.startswith(("Not logged in", "Invalid API key")):
-        return NotAuthenticated(_NOT_SIGNED_IN)
-    if result.get("terminal_reason") == "blocking_limit":  # by `Child.hold_calls`, too early
-        return CliFailed("claude held its call back; nothing was sent upstream", status=503)
-    if text.startswith("Prompt is too long"):
-        return InvalidRequest("prompt is too long for the model's context window")
-    kind = result.get("api_error_type")
-    kind = kind if isinstance(kind, str) and kind in STATUS_BY_TYPE else None
-    status = result.get("api_error_status")
-    if not isinstance(status, int) or not 400 <= status <= 599:
-        status = STATUS_BY_TYPE.get(kind or "") or _STATUS_BY_CLI_ERROR.get(cli_error or "", 502)
-    if model := _MODEL_ISSUE.match(text):
-        return ApiError(f"model: {model.group(1)}", status=404)
-    if decorated := _DECORATION.match(text):
-        text = decorated.group("message")
-    return ApiError(text, status=status, kind=kind)
-
-
-class MessageAssembler:
-    """Put the events of one answer together to the message of a non-streaming answer."""
-
-    def __init__(self) -> None:
-        self.message: JsonObject = {}
-        self._json: list[str] = []  # of the tool_use block that is open
-
-    def add(self, event: Event) -> None:
-        """Take the next event that an AnswerReader gave out."""
-        match event["type"]:
-            case "message_start":
-                usage = dict(event["message"]["usage"])
-                self.message = {**event["message"], "content": [], "usage": usage}
-            case "content_block_start":
-                self.message["content"].append(dict(event["content_block"]))
-                self._json = []
-            case "content_block_delta":
-                self._add_delta(self.message["content"][-1], event["delta"])
-            case "content_block_stop" if self._json:
-                self.message["content"][-1]["input"] = _parse_input("".join(self._json))
-            case "message_delta":
-                self.message.update(event["delta"])
-                self.message["usage"].update(_without_nulls(event["usage"]))
-                if event.get("context_management") is not None:
-                    self.message["context_management"] = event["context_management"]
-
-    def _add_delta(self, block: JsonObject, delta: JsonObject) -> None:
-        match delta["type"]:
-            case "text_delta":
-                block["text"] = block.get("text", "") + delta["text"]
-            case "thinking_delta":
-                block["thinking"] = block.get("thinking", "") + delta["thinking"]
-            case "signature_delta":
-                block["signature"] = delta["signature"]
-            case "input_json_delta":
-                self._json.append(delta["partial_json"])
-            case "citations_delta":
-                block["citations"] = [*(block.get("citations") or []), delta.get("citation")]
-            case "compaction_delta":
-                block["content"] = delta.get("content")
-
-
-def _parse_input(text: str) -> Any:
-    """Parse a tool's input; {} where max_tokens cut it short or nothing was sent."""
-    try:
-        return json.loads(text) if text else {}
-    except (ValueError, RecursionError):
-        return {}
-
-
-# =========================================================== OpenAI translation
-# OpenAI chat completions to the Messages API and back: a translation, not a second pipeline. Pure.
-
-_CHAT: Final = _shape(
-    "model!:string messages!:list stream:boolean stream_options:dictionary n:integer>=1<=1"
-    " temperature:number>=0<=2 top_p:number>=0<=1 max_tokens:integer>=1 user:string"
-    " max_completion_tokens:integer>=1 tools:list functions:list parallel_tool_calls:boolean"
-    " response_format:dictionary modalities:list"
-    " reasoning_effort:string=none|minimal|low|medium|high|xhigh|max",
-    stream_options=_shape("include_usage:boolean"),
-    response_format=_shape(
-        "type!:string=text|json_object|json_schema json_schema:dictionary",
-        json_schema=_shape("schema:dictionary"),
-    ),
-)
-_CHAT_ENTRY: Final = _shape("role!:string=system|developer|user|assistant|tool|function")
-_FUNCTION: Final = _shape("name!:string description:string parameters:dictionary strict:boolean")
-_CHAT_TOOL: Final = _shape("type!:string=function|custom function:dictionary custom:dictionary")
-_TOOL_CALL: Final = _shape(
-    "id!:string function:dictionary custom:dictionary",
-    function=_shape("name!:string arguments:string"),
-    custom=_shape("name!:string input!:string"),
-)
-_PART_TYPES: Final = "type!:string=text|refusal|image_url|file"
-_PART: Final[dict[str, _Shape]] = {
-    "text": _shape("text!:string"),
-    "refusal": _shape("refusal!:string"),
-    "image_url": _shape("image_url!:dictionary", image_url=_shape("url!:string")),
-    "file": _shape("file!:dictionary", file=_shape("file_data!:string filename:string")),
-}
 _DATA_URL: Final = re.compile(r"data:([\w.+-]+/[\w.+-]+)(?:;[\w=-]+)*;base64,(.*)\Z", re.DOTALL)
-_NO_PARAMETERS: Final = {"type": "object", "properties": {}}
-_CUSTOM_INPUT: Final = {
-    "type": "object",
-    "properties": {"input": {"type": "string"}},
-    "required": ["input"],
+_INPUT: Final = {"input": {"type": "string"}}
+_DEFAULT_SCHEMAS: Final[dict[str, JsonObject]] = {
+    "function": {"type": "object", "properties": {}},
+    "custom": {"type": "object", "properties": _INPUT, "required": ["input"]},
 }
+_TOOL_CHOICES: Final = {"none": "none", "auto": "auto", "required": "any"}
 _JSON_OBJECT_PROMPT: Final = "Answer with one bare JSON object and nothing else: no code fences."
-_EFFORT_BY_REASONING: Final = {"none": None, "minimal": "low"}  # others keep their name
 _FINISH_REASONS: Final = {
-    "end_turn": "stop",
-    "stop_sequence": "stop",
-    "pause_turn": "stop",
     "tool_use": "tool_calls",
     "max_tokens": "length",
     "model_context_window_exceeded": "length",
     "refusal": "content_filter",
-}
+}  # any other: stop
 
 
 @dataclass(frozen=True, slots=True)
@@ -2460,242 +2334,212 @@ class ChatStyle:
     created: int  # Unix seconds
     include_usage: bool = False
     custom_tools: frozenset[str] = frozenset()  # answered as `custom`, not `function`
-    is_legacy: bool = False  # `functions` were given: answered as `function_call`
 
 
 def parse_chat_request(
-    body: JsonObject, created: int, *, login: bool = False
+    body: JsonObject, created: int, *, is_login: bool = False
 ) -> tuple[Turn, ChatStyle]:
-    """Check a chat completions request; return the Turn, and the style of the answer.
-
-    Raises InvalidRequest. Fields that Anthropic's own OpenAI layer ignores are ignored.
-    """
-    for name in ("audio", "logprobs", "top_logprobs"):
+    """Check a request; return the Turn, and the style of the answer. Raises InvalidRequest."""
+    for name in ("audio", "logprobs", "top_logprobs", "functions", "function_call"):
         if body.get(name):
             raise InvalidRequest(f"{name}: not supported by this gateway")
-    _check(body, "", _CHAT)
-    if "audio" in (body.get("modalities") or []):
+    if body.get("n") not in (None, 1):
+        raise InvalidRequest("n: Input should be 1")
+    if "audio" in (optional(body, "modalities", list) or []):
         raise InvalidRequest("modalities: audio is not supported by this gateway")
     tools, custom = _chat_tools(body)
-    if body.get("functions") and custom:
-        raise InvalidRequest("functions: not together with custom tools")
-    choice, tools = _chat_tool_choice(body, tools)
-    system, messages = _chat_messages(body)
-    form = body.get("response_format") or {}
-    schema = (form.get("json_schema") or {}).get("schema")
-    if form.get("type") == "json_object" or (form.get("json_schema") and schema is None):
+    system, entries = _chat_entries(body)
+    output_format = _chat_format(body)
+    if output_format == {}:  # one JSON object of any shape
         system.append({"type": "text", "text": _JSON_OBJECT_PROMPT})
-    if form.get("type") == "json_schema" and not form.get("json_schema"):
-        raise InvalidRequest("response_format.json_schema: Field required")
-    effort = body.get("reasoning_effort")
-    stop = body.get("stop")
-    stops = [stop] if isinstance(stop, str) else stop
-    if stops is not None and not isinstance(stops, list):
-        raise InvalidRequest("stop: Input should be a valid string or list")
+    stop, effort = body.get("stop"), body.get("reasoning_effort")
+    if isinstance(stop, (str, list)):  # blank ones OpenAI takes and Anthropic does not
+        stops = [stop] if isinstance(stop, str) else stop
+        stop = [text for text in stops if not isinstance(text, str) or text.strip()] or None
     temperature, top_p = body.get("temperature"), body.get("top_p")
     if temperature is not None and top_p == 1:
         top_p = None  # it says nothing, and newer models refuse the two together
+    above_1 = isinstance(temperature, (int, float)) and 1 < temperature <= 2
     translated = {
-        "model": body["model"],
-        "messages": messages,
-        "system": system,
+        "model": body.get("model"),
         "stream": body.get("stream"),
         "max_tokens": body.get("max_completion_tokens") or body.get("max_tokens"),
-        "temperature": None if temperature is None else min(temperature, 1),
+        "temperature": 1 if above_1 else temperature,
         "top_p": top_p,
-        "stop_sequences": stops and [s for s in stops if not isinstance(s, str) or s.strip()],
+        "stop_sequences": stop,
         "tools": tools or None,
-        "tool_choice": choice if tools else None,
-        "effort": _EFFORT_BY_REASONING.get(effort, effort) if effort else None,
-        "output_format": None,
+        "tool_choice": to_tool_choice(body) if tools else None,
+        "effort": None if effort == "none" else "low" if effort == "minimal" else effort,
+        "output_format": output_format or None,
     }
-    if form.get("type") == "json_schema" and schema is not None:
-        translated["output_format"] = {"type": "json_schema", "schema": schema}
-    turn = _parse_turn(translated, "", login=login)
-    usage = bool((body.get("stream_options") or {}).get("include_usage"))
-    return turn, ChatStyle(created, usage, custom, bool(body.get("functions")))
+    turn = to_turn(translated, system, entries, is_login=is_login)
+    options = optional(body, "stream_options", dict) or {}
+    return turn, ChatStyle(created, bool(options.get("include_usage")), custom)
+
+
+def _chat_format(body: JsonObject) -> JsonObject | None:
+    """Return response_format as an output_format; {} for a JSON object without a schema."""
+    form = optional(body, "response_format", dict) or {"type": "text"}
+    kind = form.get("type")
+    if kind not in ("text", "json_object", "json_schema"):
+        problem = "Input should be 'text' or 'json_object' or 'json_schema'"
+        raise InvalidRequest(f"response_format.type: {problem}")
+    if kind != "json_schema":
+        return {} if kind == "json_object" else None
+    schema = require(form, kind, dict, "response_format").get("schema")
+    return {} if schema is None else {"type": kind, "schema": schema}
 
 
 def _chat_tools(body: JsonObject) -> tuple[list[JsonObject], frozenset[str]]:
     """Return the tools in Anthropic's form, and the names of those that are `custom`."""
     tools, custom = [], set()
-    for path, tool in _objects(body, "tools"):
-        _check(tool, f"{path}.", _CHAT_TOOL)
-        kind = tool["type"]
-        inner: Any = tool.get(kind)
-        _check_value(inner, f"{path}.{kind}", _Rule(dict))
-        _check(inner, f"{path}.{kind}.", _FUNCTION)
+    for path, tool in objects(body, "tools"):
+        kind = tool.get("type")
+        if kind not in ("function", "custom"):
+            raise InvalidRequest(f"{path}.type: Input should be 'function' or 'custom'")
+        inner = require(tool, kind, dict, path)
+        name = require(inner, "name", str, f"{path}.{kind}")
         if kind == "custom":
-            custom.add(inner["name"])
-        tools.append(_to_tool(inner, _CUSTOM_INPUT if kind == "custom" else _NO_PARAMETERS))
-    for path, function in _objects(body, "functions"):
-        _check(function, f"{path}.", _FUNCTION)
-        tools.append(_to_tool(function, _NO_PARAMETERS))
+            custom.add(name)
+        fields = {"description": inner.get("description"), "strict": inner.get("strict")}
+        schema = inner.get("parameters") or _DEFAULT_SCHEMAS[kind]
+        tools.append({"name": name, **without_nulls(fields), "input_schema": schema})
     return tools, frozenset(custom)
 
 
-def _to_tool(function: JsonObject, default_schema: JsonObject) -> JsonObject:
-    schema = function.get("parameters") or default_schema
-    tool = {name: function.get(name) for name in ("name", "description", "strict")}
-    return {**_without_nulls(tool), "input_schema": schema}
-
-
-def _chat_tool_choice(
-    body: JsonObject, tools: list[JsonObject]
-) -> tuple[JsonObject | None, list[JsonObject]]:
-    """Return tool_choice in Anthropic's form, and the tools that it leaves."""
-    choice = body.get("tool_choice") or body.get("function_call")
-    simple = {"none": "none", "auto": "auto", "required": "any"}
-    named: Any = None
+def to_tool_choice(body: JsonObject) -> JsonObject | None:
+    """Return tool_choice and parallel_tool_calls in Anthropic's form."""
+    choice, is_single = body.get("tool_choice"), body.get("parallel_tool_calls") is False
+    if choice is None and not is_single:
+        return None
+    kind, name = _TOOL_CHOICES.get(str("auto" if choice is None else choice)), None
     if isinstance(choice, dict):
-        kind = str(choice.get("type", "function"))
-        named = choice if "name" in choice else choice.get(kind)
-        if kind == "allowed_tools":
-            named = named if isinstance(named, dict) else choice
-            allowed = [
-                (tool, tool.get(str(tool.get("type")))) for _, tool in _objects(named, "tools")
-            ]
-            names = [
-                (inner if isinstance(inner, dict) else tool).get("name") for tool, inner in allowed
-            ]
-            tools = [tool for tool in tools if tool["name"] in names]
-            choice, named = named.get("mode", "auto"), None
-    if named is not None and isinstance(named, dict) and isinstance(named.get("name"), str):
-        result = {"type": "tool", "name": named["name"]}
-    elif choice is None or (isinstance(choice, str) and choice in simple):
-        result = {"type": simple[choice or "auto"]}
-    else:
+        named = choice if "name" in choice else choice.get(str(choice.get("type")))
+        name = named.get("name") if isinstance(named, dict) else None
+        kind = "tool" if isinstance(name, str) else None
+    if kind is None:
         raise InvalidRequest("tool_choice: Input should be none, auto, required or name a tool")
-    # a legacy function_call can hold only one call
-    is_single = body.get("parallel_tool_calls") is False or body.get("functions")
-    if is_single and tools and result["type"] != "none":
-        return {**result, "disable_parallel_tool_use": True}, tools
-    return (result if choice is not None else None), tools
+    single = True if is_single and kind != "none" else None
+    return without_nulls({"type": kind, "name": name, "disable_parallel_tool_use": single})
 
 
-def _chat_messages(body: JsonObject) -> tuple[list[JsonObject], list[JsonObject]]:
-    """Return system blocks, hoisted from wherever they stand, and the messages."""
+def _chat_entries(body: JsonObject) -> tuple[list[JsonObject], list[Entry]]:
+    """Return system blocks, hoisted from wherever they stand, and the other messages."""
     system: list[JsonObject] = []
-    messages: list[JsonObject] = []
-    called: dict[tuple[str, str], str] = {}  # ids of the calls made, by role and id or name
-    for path, entry in _objects(body, "messages"):
-        _check(entry, f"{path}.", _CHAT_ENTRY)
-        role = entry["role"]
+    entries: list[Entry] = []
+    called: set[str] = set()
+    require(body, "messages", list)
+    for path, message in objects(body, "messages"):
+        role = message.get("role")
+        if role not in ("system", "developer", "user", "assistant", "tool"):
+            roles = "'system', 'developer', 'user', 'assistant' or 'tool'"
+            raise InvalidRequest(f"{path}.role: Input should be {roles}")
+        given = _chat_blocks(message, path)
+        # blank texts OpenAI takes and Anthropic does not
+        blocks = [(at, b) for at, b in given if b["type"] != "text" or b["text"].strip()]
+        content = [block for _, block in blocks]
         if role in ("system", "developer"):
-            system += _said(_chat_blocks(entry, path))
-        elif role == "user":
-            blocks = _chat_blocks(entry, path)
-            messages.append({"role": "user", "content": _said(blocks) or blocks})
+            system += content
+            continue
+        if role == "user":
+            blocks = blocks or given
         elif role == "assistant":
-            blocks = _said([*_chat_blocks(entry, path), *_chat_calls(entry, path)])
-            for block in blocks:
-                if block["type"] == "tool_use":
-                    called["tool", block["id"]] = called["function", block["name"]] = block["id"]
-            if blocks:
-                messages.append({"role": "assistant", "content": blocks})
+            calls = list(_chat_calls(message, path))
+            called |= {call["id"] for _, call in calls}
+            blocks += calls
         else:
-            field_name = "tool_call_id" if role == "tool" else "name"
-            call = called.get((role, str(entry.get(field_name))))
-            if call is None:
-                raise InvalidRequest(f"{path}.{field_name}: no such tool call was made before")
-            result: JsonObject = {"type": "tool_result", "tool_use_id": call}
-            content = _said(_chat_blocks(entry, path))
-            messages.append({"role": "user", "content": [{**result, "content": content}]})
-    return system, messages
+            call_id = require(message, "tool_call_id", str, path)
+            if call_id not in called:
+                raise InvalidRequest(f"{path}.tool_call_id: no such tool call was made before")
+            result = {"type": "tool_result", "tool_use_id": call_id, "content": content}
+            blocks = [(path, result)]
+        for at, block in blocks:
+            check_block(at, block)
+        if blocks or role == "user":
+            entries.append(Entry("assistant" if role == "assistant" else "user", path, blocks))
+    return system, entries
 
 
-def _said(blocks: Iterable[JsonObject]) -> list[JsonObject]:
-    """Leave out blank texts, which OpenAI takes and Anthropic does not."""
-    return [block for block in blocks if block["type"] != "text" or block["text"].strip()]
-
-
-def _chat_blocks(entry: JsonObject, path: str) -> list[JsonObject]:
+def _chat_blocks(message: JsonObject, path: str) -> list[Placed]:
     """Return a chat message's content as Anthropic blocks."""
-    content = entry.get("content")
-    if content is None and entry["role"] in ("assistant", "tool", "function"):
-        content = entry.get("refusal") or ""
+    content, role = message.get("content"), message["role"]
+    if content is None and role in ("assistant", "tool"):
+        content = message.get("refusal") or ""
     if isinstance(content, str):
-        return [{"type": "text", "text": content}] if content or entry["role"] == "user" else []
+        return [(f"{path}.content", {"type": "text", "text": content})]
     if not isinstance(content, list):
         raise InvalidRequest(f"{path}.content: Input should be a valid string or list")
     blocks = []
-    for index, part in enumerate(content):
-        place = f"{path}.content.{index}"
-        _check_value(part, place, _Rule(dict))
-        _check(part, f"{place}.", _shape(_PART_TYPES))
-        _check(part, f"{place}.", _PART[part["type"]])
-        if part["type"] in ("image_url", "file") and entry["role"] != "user":
-            raise InvalidRequest(f"{place}.type: only text is taken in {entry['role']} messages")
-        blocks.append(_chat_part(part, place))
+    for place, part in objects(message, "content", path):
+        kind = part.get("type")
+        if kind in ("image_url", "file") and role != "user":
+            raise InvalidRequest(f"{place}.type: only text is taken in {role} messages")
+        match kind:
+            case "text" | "refusal":
+                block = {"type": "text", "text": require(part, kind, str, place)}
+            case "image_url":
+                block = to_image(require(part, kind, dict, place), f"{place}.image_url")
+            case "file":
+                block = to_document(require(part, kind, dict, place), f"{place}.file")
+            case _:
+                problem = "Input should be 'text', 'image_url' or 'file'"
+                raise InvalidRequest(f"{place}.type: {problem}")
+        blocks.append((place, block))
     return blocks
 
 
-def _chat_part(part: JsonObject, path: str) -> JsonObject:
-    """Return a content part as an Anthropic block."""
-    if part["type"] in ("text", "refusal"):
-        return {"type": "text", "text": part[part["type"]]}
-    if part["type"] == "image_url":
-        url = part["image_url"]["url"]
-        if data := _DATA_URL.match(url):
-            media_type = data[1].replace("image/jpg", "image/jpeg")
-            source = {"type": "base64", "media_type": media_type, "data": data[2]}
-            _check_source(source, f"{path}.image_url.url", "image")
-            return {"type": "image", "source": source}
-        if not url.startswith(("http://", "https://")):
-            raise InvalidRequest(f"{path}.image_url.url: Input should be an http or data URL")
-        return {"type": "image", "source": {"type": "url", "url": url}}
-    file = part["file"]
-    data = _DATA_URL.match(file["file_data"])
-    media_type, encoded = (data[1], data[2]) if data else ("application/pdf", file["file_data"])
-    block: JsonObject = {"type": "document"}
-    if file.get("filename"):
-        block["title"] = file["filename"]
-    if media_type == "application/pdf":
-        source = {"type": "base64", "media_type": media_type, "data": encoded}
-    else:
-        try:
-            text = base64.b64decode(encoded, validate=True).decode("utf-8")
-        except ValueError:
-            raise InvalidRequest(f"{path}.file.file_data: neither a PDF nor text") from None
-        source = {"type": "text", "media_type": "text/plain", "data": text}
-    _check_source(source, f"{path}.file.file_data", "document")
-    return {**block, "source": source}
+def to_image(image: JsonObject, path: str) -> JsonObject:
+    """Return an http or data URL as an image block."""
+    url = require(image, "url", str, path)
+    source = {"type": "url", "url": url}
+    if data := _DATA_URL.match(url):
+        media_type = data[1].replace("image/jpg", "image/jpeg")
+        source = {"type": "base64", "media_type": media_type, "data": data[2]}
+        check_image(f"{path}.url", source)
+    elif not url.startswith(("http://", "https://")):
+        raise InvalidRequest(f"{path}.url: Input should be an http or data URL")
+    return {"type": "image", "source": source}
 
 
-def _chat_calls(entry: JsonObject, path: str) -> Iterator[JsonObject]:
-    """Yield an assistant message's tool calls as tool_use blocks."""
-    for place, call in _objects(entry, "tool_calls"):
-        _check(call, f"{path}.{place}.", _TOOL_CALL)
-        if custom := call.get("custom"):
-            yield _to_tool_use(call["id"], custom["name"], {"input": custom["input"]})
-            continue
-        where = f"{path}.{place}.function"
-        function: Any = call.get("function")
-        _check_value(function, where, _Rule(dict))
-        yield _to_tool_use(call["id"], function["name"], _arguments(function, where))
-    if (function := entry.get("function_call")) is not None:
-        where = f"{path}.function_call"
-        _check_value(function, where, _Rule(dict))
-        _check(function, f"{where}.", _shape("name!:string arguments:string"))
-        call_id = "call_" + re.sub(r"\W", "_", f"{path}_{function['name']}")
-        yield _to_tool_use(call_id, function["name"], _arguments(function, where))
-
-
-def _to_tool_use(call_id: str, name: str, given: JsonObject) -> JsonObject:
-    return {"type": "tool_use", "id": call_id, "name": name, "input": given}
-
-
-def _arguments(function: JsonObject, path: str) -> JsonObject:
+def to_document(file: JsonObject, path: str) -> JsonObject:
+    """Return an OpenAI file, a PDF or a text, as a document block."""
+    given = require(file, "file_data", str, path)
+    data = _DATA_URL.match(given)
+    media_type, encoded = (data[1], data[2]) if data else ("application/pdf", given)
+    source = {"type": "base64", "media_type": media_type, "data": encoded}
     try:
-        return parse_json((function.get("arguments") or "{}").encode())
-    except (InvalidRequest, UnicodeError):
-        problem = "Input should be a JSON object in a string"
-        raise InvalidRequest(f"{path}.arguments: {problem}") from None
+        raw = base64.b64decode(encoded, validate=True)
+        if media_type != "application/pdf":
+            source = {"type": "text", "media_type": "text/plain", "data": raw.decode("utf-8")}
+    except ValueError:
+        raise InvalidRequest(f"{path}.file_data: neither a PDF nor text") from None
+    title = file.get("filename") or None
+    return without_nulls({"type": "document", "title": title, "source": source})
+
+
+def _chat_calls(message: JsonObject, path: str) -> Iterator[Placed]:
+    """Yield an assistant message's tool calls as tool_use blocks."""
+    for place, call in objects(message, "tool_calls", path):
+        kind = "custom" if call.get("custom") else "function"
+        inner, where = require(call, kind, dict, place), f"{place}.{kind}"
+        if kind == "custom":
+            given = {"input": require(inner, "input", str, where)}
+        else:
+            try:
+                given = parse_json(expect(inner.get("arguments") or "{}", str, where).encode())
+            except (InvalidRequest, UnicodeError):
+                problem = "Input should be a JSON object in a string"
+                raise InvalidRequest(f"{where}.arguments: {problem}") from None
+        call_id, name = require(call, "id", str, place), require(inner, "name", str, where)
+        yield where, {"type": "tool_use", "id": call_id, "name": name, "input": given}
+
+
+# ---- answers
 
 
 def to_chat_usage(usage: JsonObject) -> JsonObject:
     """Return a message's usage as OpenAI counts it."""
-    counts = collections.defaultdict(int, _without_nulls(usage))
+    counts = collections.defaultdict(int, without_nulls(usage))
     cached, written = counts["cache_read_input_tokens"], counts["cache_creation_input_tokens"]
     prompt, completion = counts["input_tokens"] + cached + written, counts["output_tokens"]
     thinking = (usage.get("output_tokens_details") or {}).get("thinking_tokens") or 0
@@ -2710,44 +2554,52 @@ def to_chat_usage(usage: JsonObject) -> JsonObject:
 
 def _to_tool_call(block: JsonObject, arguments: str, style: ChatStyle) -> JsonObject:
     """Return a tool call in the style that the client knows."""
+    kind, said = "function", {"arguments": arguments}
     if block["name"] in style.custom_tools:
-        given = _parse_input(arguments).get("input", "")
-        custom = {"name": block["name"], "input": given}
-        return {"id": block["id"], "type": "custom", "custom": custom}
-    function = {"name": block["name"], "arguments": arguments}
-    return {"id": block["id"], "type": "function", "function": function}
+        given = parse_input(arguments)  # the model may have written anything
+        kind, said = "custom", {"input": given.get("input", "") if isinstance(given, dict) else ""}
+    return {"id": block["id"], "type": kind, kind: {"name": block["name"], **said}}
+
+
+def _to_base(message: JsonObject, kind: str, style: ChatStyle) -> JsonObject:
+    """Return the fields around the choices that each kind of answer has."""
+    return {
+        "id": "chatcmpl-" + str(message["id"]).removeprefix("msg_"),
+        "object": kind,
+        "created": style.created,
+        "model": message.get("model"),
+        "system_fingerprint": None,
+    }
+
+
+def _to_choice(stop_reason: str | None, **said: JsonObject) -> JsonObject:
+    """Return the one choice of an answer, or of a part of it while there is no stop_reason."""
+    finish = _FINISH_REASONS.get(stop_reason, "stop") if stop_reason is not None else None
+    return {"index": 0, **said, "logprobs": None, "finish_reason": finish}
 
 
 def to_completion(message: JsonObject, style: ChatStyle) -> JsonObject:
     """Return a finished message as a chat completion."""
-    blocks = message["content"]
-    calls = [
-        _to_tool_call(block, json.dumps(block["input"]), style)
-        for block in blocks
-        if block["type"] == "tool_use"
-    ]
-    text = "".join(block["text"] for block in blocks if block["type"] == "text")
-    thinking = "".join(block["thinking"] for block in blocks if block["type"] == "thinking")
+    blocks, stop_reason = message["content"], message["stop_reason"]
+    by_kind: dict[str, list[JsonObject]] = collections.defaultdict(list)
+    for block in blocks:
+        by_kind[block["type"]].append(block)
+    calls = [_to_tool_call(b, json.dumps(b["input"]), style) for b in by_kind["tool_use"]]
+    text = "".join(block["text"] for block in by_kind["text"])
     details = message.get("stop_details") or {}
-    refusal = details.get("explanation") if message["stop_reason"] == "refusal" else None
-    reply: JsonObject = {"role": "assistant", "content": text or (None if calls else "")}
-    reply["refusal"] = refusal
-    if thinking:
+    reply: JsonObject = {
+        "role": "assistant",
+        "content": text or (None if calls else ""),
+        "refusal": details.get("explanation") if stop_reason == "refusal" else None,
+    }
+    if thinking := "".join(block["thinking"] for block in by_kind["thinking"]):
         reply["reasoning_content"] = thinking
-    finish = _FINISH_REASONS.get(message["stop_reason"], "stop")
-    if calls and style.is_legacy:
-        reply["function_call"] = calls[0]["function"]
-        finish = "function_call" if finish == "tool_calls" else finish
-    elif calls:
+    if calls:
         reply["tool_calls"] = calls
     return {
-        "id": "chatcmpl-" + str(message["id"]).removeprefix("msg_"),
-        "object": "chat.completion",
-        "created": style.created,
-        "model": message.get("model"),
-        "choices": [{"index": 0, "message": reply, "logprobs": None, "finish_reason": finish}],
+        **_to_base(message, "chat.completion", style),
+        "choices": [_to_choice(stop_reason or "", message=reply)],
         "usage": to_chat_usage(message["usage"]),
-        "system_fingerprint": None,
     }
 
 
@@ -2761,88 +2613,63 @@ class ChunkWriter:
         self._style = style
         self._base: JsonObject = {}
         self._usage: JsonObject = {}
-        self._stop_reason: str | None = None
+        self._stop_reason = ""
         self._calls = 0
         self._tool: JsonObject | None = None  # the tool_use block that is open
+        self._is_custom = False
         self._arguments = ""  # what has been sent, or for custom tools kept, of its input
 
     def feed(self, event: Event) -> list[JsonObject]:
         """Return the chunks for the next event that an AnswerReader gave out."""
         match event["type"]:
             case "message_start":
-                return [self._start(event["message"])]
+                self._base = _to_base(event["message"], "chat.completion.chunk", self._style)
+                self._base |= {"usage": None} if self._style.include_usage else {}
+                self._usage = without_nulls(event["message"]["usage"])
+                return [self._chunk(role="assistant", content="")]
             case "content_block_start" if event["content_block"]["type"] == "tool_use":
-                return self._start_tool(event["content_block"])
+                self._tool, self._arguments = event["content_block"], ""
+                self._is_custom = self._tool["name"] in self._style.custom_tools
+                self._calls += 1
+                if not self._is_custom:  # its input is inside JSON, so it goes out whole
+                    return [self._call(**_to_tool_call(self._tool, "", self._style))]
             case "content_block_delta":
                 return self._feed_delta(event["delta"])
             case "content_block_stop" if self._tool is not None:
-                return self._end_tool(self._tool)
+                tool, self._tool = self._tool, None
+                whole = json.dumps(tool["input"])  # some upstreams give it with the start
+                if self._is_custom:
+                    call = _to_tool_call(tool, self._arguments or whole, self._style)
+                    return [self._call(**call)]
+                if not self._arguments:
+                    return [self._call(function={"arguments": whole})]
             case "message_delta":
-                self._usage.update(_without_nulls(event["usage"]))
-                self._stop_reason = event["delta"].get("stop_reason")
+                self._usage.update(without_nulls(event["usage"]))
+                self._stop_reason = event["delta"].get("stop_reason") or ""
             case "message_stop":
-                return self._end()
+                end = {**self._base, "choices": [_to_choice(self._stop_reason, delta={})]}
+                usage = {**self._base, "choices": [], "usage": to_chat_usage(self._usage)}
+                return [end, usage] if self._style.include_usage else [end]
         return []
 
-    def _chunk(self, delta: JsonObject, finish: str | None = None) -> JsonObject:
-        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}
-        return {**self._base, "choices": [choice]}
-
-    def _start(self, message: JsonObject) -> JsonObject:
-        self._base = {
-            "id": "chatcmpl-" + str(message["id"]).removeprefix("msg_"),
-            "object": "chat.completion.chunk",
-            "created": self._style.created,
-            "model": message.get("model"),
-            "system_fingerprint": None,
-        }
-        if self._style.include_usage:
-            self._base["usage"] = None
-        self._usage = _without_nulls(message["usage"])
-        return self._chunk({"role": "assistant", "content": ""})
+    def _chunk(self, **delta: Any) -> JsonObject:
+        return {**self._base, "choices": [_to_choice(None, delta=delta)]}
 
     def _call(self, **fields: Any) -> JsonObject:
         """Return the chunk of a part of the current tool call."""
-        if self._style.is_legacy:
-            return self._chunk({"function_call": fields["function"]})
-        return self._chunk({"tool_calls": [{"index": self._calls - 1, **fields}]})
-
-    def _start_tool(self, block: JsonObject) -> list[JsonObject]:
-        self._tool, self._arguments = block, ""
-        self._calls += 1
-        if block["name"] in self._style.custom_tools:
-            return []  # its input is inside JSON, so it goes out whole
-        function = {"name": block["name"], "arguments": ""}
-        return [self._call(id=block["id"], type="function", function=function)]
+        return self._chunk(tool_calls=[{"index": self._calls - 1, **fields}])
 
     def _feed_delta(self, delta: JsonObject) -> list[JsonObject]:
         match delta["type"]:
             case "text_delta" if delta["text"]:
-                return [self._chunk({"content": delta["text"]})]
+                return [self._chunk(content=delta["text"])]
             case "thinking_delta" if delta["thinking"]:
-                return [self._chunk({"reasoning_content": delta["thinking"]})]
+                return [self._chunk(reasoning_content=delta["thinking"])]
             case "input_json_delta" if delta["partial_json"] and self._tool:
                 self._arguments += delta["partial_json"]
-                if self._tool["name"] not in self._style.custom_tools:
+                if not self._is_custom:
                     return [self._call(function={"arguments": delta["partial_json"]})]
         return []
-
-    def _end_tool(self, block: JsonObject) -> list[JsonObject]:
-        self._tool = None
-        if block["name"] in self._style.custom_tools:
-            arguments = self._arguments or json.dumps(block["input"])
-            return [self._call(**_to_tool_call(block, arguments, self._style))]
-        whole = json.dumps(block["input"])  # some upstreams give it with the start, without deltas
-        return [] if self._arguments else [self._call(function={"arguments": whole})]
-
-    def _end(self) -> list[JsonObject]:
-        finish = _FINISH_REASONS.get(self._stop_reason or "", "stop")
-        if finish == "tool_calls" and self._style.is_legacy:
-            finish = "function_call"
-        chunks = [self._chunk({}, finish)]
-        if self._style.include_usage:
-            chunks.append({**self._base, "choices": [], "usage": to_chat_usage(self._usage)})
-        return chunks
 
 
 # Anthropic status to OpenAI's status, type and code (messages-api.md 7.4); others keep the status.
@@ -2869,108 +2696,199 @@ def to_openai_error(error: ApiError) -> tuple[int, JsonObject]:
         code = "missing_required_parameter"
     if "prompt is too long" in message or "context limit" in message:
         code = "context_length_exceeded"
-    inner = {"message": message, "type": kind, "param": param, "code": code}
-    return status, {"error": inner}
+    return status, {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
 # ====================================================================== Metrics
-# What has happened since the start, for / and /metrics. Callers go by name, never by key.
+# What has happened since the start, and what is told of each request, in the log and in numbers.
+# Callers go by name, never by key. Any thread.
 
-_COUNTERS: Final = {
-    "cc2api_requests_total": "Requests answered.",
-    "cc2api_tokens_total": "Tokens as upstream counted them.",
-    "cc2api_cost_dollars_total": "Cost as the CLI reported it, once it did.",
+_FAMILIES: Final = {
+    "cc2api_requests_total": ("counter", "Requests answered."),
+    "cc2api_tokens_total": ("counter", "Tokens as upstream counted them."),
+    "cc2api_cost_dollars_total": ("counter", "Cost as the CLI reported it, once it did."),
+    "cc2api_first_delta_seconds": ("histogram", "From the request to its answer's first delta."),
+    "cc2api_request_seconds": ("histogram", "From the request to the end of its answer."),
 }
-_HISTOGRAMS: Final = {
-    "cc2api_first_delta_seconds": "From the request to the first delta of its answer.",
-    "cc2api_request_seconds": "From the request to the end of its answer.",
+_BUCKETS_S: Final = (0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, math.inf)
+_TOKEN_KINDS: Final = {
+    "input_tokens": "input",
+    "output_tokens": "output",
+    "cache_read_input_tokens": "cache_read",
+    "cache_creation_input_tokens": "cache_write",
 }
-_BUCKETS_S: Final = (0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
-MAX_SERIES: Final = 2000  # of label values; more (say, of made-up model names) count as "other"
-_Series = tuple[str, tuple[tuple[str, str], ...]]
+
+
+def quoted(text: str, limit: int) -> str:
+    """Make client text fit for a key=value log line: no spaces, quotes or control characters."""
+    return re.sub(r"[^\x21-\x7e]|[\"\\=]", "_", text[:limit]) or "-"
 
 
 class Metrics:
-    """Counters and histograms. Any thread."""
+    """Counters and histograms. No label holds what a client made up."""
 
     def __init__(self) -> None:
         self.started_at = time.time()
         self._lock = threading.Lock()
-        self._values: dict[_Series, float] = {}
+        # for each family its samples, by what follows the name and by the labels
+        self._families: dict[str, dict[tuple[str, tuple[tuple[str, str], ...]], float]] = {
+            name: collections.defaultdict(float) for name in _FAMILIES
+        }
 
     def add(self, name: str, value: float = 1.0, /, **labels: str) -> None:
         """Add to a counter."""
         with self._lock:
-            self._add(name, value, labels)
+            self._families[name]["", tuple(sorted(labels.items()))] += value
 
     def observe(self, name: str, seconds: float, /, **labels: str) -> None:
         """Count a time in a histogram."""
         with self._lock:
-            for limit in (*_BUCKETS_S, math.inf):
-                is_in = float(seconds <= limit)
-                self._add(
-                    f"{name}_bucket", is_in, {**labels, "le": f"{limit:g}".replace("inf", "+Inf")}
-                )
-            self._add(f"{name}_sum", seconds, labels)
-            self._add(f"{name}_count", 1, labels)
+            samples, key = self._families[name], tuple(sorted(labels.items()))
+            for limit in _BUCKETS_S:
+                le = f"{limit:g}".replace("inf", "+Inf")
+                samples["_bucket", (*key, ("le", le))] += seconds <= limit
+            samples["_sum", key] += seconds
+            samples["_count", key] += 1
 
-    def _add(self, name: str, value: float, labels: Mapping[str, str]) -> None:
-        series = (name, tuple(sorted(labels.items())))
-        if series not in self._values and len(self._values) >= MAX_SERIES:
-            series = (name, tuple((label, "other") for label in sorted(labels) if label != "le"))
-        self._values[series] = self._values.get(series, 0) + value
-
-    def total(self, name: str, /, **labels: str) -> float:
-        """Return the sum of a counter over all series that have these labels."""
+    def series(self, name: str) -> list[tuple[dict[str, str], float]]:
+        """Return a counter's values with their labels."""
         with self._lock:
-            return sum(
-                value
-                for (series, found), value in self._values.items()
-                if series == name and labels.items() <= dict(found).items()
-            )
+            return [(dict(labels), value) for (_, labels), value in self._families[name].items()]
 
     def render(self, gauges: Mapping[str, Mapping[str, int]]) -> str:
         """Return all in Prometheus' text format; `gauges` are values by name and state."""
-        with self._lock:
-            values = list(self._values.items())
         lines = []
         for name, states in gauges.items():
             lines.append(f"# TYPE {name} gauge")
             for state, count in states.items():
                 lines.append(f'{name}{{state="{state}"}} {count}' if state else f"{name} {count}")
-        for name, text in {**_COUNTERS, **_HISTOGRAMS}.items():
-            kind = "counter" if name in _COUNTERS else "histogram"
-            lines += [f"# HELP {name} {text}", f"# TYPE {name} {kind}"]
-            for (series, labels), value in values:
-                if series == name or series.removeprefix(name) in ("_bucket", "_sum", "_count"):
-                    pairs = ",".join(
-                        f"{label}={json.dumps(said, ensure_ascii=False)}" for label, said in labels
-                    )
-                    lines.append(f"{series}{{{pairs}}} {value:.12g}")
+        with self._lock:
+            for name, (kind, text) in _FAMILIES.items():
+                lines += [f"# HELP {name} {text}", f"# TYPE {name} {kind}"]
+                for (suffix, labels), value in self._families[name].items():
+                    said = ",".join(f"{k}={json.dumps(v, ensure_ascii=False)}" for k, v in labels)
+                    lines.append(f"{name}{suffix}{{{said}}} {value:.12g}")
         return "\n".join([*lines, ""])
 
 
-# ====================================================================== Gateway
-# What the HTTP layer asks: a turn in, batches of events out. Owns the pool and the key file; knows
+class Record:
+    """What is told of one request: its log lines, and its part in the metrics."""
+
+    def __init__(self, metrics: Metrics, method: str, path: str, client: str) -> None:
+        self.request_id = "req_" + uuid.uuid4().hex[:24]
+        self.usage: dict[str, int] = {}  # tokens, as upstream counts
+        self._metrics = metrics
+        self._begun = f"method={method} path={quoted(path, 200)} id={self.request_id}"
+        self._notes: dict[str, object] = {"client": client}
+        self._labels = {"route": "none", "model": "none", "caller": "none"}
+        self._started_at = time.monotonic()
+        self._has_delta = False
+
+    @property
+    def has_turn(self) -> bool:
+        """Whether a model was asked."""
+        return self._labels["model"] != "none"
+
+    def note_route(self, route: str) -> None:
+        """Note which route it takes."""
+        self._labels["route"] = route
+
+    def note_caller(self, name: str) -> None:
+        """Note who makes it."""
+        self._notes["key"] = self._labels["caller"] = name
+
+    def note_turn(self, turn: Turn, *, is_known: bool) -> None:
+        """Note what is asked; a model that the CLI does not list counts as `other`."""
+        self._notes |= {"model": quoted(turn.model, 100), "stream": int(turn.stream)}
+        self._labels["model"] = turn.model if is_known else "other"
+
+    def note_process(self, state: str) -> None:
+        """Note whether the process was new, a spare, or used before."""
+        self._notes["process"] = state
+
+    def note_usage(self, usage: JsonObject | None) -> None:
+        """Note the tokens of an answer."""
+        counts = {name: (usage or {}).get(name) for name in _TOKEN_KINDS}
+        self.usage |= {name: count for name, count in counts.items() if isinstance(count, int)}
+
+    def note_events(self, batch: Sequence[Event]) -> None:
+        """Note what a batch of events tells: tokens, and that the model has begun to answer."""
+        for event in batch:
+            self.note_usage(event.get("usage") or (event.get("message") or {}).get("usage"))
+            if event["type"] == "content_block_delta" and not self._has_delta:
+                self._has_delta = True
+                seconds = time.monotonic() - self._started_at
+                log.info("event=first_delta id=%s ms=%d", self.request_id, seconds * 1000)
+                self._metrics.observe("cc2api_first_delta_seconds", seconds)
+
+    def note_error(self, error: ApiError) -> None:
+        """Note why it fails; of a 400 only its type, since its message may quote the prompt."""
+        self._notes["error"] = error.kind
+        if error.status != 400:
+            self._notes["msg"] = json.dumps(str(error)[:200], ensure_ascii=False)
+        self.debug("error", str(error).encode())
+
+    def queued(self, place: int) -> None:
+        """Log that it has to wait, and how many are before it."""
+        log.info("event=queued id=%s place=%d", self.request_id, place)
+
+    def debug(self, what: str, data: bytes) -> None:
+        """Log a request or a response whole, under --debug; a line stays a line."""
+        if log.isEnabledFor(logging.DEBUG):
+            text = json.dumps(data.decode("utf-8", "replace"), ensure_ascii=False)
+            log.debug("event=%s id=%s body=%s", what, self.request_id, text)
+
+    def close(self, status: int) -> None:
+        """Count it, and write the log line of its end."""
+        seconds, route = time.monotonic() - self._started_at, self._labels["route"]
+        self._metrics.add("cc2api_requests_total", **self._labels, status=str(status))
+        if self.has_turn:
+            self._metrics.observe("cc2api_request_seconds", seconds, route=route)
+        for name, count in self.usage.items():
+            labels = {"kind": _TOKEN_KINDS[name], "caller": self._labels["caller"]}
+            self._metrics.add("cc2api_tokens_total", count, **labels)
+        notes = {**self._notes, **self.usage, "status": status, "ms": round(seconds * 1000)}
+        pairs = " ".join(f"{name}={value}" for name, value in notes.items())
+        # those that watch the gateway itself come every few seconds
+        is_watching = route in ("status", "healthz", "metrics") and status == 200
+        log.log(
+            logging.DEBUG if is_watching else logging.INFO, "event=done %s %s", self._begun, pairs
+        )
+
+
+# ====================================================================== Service
+# What the routes ask: a turn in, batches of events out. Owns the pool and the key file; knows
 # nothing of sockets. Runs on request threads.
 
 
-class Gateway:
-    """The running service behind the HTTP server."""
+def count_input_tokens(
+    turn: Turn, usage: Callable[..., tuple[int, int]], padding: dict[str, int]
+) -> int:
+    """Count a turn's input tokens; `usage` tells those of a turn's messages, and of tools given.
 
-    def __init__(self, settings: Settings, cli: Cli, environ: Mapping[str, str]) -> None:
-        self.settings = settings
-        self.cli = cli
-        self.sign_in = "unknown"  # how the CLI says it is signed in, once it was asked
-        self.metrics = Metrics()
-        self.keys = KeyFile(settings.keys, required=needs_keys(settings))
-        bare = wants_bare(settings.bare, environ)
-        self.login = not bare
-        self._model_map = dict(pair.split("=", 1) for pair in settings.model_map)
-        self._models: list[JsonObject] = []  # the CLI's, as the last child told them
-        self.rate_limits: dict[str, str] = {}  # the plan's state as headers, as last reported
-        self._counts: dict[object, int] = {}  # of tokens, by digest of the request; guarded by:
-        self._counts_lock = threading.Lock()
+    Those of PADDING_TOOL are kept in `padding`, by model.
+    """
+    counted = as_counted(turn)
+    if not turn.tools:
+        return usage(counted)[0]
+    if turn.model not in padding:
+        blank = with_messages(counted, [Message("user", as_blocks("foo"))])
+        second = {**PADDING_TOOL, "name": PADDING_TOOL["name"] + "2"}
+        both, one = usage(blank, PADDING_TOOL, second)[1], usage(blank, PADDING_TOOL)[1]
+        padding[turn.model] = both - one
+    total, in_tools = usage(counted, *turn.tools, PADDING_TOOL)
+    beside = COUNTED_BESIDE_TOOLS + padding[turn.model] - COUNTED_TOOLS_DEDUCTION
+    return total + max(0, in_tools - beside)
+
+
+class Sessions:
+    """Lends the pool's sessions to what a turn needs, and keeps what they tell in passing."""
+
+    def __init__(
+        self, settings: Settings, cli: Cli, environ: Mapping[str, str], metrics: Metrics, bare: bool
+    ) -> None:
+        self.models: list[JsonObject] = []  # the CLI's, as the last process told them
+        self._metrics = metrics
         self._temp = tempfile.TemporaryDirectory(prefix="cc-", ignore_cleanup_errors=True)
         # With a login the model is told this directory's name, so it says nothing.
         work_dir, temp_dir = Path(self._temp.name, "work"), Path(self._temp.name, "tmp")
@@ -2979,263 +2897,385 @@ class Gateway:
         (work_dir / ".claude").mkdir(parents=True)
         (work_dir / ".claude" / ".git").touch()
         temp_dir.mkdir()
-        command = child_command(cli, bare=bare, setting_sources=settings.setting_sources)
-        environment = child_environment(environ, str(temp_dir))
+        command = process_command(cli, bare=bare, setting_sources=settings.setting_sources)
+        environment = process_environment(environ, str(temp_dir))
 
-        def start() -> Child:
+        def start() -> Session:
             os.stat(cli.path)  # raises the OSError that a shim around the CLI would hide
-            return Child(command, environment, str(work_dir), cli.stamp())
+            return Session(Process(command, environment, str(work_dir), cli.stamp()))
 
+        self._start = start
         self.pool = Pool(start, settings, cli.stamp, self._note_cost)
 
-    def answer(
+    def rehearse(self) -> str:
+        """Start a process and say what it can. Raises OSError and CliFailed."""
+        session = self._start()
+        patience = Patience(CONTROL_TIMEOUT_S, lambda: None, CliFailed("claude is too slow"))
+        try:
+            session.prime(patience)
+            return f"claude starts, lists {len(session.models)} models, and can be used again"
+        except CliRefused as exc:
+            return f"claude starts, but each new conversation takes a process of its own: {exc}"
+        except ProcessDied as exc:
+            raise CliFailed(str(exc)) from exc
+        finally:
+            session.process.kill()
+            while session.process.is_alive():
+                time.sleep(REAP_TICK_S)
+            session.process.close()
+
+    def close(self) -> None:
+        """End all processes and remove the temporary directory."""
+        self.pool.close()
+        self._temp.cleanup()
+
+    def serve(
         self,
         turn: Turn,
         caller: Caller,
-        tick: Callable[[], None],
+        patience: Patience,
+        use: Callable[[Session], Generator[list[Event], None, _T]],
         queued: Callable[[int], None] = lambda place: None,
+        counted: list[JsonObject] | None = None,
+    ) -> Generator[list[Event], None, _T]:
+        """Have a session serve a turn; where one cannot and nothing went upstream, another.
+
+        `use` gives the session back. Only the deaths of processes started for this request count
+        against it: kept ones may all have been killed at once.
+        """
+        base = Base(caller.identity, caller.name, turn.betas)
+        deaths, is_new = 0, False
+
+        def cost(session: Session, may_cut: bool) -> int | None:
+            return session.cost(turn, may_cut=may_cut, counted=counted)
+
+        while True:
+            session = self.pool.acquire(base, cost, patience, queued, new=is_new)
+            was_new = session.is_new
+            try:
+                return (yield from use(session))
+            except CliRefused as exc:
+                log.warning("%s; nothing was sent upstream, a new process is asked", exc)
+                is_new = True
+            except ProcessDied as exc:
+                log.warning("%s; nothing was sent upstream", exc)
+                deaths += was_new
+                if deaths == SETUP_ATTEMPTS:
+                    raise CliFailed(str(exc), status=503) from exc
+
+    def use(
+        self,
+        turn: Turn,
+        caller: Caller,
+        patience: Patience,
+        look: Callable[[Session], _T],
+        counted: list[JsonObject] | None = None,
+    ) -> _T:
+        """Have a session do something that asks the model nothing."""
+
+        def run(session: Session) -> Generator[list[Event], None, _T]:
+            yield from ()
+            usable = False
+            try:
+                found = look(session)
+                usable = session.can_be_cut
+                return found
+            finally:
+                self.give_back(session, usable=usable)
+
+        return run_to_end(self.serve(turn, caller, patience, run, counted=counted))
+
+    def give_back(self, session: Session, *, usable: bool) -> None:
+        """Take a session back, and what it has told."""
+        if not usable:
+            session.process.kill()  # first of all: it may be about to call upstream
+        self.models = session.models or self.models
+        self._note_cost(session)
+        self.pool.give_back(session, usable=usable)
+
+    def _note_cost(self, session: Session) -> None:
+        """Count what a process has told of its cost: of the turns before the one just ended."""
+        if cost := session.take_cost():
+            name = session.base.name if session.base else OPEN
+            self._metrics.add("cc2api_cost_dollars_total", cost, caller=name)
+
+
+class Service:
+    """The running service behind the HTTP server."""
+
+    def __init__(self, settings: Settings, cli: Cli, environ: Mapping[str, str]) -> None:
+        self.settings = settings
+        self.metrics = Metrics()
+        self.keys = KeyFile(settings.keys, required=needs_keys(settings))
+        self.rate_limits: dict[str, str] = {}  # the plan's state as headers, as last reported
+        bare = wants_bare(settings.bare, environ)
+        self.is_login = not bare
+        self._cli, self._stamp = cli, cli.stamp()
+        self._sign_in = "unknown"  # how the CLI says it is signed in, once it was asked
+        self._model_map = dict(pair.split("=", 1) for pair in settings.model_map)
+        self._padding: dict[str, int] = {}  # tokens of PADDING_TOOL, by model
+        self._sessions = Sessions(settings, cli, environ, self.metrics, bare)
+        self.pool, self.rehearse = self._sessions.pool, self._sessions.rehearse
+        self.close = self._sessions.close
+
+    # ---- requests
+
+    def answer(
+        self, turn: Turn, caller: Caller, tick: Callable[[], None], record: Record
     ) -> Generator[list[Event], None, None]:
         """Yield the answer's events, in batches of those that were ready together.
 
         The last event is always message_stop. `tick` is called every TICK_S and may raise
-        ClientGone; `queued` is told the request's place when it has to wait. Raises ApiError;
-        closing the generator early ends the child at once.
+        ClientGone. Raises ApiError; closing the generator early ends the turn at once.
         """
-        turn = dataclasses.replace(turn, model=self._model_map.get(turn.model, turn.model))
-        patience = self._patience(tick)
-        setup, next_turn = to_setup(turn), without_breakpoints(turn)
-        digest = hash_conversation(turn, caller)
-        held = digest.digest() if can_resume(next_turn) else None
-        prepare = functools.partial(begin_setup, setup=setup)
-        deaths = 0
-        while True:
-            child = self.pool.acquire(patience, Want(held, setup.label(caller), prepare, queued))
-            child.caller = caller
-            was_parked = child.holds_conversation
+        turn, patience = self._mapped(turn), self._patience(tick)
+
+        def ask(session: Session) -> Generator[list[Event], None, list[Event]]:
+            used = "kept" if session.turns else "spare"
+            record.note_process("new" if session.is_new else used)
             reader = AnswerReader()
             try:
-                if was_parked:
-                    resume_turn(child, next_turn, patience)
-                else:
-                    self._models = open_turn(child, turn, setup, patience) or self._models
-                    child.send(to_line(turn.query, turn.model, query=True))
-                last = yield from self._read_answer(child, reader, patience)
-            except ChildDied as exc:
-                log.warning("%s; nothing was sent upstream", exc)
-                deaths += not was_parked
-                if deaths == SETUP_ATTEMPTS:
-                    raise CliFailed(str(exc), status=503) from exc
-                continue
+                session.bring(turn, patience)
+                session.ask(patience)
+                return (yield from session.read(reader, patience))
+            except ApiError as exc:
+                raise _with_reset(exc, reader.rate_limits or self.rate_limits) from exc
             finally:
-                self._hand_back(child, reader, turn, digest)
-            yield last
-            return
+                self.rate_limits = reader.rate_limits or self.rate_limits
+                self._sessions.give_back(session, usable=session.end(reader))
 
-    def _note_cost(self, child: Child) -> None:
-        """Count what a child has newly told of its cost: it does after its answer."""
-        if child.caller and child.cost_usd > child.noted_cost_usd:
-            cost, child.noted_cost_usd = child.cost_usd - child.noted_cost_usd, child.cost_usd
-            self.metrics.add("cc2api_cost_dollars_total", cost, caller=child.caller.name)
+        # the last batch is handed on when the session is back: the next request finds it there
+        yield (yield from self._sessions.serve(turn, caller, patience, ask, record.queued))
 
-    def _hand_back(
-        self, child: Child, reader: AnswerReader, turn: Turn, digest: hashlib._Hash
-    ) -> None:
-        """Park a child that can go on with its conversation; end any other."""
-        self._note_cost(child)
-        known = {tool["name"] for tool in child.setup.tools} if child.setup else set()
-        if not (self.settings.live and reader.can_go_on and reader.tool_names <= known):
-            self.pool.release(child, kill=reader.must_kill)
-            return
-        child.holds_conversation = True
-        # A tool call that the CLI does not hand on but answers itself, it would go on from too.
-        if child.tool_calls.keys() >= reader.tool_use_ids:
-            child.allow_calls()
-        hash_message(digest, turn.query)
-        hash_message(digest, Message("assistant", reader.content))
-        self.pool.park(child, digest.digest())
-
-    def count_tokens(self, turn: Turn, tick: Callable[[], None]) -> int:
+    def count_tokens(self, turn: Turn, caller: Caller, tick: Callable[[], None]) -> int:
         """Return how many input tokens a turn has, by the API's own count; nothing is generated."""
-        turn = dataclasses.replace(turn, model=self._model_map.get(turn.model, turn.model))
-        tools = turn.extra_body.get("tools") or []
-        text = repr((turn.model, turn.system, turn.history, turn.query, tools)).encode()
-        return self._counted(hashlib.sha256(text).digest(), lambda: self._count(turn, tools, tick))
-
-    def _counted(self, key: object, count: Callable[[], int]) -> int:
-        """Return a count from the cache, or make it and keep it."""
-        with self._counts_lock:
-            if key in self._counts:
-                return self._counts[key]
-        found = count()
-        with self._counts_lock:
-            if len(self._counts) >= MAX_COUNTS:
-                del self._counts[next(iter(self._counts))]
-            self._counts[key] = found
-        return found
-
-    def _count(self, turn: Turn, tools: list[JsonObject], tick: Callable[[], None]) -> int:
-        def usage(of: Turn, *counted: JsonObject) -> tuple[int, int]:
-            return self._with_child(lambda c, p: read_context_usage(c, of, counted, p), tick)
-
-        if not tools:
-            return usage(turn)[0]
-        blank = dataclasses.replace(turn, system=(), history=(), query=Message("user", "foo"))
-        second = {**PADDING_TOOL, "name": PADDING_TOOL["name"] + "2"}
-
-        def count_padding() -> int:
-            return usage(blank, PADDING_TOOL, second)[1] - usage(blank, PADDING_TOOL)[1]
-
-        padding = self._counted(("padding", turn.model), count_padding)
-        total, counted = usage(turn, *tools, PADDING_TOOL)
-        beside = COUNTED_BESIDE_TOOLS + padding - COUNTED_TOOLS_DEDUCTION
-        return total + max(0, counted - beside)
-
-    def _with_child(self, use: Callable[[Child, Patience], _T], tick: Callable[[], None]) -> _T:
-        """Have a child do something that asks the model nothing."""
         patience = self._patience(tick)
-        child = self.pool.acquire(patience)
-        try:
-            return use(child, patience)
-        except ChildDied as exc:
-            raise CliFailed(str(exc), status=503) from exc
-        finally:
-            self.pool.release(child, kill=False)
 
-    def models(self, tick: Callable[[], None]) -> list[JsonObject]:
-        """Return the models as the CLI lists them; every answered request refreshes the list."""
-        if not self._models:
-            reply = self._with_child(lambda c, p: c.request("initialize", p, hooks=None), tick)
-            self._models = reply.get("models") or []
-        return self._models
+        def usage(of: Turn, *counted: JsonObject) -> tuple[int, int]:
+            def count(session: Session) -> JsonObject:
+                session.bring(of, patience, list(counted))
+                return session.count_context(patience)
+
+            return to_counts(self._sessions.use(of, caller, patience, count, list(counted)))
+
+        return count_input_tokens(self._mapped(turn), usage, self._padding)
+
+    def models(self, caller: Caller, tick: Callable[[], None]) -> list[JsonObject]:
+        """Return the models as the CLI lists them; every request that is served refreshes them."""
+        patience = self._patience(tick)
+
+        def look(session: Session) -> None:
+            if session.is_new:
+                session.bring(REHEARSALS[0], patience)
+
+        if not self._sessions.models:
+            self._sessions.use(REHEARSALS[0], caller, patience, look)
+        return self._sessions.models
 
     def model_id(self, name: str) -> str:
         """Return the id behind an alias, a mapped name, or an id itself."""
-        return resolve_model(self._model_map.get(name, name), self._models)
+        model = resolve_model(self._model_map.get(name, name), self._sessions.models)
+        return model.removesuffix("[1m]")
+
+    def knows(self, model: str) -> bool:
+        """Say whether the CLI lists a model, by its name or its id."""
+        ids = {str(m.get(key)) for m in self._sessions.models for key in ("value", "resolvedModel")}
+        return model in ids or model in (DEFAULT_MODEL_NAME, *self._model_map)
+
+    # ---- how things are
+
+    def version(self) -> str:
+        """Return the CLI's version, also after an update."""
+        if (stamp := self._cli.stamp()) not in (None, self._stamp):
+            with contextlib.suppress(CliUnusable):
+                self._cli, self._stamp = find_cli(self._cli.path, os.environ), stamp
+        return self._cli.version
+
+    def ask_sign_in(self, environ: Mapping[str, str]) -> None:
+        """Ask the CLI how it is signed in."""
+        self._sign_in = describe_sign_in(self._cli, environ)
+
+    def describe(self) -> dict[str, str]:
+        """Say what it runs on, and who may call."""
+        claude = f"{self.version()} at {self._cli.path}"
+        return {"claude": claude, "sign-in": self._sign_in, "keys": self.keys.describe()}
+
+    def cost_kind(self) -> str:
+        """Say what the cost means."""
+        return "as claude reports it"
+
+    def health(self) -> str:
+        """Return what is wrong, "" where nothing is."""
+        return self.pool.failure() or self.pool.refusal()
+
+    def gauges(self) -> dict[str, dict[str, int]]:
+        """Return what /metrics tells of now, by name and state."""
+        now = self.pool.snapshot()
+        states = ("spare", "starting", "idle", "busy", "ending")
+        processes = {state: len(getattr(now, state)) for state in states}
+        return {"cc2api_processes": processes, "cc2api_waiting_requests": {"": now.waiting}}
+
+    def _mapped(self, turn: Turn) -> Turn:
+        return dataclasses.replace(turn, model=self._model_map.get(turn.model, turn.model))
 
     def _patience(self, tick: Callable[[], None]) -> Patience:
         message = f"no whole answer within {self.settings.timeout:g} s"
         late = ApiError(message, status=504, should_retry=False)
         return Patience(self.settings.timeout, tick, late)
 
-    def _read_answer(
-        self, child: Child, reader: AnswerReader, patience: Patience
-    ) -> Generator[list[Event], None, list[Event]]:
-        """Yield what comes, until the answer is complete; return the last batch.
 
-        Raises ChildDied while nothing was sent upstream, and ApiError.
-        """
-        failure: ApiError | None = None
-        while not failure:
-            batch: list[Event] = []
-            try:
-                batch += self._feed(reader, child, patience)
-                while child.has_line() and not reader.done:
-                    batch += self._feed(reader, child, patience)
-            except ChildDied as exc:
-                if not (reader.is_called or reader.started):
-                    raise  # the CLI tells before it calls, so nothing was sent upstream
-                log.error("%s", exc)
-                failure = CliFailed("claude ended before its answer was complete")
-            except ApiError as exc:
-                failure = self._with_reset(exc)
-            if failure or (reader.done and reader.must_kill):
-                child.kill()  # at once, lest it ask upstream again
-            if reader.has_delta:
-                self.pool.refill(child)
-            if reader.done:
-                return batch
-            if batch:
-                yield batch  # also what came just before a failure
-        raise failure
-
-    def _with_reset(self, error: ApiError) -> ApiError:
-        """Tell when a plan's used-up window opens again; clients would retry in vain until then."""
-        reset = self.rate_limits.get("anthropic-ratelimit-unified-reset", "")
-        rejected = self.rate_limits.get("anthropic-ratelimit-unified-status") == "rejected"
-        if error.status == 429 and rejected and reset.isdigit():
-            error.retry_after_s = max(1, int(reset) - int(time.time()))
-            error.should_retry = error.retry_after_s <= LONGEST_RETRY_S
+def _with_reset(error: ApiError, limits: Mapping[str, str]) -> ApiError:
+    """Tell when a plan's used-up window opens again; clients would retry in vain until then."""
+    reset = limits.get("anthropic-ratelimit-unified-reset", "")
+    rejected = limits.get("anthropic-ratelimit-unified-status") == "rejected"
+    if not (error.status == 429 and rejected and reset.isdigit()):
         return error
-
-    def _feed(self, reader: AnswerReader, child: Child, patience: Patience) -> list[Event]:
-        line = child.read_line(patience)
-        if not reader.is_called and line.get("status") == "requesting":
-            reader.is_called = True
-            child.hold_calls()
-        if line.get("type") == "rate_limit_event":
-            self.rate_limits = to_rate_limit_headers(line.get("rate_limit_info"))
-        if line.get("subtype") == "api_retry":
-            details = {name: line.get(name) for name in ("attempt", "error_status", "error")}
-            log.warning("claude retries by itself: %s", details)
-        return reader.feed(line)
-
-    def status(self) -> str:
-        """Return in plain text how things are."""
-        keys, counts, total = self.keys.load(), self.pool.counts(), self.metrics.total
-        asked = [
-            functools.partial(total, "cc2api_requests_total", route=route)
-            for route in ("messages", "chat_completions")
-        ]
-        failed = sum(count(status=str(status)) for count in asked for status in range(400, 600))
-        kinds = ("input", "output", "cache_read", "cache_write")
-        tokens = (f"{total('cc2api_tokens_total', kind=kind):.0f} {kind}" for kind in kinds)
-        minutes = (time.time() - self.metrics.started_at) / 60
-        key = " -H 'x-api-key: YOUR-KEY'" if keys != {} else ""
-        lines = {
-            f"cc2api {__version__}": f"up {minutes // 60:.0f} h {minutes % 60:.0f} min",
-            "claude": f"{self.cli.version} at {self.cli.path}",
-            "sign-in": self.sign_in,
-            "keys": describe_keys(self.keys),
-            "children": "{idle} spare, {busy} busy, {parked} parked".format(**counts),
-            "requests": f"{sum(count() for count in asked):.0f}, {failed:.0f} failed,"
-            f" {self.pool.waiting()} waiting",
-            "tokens": ", ".join(tokens),
-            "cost": f"${total('cc2api_cost_dollars_total'):.4f} as claude reports it",
-            "health": self.pool.failure() or "ok",
-            "try": f"""curl HERE/v1/messages{key} -d '{{"model": "{DEFAULT_MODEL_NAME}","""
-            """ "max_tokens": 100, "messages": [{"role": "user", "content": "Hello!"}]}'""",
-        }
-        return "".join(f"{name:<14}{text}\n" for name, text in lines.items())
-
-    def close(self) -> None:
-        """End all children and remove the temporary directory."""
-        self.pool.close()
-        self._temp.cleanup()
+    after_s = max(1, int(reset) - int(time.time()))
+    again = after_s <= LONGEST_RETRY_S
+    return ApiError(str(error), status=429, retry_after_s=after_s, should_retry=again)
 
 
-def describe_keys(keys: KeyFile) -> str:
-    """Say in a few words who may call."""
-    loaded = keys.load()
-    if loaded is None:
-        why = f"{keys.path} cannot be read ({keys.problem})"
-        return f"NOBODY CAN CALL: {why}; mend that, or name another with --keys"
-    return f"{len(loaded)} in {keys.path}" if loaded else "open: anyone who can connect may call"
+# ======================================================================= Status
+# What the gateway tells of itself at / : a text, and a page with a box to try a prompt in.
 
 
-def needs_keys(settings: Settings) -> bool:
-    """Say whether nobody may call without a key: on any address but loopback."""
-    if settings.allow_open or settings.host == "localhost":
-        return False
-    try:
-        return not ipaddress.ip_address(settings.host).is_loopback
-    except ValueError:
-        return True
+def status_text(service: Service, url: str) -> str:
+    """Return in plain text how things are; `url` is where the client sees the gateway."""
+    now, metrics = service.pool.snapshot(), service.metrics
+    asked = failed = 0.0
+    for labels, count in metrics.series("cc2api_requests_total"):
+        if labels["route"] in ("messages", "chat_completions"):
+            asked += count
+            failed += count * (labels["status"] >= "400")
+    tokens = dict.fromkeys(_TOKEN_KINDS.values(), 0.0)
+    for labels, count in metrics.series("cc2api_tokens_total"):
+        tokens[labels["kind"]] += count
+    cost = sum(dollars for _, dollars in metrics.series("cc2api_cost_dollars_total"))
+    minutes = (time.time() - metrics.started_at) / 60
+    lines = {
+        f"cc2api {__version__}": f"up {minutes // 60:.0f} h {minutes % 60:.0f} min",
+        **service.describe(),
+        "processes": f"{len(now.spare)} spare, {len(now.idle)} idle, {len(now.busy)} busy",
+        "requests": f"{asked:.0f}, {failed:.0f} failed, {now.waiting} waiting",
+        "tokens": ", ".join(f"{count:.0f} {kind}" for kind, count in tokens.items()),
+        "cost": f"${cost:.4f} {service.cost_kind()}",
+        "health": service.health() or "ok",
+        "try": try_command(url, has_keys=service.keys.load() != {}),
+    }
+    return "".join(f"{name:<14}{text}\n" for name, text in lines.items())
+
+
+def try_command(url: str, *, has_keys: bool) -> str:
+    """Return a curl command that asks something."""
+    key = " -H 'x-api-key: YOUR-KEY'" if has_keys else ""
+    messages = [{"role": "user", "content": "Hello!"}]
+    body = json.dumps({"model": "sonnet", "max_tokens": 100, "messages": messages})
+    return f"curl {url}/v1/messages{key} -d '{body}'"
+
+
+PAGE: Final = """<!doctype html>
+<html lang="en"><meta charset="utf-8"><title>cc2api</title>
+<meta name="viewport" content="width=device-width"><link rel="icon" href="data:,">
+<style>
+ :root { color-scheme: light dark }
+ body { font: 16px/1.5 system-ui, sans-serif; max-width: 50em; margin: 2em auto; padding: 0 1em }
+ pre, textarea, input, select { border: 1px solid #8886; border-radius: 6px; padding: .6em }
+ pre { white-space: pre-wrap; overflow-wrap: anywhere; background: #8881 }
+ textarea, input, select, button { font: inherit; box-sizing: border-box; max-width: 100% }
+ textarea { width: 100% }
+ button { background: #a84a28; color: #fff; border: 0; border-radius: 6px; padding: .6em 1.5em }
+ button:disabled { opacity: .5 }
+ #end { opacity: .7; font-size: 90% }
+ .error { color: #d33 }
+</style>
+<h1>cc2api</h1>
+<pre id="status">…</pre>
+<form id="ask">
+ <p><textarea id="prompt" rows="3" aria-label="prompt"
+     placeholder="Try a prompt; Ctrl-Enter sends it"></textarea>
+ <p><select id="model" aria-label="model"><option>claude-code</option></select>
+    <input id="key" type="password" aria-label="API key" placeholder="API key" hidden>
+    <button id="send">Send</button> <button id="stop" type="button" hidden>Stop</button>
+</form>
+<pre id="answer" hidden></pre><p id="end"></p>
+<script>
+const at = id => document.getElementById(id)
+at("key").value = sessionStorage.getItem("key") ?? ""
+at("key").oninput = () => { sessionStorage.setItem("key", at("key").value); models() }
+const call = (path, more) => {
+  const headers = {accept: "text/plain"}
+  if (at("key").value) headers["x-api-key"] = at("key").value
+  return fetch(path, {...more, headers})
+}
+async function refresh() {
+  try {
+    const got = await call("/")
+    at("key").hidden = at("key").hidden && got.status != 401
+    at("status").textContent = got.ok ? await got.text() : (await got.json()).error.message
+  } catch (problem) { at("status").textContent = "cc2api does not answer: " + problem }
+  setTimeout(refresh, 2000)
+}
+async function models() {
+  const got = await call("/v1/models")
+  for (const model of got.ok ? (await got.json()).data : [])
+    if (![...at("model").options].some(option => option.value == model.id))
+      at("model").add(new Option(model.display_name, model.id))
+}
+async function ask(stopping) {
+  const messages = [{role: "user", content: at("prompt").value}]
+  const body = {model: at("model").value, max_tokens: 4000, stream: true, messages}
+  const more = {method: "POST", body: JSON.stringify(body), signal: stopping.signal}
+  const got = await call("/v1/messages", more)
+  if (!got.ok) throw (await got.json()).error.message
+  const reader = got.body.pipeThrough(new TextDecoderStream()).getReader()
+  let reason, tokens
+  for (let text = "", part; !(part = await reader.read()).done;) {
+    const frames = (text + part.value).split("\\n\\n")
+    text = frames.pop()
+    for (const frame of frames) {
+      const data = frame.split("\\n").find(line => line.startsWith("data: "))
+      const event = data ? JSON.parse(data.slice(6)) : {}
+      if (event.error) throw event.error.message
+      at("answer").textContent += event.delta?.text ?? ""
+      reason = event.delta?.stop_reason ?? reason
+      tokens = event.usage?.output_tokens ?? tokens
+    }
+  }
+  return `${reason}, ${tokens} tokens`
+}
+at("ask").onsubmit = async event => {
+  event.preventDefault()
+  if (at("send").disabled) return
+  const began = Date.now(), stopping = new AbortController()
+  const seconds = () => ((Date.now() - began) / 1000).toFixed(1) + " s"
+  const timer = setInterval(() => at("end").textContent = "… " + seconds(), 100)
+  at("send").disabled = true
+  at("answer").hidden = at("stop").hidden = false
+  at("stop").onclick = () => stopping.abort()
+  at("answer").textContent = at("end").className = ""
+  try { at("end").textContent = await ask(stopping) + ", " + seconds() }
+  catch (problem) {
+    at("end").textContent = stopping.signal.aborted ? "stopped after " + seconds() : problem
+    at("end").className = stopping.signal.aborted ? "" : "error"
+  }
+  clearInterval(timer)
+  at("send").disabled = false
+  at("stop").hidden = true
+}
+at("prompt").onkeydown = event => {
+  if (event.key == "Enter" && (event.ctrlKey || event.metaKey)) at("ask").requestSubmit()
+}
+refresh()
+models()
+</script></html>
+"""
 
 
 # ========================================================================= HTTP
-# Sockets, framing, routes, SSE frames, and the one place where errors become answers. One thread
-# for each connection. Framing is strict: a proxy in front that reads it differently could be made
-# to smuggle requests in. No response header is ever built from client text.
+# Sockets, framing, and the writing of one answer. Framing is strict: a proxy in front that reads it
+# differently could be made to smuggle requests in. No response header is built from client text.
+# Knows nothing of what is asked.
 
-JSON_TYPE: Final = "application/json"
-SSE_TYPE: Final = "text/event-stream; charset=utf-8"
-CORS_HEADERS: Final = {
-    "access-control-allow-methods": "GET, POST, OPTIONS",
-    "access-control-allow-headers": "authorization, *",  # the star does not cover authorization
-    "access-control-expose-headers": "request-id, x-request-id, retry-after",
-    "access-control-max-age": "600",
-}
-_UNSAFE: Final = re.compile(r"[^\x21-\x7e]|[\"\\=]")
 _REQUEST_LINE: Final = re.compile(rb"([A-Z]{1,20}) (/[\x21-\x7e]*) HTTP/1\.([01])")
 _HEADER_LINE: Final = re.compile(
     rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([\t\x20-\x7e\x80-\xff]*?)[ \t]*"
@@ -3244,13 +3284,11 @@ _CHUNK_LINE: Final = re.compile(rb"([0-9A-Fa-f]{1,8})[ \t]*(?:;[\t\x20-\x7e\x80-
 _HANGUP: Final = getattr(select, "POLLRDHUP", 0) | select.POLLHUP | select.POLLERR
 
 
-@dataclass(frozen=True, slots=True)
-class Head:
+class Head(NamedTuple):
     """A request line and its headers; names in lower case, in the order they came."""
 
     method: str
     path: str  # without the query, percent-decoded
-    query: str
     is_http_11: bool
     headers: tuple[tuple[str, str], ...]
 
@@ -3274,28 +3312,22 @@ class BadFraming(ApiError):
 
 def parse_head(lines: Sequence[bytes]) -> Head:
     """Parse a request line and header lines, each without its line end. Raises BadFraming."""
-    request = _REQUEST_LINE.fullmatch(lines[0])
-    if request is None:
+    if (request := _REQUEST_LINE.fullmatch(lines[0])) is None:
         raise BadFraming("malformed request line")
     headers = []
     for line in lines[1:]:
-        header = _HEADER_LINE.fullmatch(line)
-        if header is None:
+        if (header := _HEADER_LINE.fullmatch(line)) is None:
             raise BadFraming("malformed header line")
         headers.append((header[1].decode("ascii").lower(), header[2].decode("latin-1")))
-    path, _, query = request[2].decode("ascii").partition("?")
-    path = urllib.parse.unquote(path)
-    head = Head(request[1].decode("ascii"), path, query, request[3] == b"1", tuple(headers))
+    path = urllib.parse.unquote(request[2].decode("ascii").partition("?")[0])
+    head = Head(request[1].decode("ascii"), path, request[3] == b"1", tuple(headers))
     if len(head.all("host")) != 1 and (head.is_http_11 or head.all("host")):
         raise BadFraming("exactly one Host header is needed")
     return head
 
 
 def body_length(head: Head) -> int | None:
-    """Return the length of the body that follows a head; None where it comes in chunks.
-
-    Raises BadFraming, where it is not certain or too large.
-    """
+    """Return the length of the body after a head; None: in chunks. Raises BadFraming."""
     codings, lengths = head.all("transfer-encoding"), head.all("content-length")
     if codings:
         if lengths or not head.is_http_11 or [c.lower() for c in codings] != ["chunked"]:
@@ -3311,10 +3343,9 @@ def body_length(head: Head) -> int | None:
 
 
 class ClientStream:
-    """The client's end of a connection: buffered reading with absolute deadlines, and writing.
+    """The client's end of a connection; it raises ClientGone, and BadFraming (408) at a deadline.
 
-    Deadlines are in seconds of `time.monotonic()`. Reading raises ClientGone at the end of the
-    stream and BadFraming (408) at the deadline; writing raises ClientGone.
+    Deadlines are in seconds of `time.monotonic()`.
     """
 
     def __init__(self, sock: socket.socket) -> None:
@@ -3346,7 +3377,12 @@ class ClientStream:
         if length is not None:
             return self._read_exactly(length, deadline)
         body = bytearray()
-        while size := self._read_chunk_size(deadline):
+        while True:
+            line = _CHUNK_LINE.fullmatch(self.read_line(MAX_CHUNK_LINE_BYTES, deadline))
+            if line is None:
+                raise BadFraming("malformed chunk")
+            if (size := int(line[1], 16)) == 0:
+                break
             if len(body) + size > MAX_BODY_BYTES:
                 raise BadFraming(_TOO_LARGE, status=413)
             body += self._read_exactly(size, deadline)
@@ -3357,26 +3393,19 @@ class ClientStream:
                 return bytes(body)
         raise BadFraming("too many trailers", status=431)
 
-    def _read_chunk_size(self, deadline: float) -> int:
-        line = _CHUNK_LINE.fullmatch(self.read_line(MAX_CHUNK_LINE_BYTES, deadline))
-        if line is None:
-            raise BadFraming("malformed chunk")
-        return int(line[1], 16)
-
     def read_line(self, limit: int, deadline: float) -> bytes:
         """Read up to CRLF; return the line without it. A lone LF or CR is refused."""
         searched = 0
         while (end := self._buffer.find(b"\n", searched)) < 0:
-            searched = len(self._buffer)
-            if searched > limit:
-                raise BadFraming("line too long", status=431)
+            if (searched := len(self._buffer)) > limit:
+                break
             self._fill(deadline)
+        if not 0 <= end <= limit + 1:
+            raise BadFraming("line too long", status=431)
         line = bytes(self._buffer[: end + 1])
         del self._buffer[: end + 1]
         if not line.endswith(b"\r\n") or line.count(b"\r") > 1:
             raise BadFraming("lines must end with CR LF")
-        if len(line) > limit + 2:
-            raise BadFraming("line too long", status=431)
         return line[:-2]
 
     def _read_exactly(self, length: int, deadline: float) -> bytes:
@@ -3387,7 +3416,6 @@ class ClientStream:
         return data
 
     def _fill(self, deadline: float) -> None:
-        """Read some bytes into the buffer."""
         try:
             if (left := deadline - time.monotonic()) <= 0:
                 raise TimeoutError
@@ -3403,14 +3431,11 @@ class ClientStream:
 
     def has_left(self) -> bool:
         """Say whether the client has closed its end. Does not block."""
-        for _, event in self._watch.poll(0):
-            if event & _HANGUP:
-                return True
-            try:
-                return self._sock.recv(1, socket.MSG_PEEK) == b""
-            except OSError:
-                return True
-        return False
+        try:
+            seen = self._watch.poll(0)
+            return any(e & _HANGUP or not self._sock.recv(1, socket.MSG_PEEK) for _, e in seen)
+        except OSError:
+            return True
 
     def write(self, data: bytes, timeout_s: float) -> None:
         """Write everything, or give the client up when it reads nothing for `timeout_s`."""
@@ -3430,65 +3455,119 @@ class ClientStream:
                 self._fill(deadline)
 
 
-def to_frame(event: Event) -> bytes:
-    """Return an event as an SSE frame; ASCII, since some clients split lines at U+2028."""
-    return f"event: {event.get('type')}\n".encode("ascii") + to_data(event)
+class Response:
+    """The answer to one request, whole or a stream; a client may read nothing for `timeout_s`."""
 
+    def __init__(self, stream: ClientStream, head: Head, request_id: str, timeout_s: float) -> None:
+        self.closes = "close" in head.get("connection").lower() or not head.is_http_11
+        self.has_begun = False  # the 200 of a stream is out
+        self.status = 0  # what was sent, or would have been
+        self._stream, self._head, self._timeout_s = stream, head, timeout_s
+        self._headers = {"request-id": request_id, "x-request-id": request_id}
+        self._life: bytes | None = None  # what shows life in a stream; None: not one
+        self._last_write_at = time.monotonic()
 
-def to_data(chunk: JsonObject) -> bytes:
-    """Return a chat completion chunk as an SSE frame, which has no name."""
-    return b"data: %b\n\n" % json.dumps(chunk).encode("ascii")
+    def add_headers(self, headers: Mapping[str, str]) -> None:
+        """Send these headers with whatever is sent."""
+        self._headers |= headers
 
+    def close_after(self) -> None:
+        """Close the connection after the answer."""
+        self.closes = True
 
-def to_anthropic_error(error: ApiError, request_id: str) -> JsonObject:
-    """Return an error in the Messages API's envelope."""
-    inner: JsonObject = {"type": error.kind, "message": str(error)}
-    if error.details is not None:
-        inner["details"] = error.details
-    return {"type": "error", "error": inner, "request_id": request_id}
+    def stream_with(self, life: bytes) -> None:
+        """Make it a stream; `life` is written into it after KEEPALIVE_S of silence."""
+        self._life = life
+
+    def tick(self) -> None:
+        """Look after the client while it waits: see whether it left, show a stream life."""
+        if self._stream.has_left():
+            raise ClientGone
+        if self._life and time.monotonic() - self._last_write_at >= KEEPALIVE_S:
+            self.write_chunk(self._life)
+
+    def send_json(self, status: int, body: JsonObject) -> bytes:
+        """Write a whole answer in JSON; return its body."""
+        data = json.dumps(body).encode("ascii") + b"\n"
+        self.send(status, data, {"content-type": "application/json"})
+        return data
+
+    def send(self, status: int, data: bytes, headers: Mapping[str, str]) -> None:
+        """Write a status, headers and, but for HEAD, a body."""
+        sized = headers if status == 204 else {**headers, "content-length": str(len(data))}
+        head = self._to_head(status, sized)
+        body = b"" if self._head.method == "HEAD" else data
+        self._stream.write(head + body, self._timeout_s)
+
+    def write_chunk(self, data: bytes, *, is_last: bool = False) -> None:
+        """Write a part of a stream with one write, the first one behind its head."""
+        if not data:  # an empty chunk would end the body
+            return
+        chunked = {"transfer-encoding": "chunked"} if self._head.is_http_11 else {}
+        if chunked:  # else the end of the connection is the end of the body
+            data = b"%x\r\n%b\r\n%b" % (len(data), data, b"0\r\n\r\n" if is_last else b"")
+        head = b""
+        if not self.has_begun:
+            self.has_begun = True
+            fixed = {
+                "content-type": "text/event-stream; charset=utf-8",
+                "cache-control": "no-cache",
+            }
+            head = self._to_head(200, {**fixed, **chunked})
+        self._stream.write(head + data, self._timeout_s)
+        self._last_write_at = time.monotonic()
+
+    def _to_head(self, status: int, headers: Mapping[str, str]) -> bytes:
+        """Return the status line and headers; all names and values are our own."""
+        self.status = status
+        lines = [f"HTTP/1.1 {status} {http.client.responses.get(status, 'Error')}"]
+        lines += [f"server: cc2api/{__version__}", f"date: {email.utils.formatdate(usegmt=True)}"]
+        lines += [f"connection: {'close' if self.closes else 'keep-alive'}"]
+        lines += [f"{key}: {value}" for key, value in {**self._headers, **headers}.items()]
+        return "\r\n".join([*lines, "", ""]).encode("ascii")
 
 
 class Server(ThreadingHTTPServer):
-    """The listening socket; every connection gets a thread running `Handler`."""
+    """The listening socket; every connection gets a thread that runs the handler it is given."""
 
     daemon_threads = True
     request_queue_size = LISTEN_BACKLOG
 
-    def __init__(self, address: tuple[str, int]) -> None:
-        """Bind and listen. Raises OSError. `gateway` is set before `serve_forever`."""
+    def __init__(self, address: tuple[str, int], handler: type[BaseRequestHandler]) -> None:
+        """Bind and listen. Raises OSError. `serve` before `serve_forever`."""
         self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
-        self.gateway: Gateway
+        self.service: Any = None  # what the handlers serve
         self.is_stopping = False
-        self._free_places = threading.BoundedSemaphore(MAX_CONNECTIONS)
         self._idle = threading.Condition()
-        self._answering = 0  # guarded by _idle
-        super().__init__(address, Handler)
+        self._answering = 0  # guarded by _idle, as the next one
+        self._connections = 0
+        super().__init__(address, handler)
+
+    def serve(self, service: object) -> None:
+        """Have the handlers serve this."""
+        self.service = service
 
     def server_bind(self) -> None:
         """Bind without asking DNS for our own name, as HTTPServer would."""
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         self.socket.bind(self.server_address)
         self.server_address = self.socket.getsockname()
-        self.server_name, self.server_port = str(self.server_address[0]), self.server_address[1]
+        self.server_port = self.server_address[1]
 
-    def process_request(self, request: Any, client_address: Any) -> None:
-        """Start a connection's thread; beyond MAX_CONNECTIONS it is closed at once."""
-        if not self._free_places.acquire(blocking=False):
+    def verify_request(self, request: Any, client_address: Any) -> bool:
+        """Count a connection; beyond MAX_CONNECTIONS it is closed at once."""
+        with self._idle:
+            self._connections += 1
+            has_place = self._connections <= MAX_CONNECTIONS
+        if not has_place:
             log.warning("over %d connections: one was turned away", MAX_CONNECTIONS)
-            self.shutdown_request(request)
-            return
-        try:
-            super().process_request(request, client_address)
-        except BaseException:  # no thread to be had
-            self._free_places.release()
-            raise
+        return has_place
 
-    def process_request_thread(self, request: Any, client_address: Any) -> None:
-        """Run a connection, then free its place."""
-        try:
-            super().process_request_thread(request, client_address)
-        finally:
-            self._free_places.release()
+    def shutdown_request(self, request: Any) -> None:
+        """End a connection, and count it no more; socketserver calls it once for each."""
+        super().shutdown_request(request)
+        with self._idle:
+            self._connections -= 1
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Log what escaped a handler; a connection that broke is no news."""
@@ -3507,182 +3586,135 @@ class Server(ThreadingHTTPServer):
                 self._answering -= 1
                 self._idle.notify_all()
 
-    def drain(self, seconds: float) -> bool:
-        """Wait until no request is running; say whether that came true in time."""
+    def drain(self, seconds: float) -> int:
+        """Wait until no request is running, or for so long; return how many still are."""
         with self._idle:
-            return self._idle.wait_for(lambda: self._answering == 0, seconds)
+            self._idle.wait_for(lambda: self._answering == 0, seconds)
+            return self._answering
+
+    def stop(self) -> None:
+        """Accept no more connections, and answer no more requests."""
+        self.is_stopping = True
+        self.shutdown()
+        self.server_close()
 
 
-_WATCHING: Final = ("status", "healthz", "metrics")  # the routes that watch the gateway itself
-_TOKEN_KINDS: Final = {
-    "input_tokens": "input",
-    "output_tokens": "output",
-    "cache_read_input_tokens": "cache_read",
-    "cache_creation_input_tokens": "cache_write",
+# ======================================================================= Routes
+# Which path does what, who may call it, and the one place where errors become answers. One thread
+# for each connection. A new route is a row in ROUTES and a function of a Handler.
+
+CORS_HEADERS: Final = {
+    "access-control-allow-methods": "GET, POST, OPTIONS",
+    "access-control-allow-headers": "authorization, *",  # the star does not cover authorization
+    "access-control-expose-headers": "request-id, x-request-id, retry-after",
+    "access-control-max-age": "600",
 }
 
 
-class Response:
-    """The answer to one request: writes it, keeps it alive, and logs it."""
+def to_frame(event: Event) -> bytes:
+    """Return an event as an SSE frame; ASCII, since some clients split lines at U+2028."""
+    return f"event: {event.get('type')}\n".encode("ascii") + to_data(event)
 
-    def __init__(self, stream: ClientStream, gateway: Gateway, head: Head) -> None:
-        """`gateway` is asked for the time that a client may take to read."""
-        self.request_id = "req_" + uuid.uuid4().hex[:24]
-        self.note: dict[str, object] = {}  # what the log line says beyond method and path
-        self.headers: dict[str, str] = {}  # beyond those that every answer has
-        self.closes = "close" in head.get("connection").lower() or not head.is_http_11
-        self.body_left: int | None = 0  # bytes of the request not read yet, None in chunks
-        self.is_stream = False  # the client asked for one
-        self.is_chat = head.path.endswith("/chat/completions")
-        self.route = "none"  # for the metrics
-        self.usage: dict[str, int] = {}  # of an answer, as upstream counts
-        self._stream = stream
-        self._gateway = gateway
-        self._head = head
-        self._has_begun = False  # the 200 of a stream is out
-        self._in_message = False  # and message_start
-        self._started_at = self._last_write_at = time.monotonic()
 
-    def tick(self) -> None:
-        """Look after the client while it waits: see whether it left, show a stream life."""
-        if self._stream.has_left():
-            raise ClientGone
-        if self.is_stream and time.monotonic() - self._last_write_at >= KEEPALIVE_S:
-            # clients skip comments; before message_start an event would confuse some of them, and
-            # the OpenAI API has no such event
-            is_event = self._in_message and not self.is_chat
-            self._write_chunk(to_frame({"type": "ping"}) if is_event else b": waiting\n\n")
+def to_data(chunk: JsonObject) -> bytes:
+    """Return a chat completion chunk as an SSE frame, which has no name."""
+    return b"data: %b\n\n" % json.dumps(chunk).encode("ascii")
 
-    def send_events(self, batch: Sequence[Event], frames: bytes) -> None:
-        """Write the frames of a batch of events with one write; the 200 goes with the first."""
-        self.debug("response", frames)
-        for event in batch:
-            self.note_usage(event.get("usage") or (event.get("message") or {}).get("usage"))
-        if frames:  # an empty chunk would end the body
-            self._write_chunk(frames, last=batch[-1]["type"] == "message_stop")
-        self._in_message = True
 
-    def send_json(
-        self, status: int, body: JsonObject, headers: Mapping[str, str] | None = None
-    ) -> None:
-        """Write a whole answer."""
-        data = json.dumps(body).encode("ascii")
-        self.debug("response", data)
-        self.send(status, data, {"content-type": JSON_TYPE, **(headers or {})})
+def to_anthropic_error(error: ApiError) -> tuple[int, JsonObject]:
+    """Return an error's status, and the Messages API's envelope."""
+    inner = {"type": error.kind, "message": str(error), "details": error.details}
+    return error.status, {"type": "error", "error": without_nulls(inner)}
 
-    def send(self, status: int, data: bytes, headers: Mapping[str, str]) -> None:
-        """Write a status, headers and, but for HEAD, a body."""
-        self.note["status"] = status
-        # with a body that nobody reads, it is not known where the next request begins
-        self.closes = self.closes or self.body_left != 0
-        sized = headers if status == 204 else {**headers, "content-length": str(len(data))}
-        head = self._to_head(status, sized)
-        self.write(head if self._head.method == "HEAD" else head + data)
 
-    def send_error(self, error: ApiError) -> None:
-        """Answer with an error: JSON with its status, or an event where a stream has begun."""
-        self.note["error"] = error.kind  # the message may quote the request
-        self.debug("error", str(error).encode())
-        self.closes = self.closes or isinstance(error, BadFraming)
-        status, body = error.status, to_anthropic_error(error, self.request_id)
-        if self.is_chat:
-            status, body = to_openai_error(error)
-        if self._has_begun:
-            self.note["status"] = error.status  # though the client has had a 200
-            self._write_chunk(to_data(body) if self.is_chat else to_frame(body), last=True)
-            return
-        headers = {}
-        if error.retry_after_s is not None:
-            headers["retry-after"] = str(error.retry_after_s)
-        if error.status == 402 and self.is_chat:  # which OpenAI's clients know as a 429
-            headers["x-should-retry"] = "false"
-        if error.should_retry is not None:
-            headers["x-should-retry"] = str(error.should_retry).lower()
-        self.send_json(status, body, headers)
+class Dialect(NamedTuple):
+    """How an API writes what the APIs have in common."""
 
-    def write(self, data: bytes) -> None:
-        """Write bytes as they are. Raises ClientGone."""
-        self._stream.write(data, self._gateway.settings.timeout)
-        self._last_write_at = time.monotonic()
+    to_error: Callable[[ApiError], tuple[int, JsonObject]]
+    to_frame: Callable[[JsonObject], bytes]
+    life: bytes  # shows life in a stream that has begun
 
-    def _write_chunk(self, data: bytes, *, last: bool = False) -> None:
-        """Write a part of a streamed body, the first one behind its head."""
-        head = b""
-        if not self._has_begun:
-            self._has_begun = True
-            self.note["status"] = 200
-            headers = {"content-type": SSE_TYPE, "cache-control": "no-cache"}
-            if self._head.is_http_11:
-                headers["transfer-encoding"] = "chunked"
-            head = self._to_head(200, headers)
-        if self._head.is_http_11:  # else the end of the connection is the end of the body
-            data = b"%x\r\n%b\r\n%b" % (len(data), data, b"0\r\n\r\n" if last else b"")
-        self.write(head + data)
 
-    def _to_head(self, status: int, headers: Mapping[str, str]) -> bytes:
-        """Return the status line and headers; all names and values are our own."""
-        phrase = http.client.responses.get(status, "Error")
-        fixed = {
-            "server": f"cc2api/{__version__}",
-            "date": email.utils.formatdate(usegmt=True),
-            "request-id": self.request_id,
-            "x-request-id": self.request_id,
-            "connection": "close" if self.closes else "keep-alive",
-        }
-        limits = self._gateway.rate_limits if "model" in self.note else {}
-        every = {**fixed, **self.headers, **limits, **headers}
-        lines = [f"{key}: {value}" for key, value in every.items()]
-        return "\r\n".join([f"HTTP/1.1 {status} {phrase}", *lines, "", ""]).encode("ascii")
+COMMENT: Final = b": waiting\n\n"  # which clients skip; some are confused by an event so early
+ANTHROPIC: Final = Dialect(to_anthropic_error, to_frame, to_frame({"type": "ping"}))
+OPENAI: Final = Dialect(to_openai_error, to_data, COMMENT)
 
-    # ---- the log
 
-    def debug(self, what: str, data: bytes) -> None:
-        """Log a request or a response whole, under --debug."""
-        if log.isEnabledFor(logging.DEBUG):
-            text = data.decode("utf-8", "replace")
-            log.debug("event=%s id=%s body=%s", what, self.request_id, text)
+class Route(NamedTuple):
+    """What a path does: a method and the name of the Handler's function that does it."""
 
-    def note_turn(self, turn: Turn) -> None:
-        """Note the model for the log line, and warn of fields that were ignored."""
-        self.note["model"] = _quoted(turn.model, 100)
-        if turn.ignored:
-            names = _quoted(",".join(turn.ignored), 200)
-            log.warning("event=ignored id=%s fields=%s", self.request_id, names)
+    method: str
+    name: str
+    dialect: Dialect = ANTHROPIC
+    needs_key: bool = True
 
-    def note_usage(self, usage: JsonObject | None) -> None:
-        """Note the tokens of an answer."""
-        for name in _TOKEN_KINDS:
-            if usage and isinstance(usage.get(name), int):
-                self.usage[name] = self.note[name] = usage[name]
 
-    def queued(self, place: int) -> None:
-        """Log that the request has to wait, and how many are before it."""
-        log.info("event=queued id=%s place=%d", self.request_id, place)
+# Without their /v1: a base URL is configured with it or without, and some clients add one.
+ROUTES: Final = {
+    "/": Route("GET", "status"),
+    "/healthz": Route("GET", "healthz", needs_key=False),
+    "/metrics": Route("GET", "metrics"),
+    "/api/hello": Route("GET", "hello"),  # Claude Code's own probe
+    "/messages": Route("POST", "messages"),
+    "/messages/count_tokens": Route("POST", "count_tokens"),
+    "/chat/completions": Route("POST", "chat_completions", OPENAI),
+    "/models": Route("GET", "models"),
+    "/models/": Route("GET", "model"),
+}
+NO_ROUTE: Final = Route("GET", "none", needs_key=False)
 
-    def first_delta(self) -> None:
-        """Log that the model has begun to answer."""
-        seconds = time.monotonic() - self._started_at
-        log.info("event=first_delta id=%s ms=%d", self.request_id, seconds * 1000)
-        self._gateway.metrics.observe("cc2api_first_delta_seconds", seconds)
 
-    def log(self) -> None:
-        """Write the log line of the request's end, and count it."""
-        seconds = time.monotonic() - self._started_at
-        self.note["ms"] = round(seconds * 1000)
-        pairs = " ".join(f"{name}={value}" for name, value in self.note.items())
-        path = _quoted(self._head.path, 200)
-        form = "event=done method=%s path=%s id=%s %s"
-        is_watching = self.route in _WATCHING and self.note.get("status") == 200
-        level = logging.DEBUG if is_watching else logging.INFO  # they come every few seconds
-        log.log(level, form, self._head.method, path, self.request_id, pairs)
-        metrics, caller = self._gateway.metrics, str(self.note.get("key", "none"))
-        status, model = (str(self.note.get(name, "none")) for name in ("status", "model"))
-        labels = {"route": self.route, "status": status, "model": model, "caller": caller}
-        metrics.add("cc2api_requests_total", **labels)
-        if "model" in self.note:
-            metrics.observe("cc2api_request_seconds", seconds, route=self.route)
-        for name, count in self.usage.items():
-            metrics.add("cc2api_tokens_total", count, kind=_TOKEN_KINDS[name], caller=caller)
+def cors_headers(head: Head, settings: Settings) -> dict[str, str]:
+    """Return the headers that let a page of this origin read the answer; none for others."""
+    for allowed in settings.cors_origin:
+        if allowed in ("*", head.get("origin")):
+            return {**CORS_HEADERS, "access-control-allow-origin": allowed, "vary": "origin"}
+    return {}
+
+
+def admit(head: Head, keys: KeyFile, settings: Settings, *, needs_key: bool) -> Caller:
+    """Return who calls. Raises ApiError for whom it is not for.
+
+    Where keys are in force a page needs one like anybody. Without, web pages are kept out: those of
+    other origins, and of names made to resolve to us (rebinding).
+    """
+    loaded = keys.load()
+    if keys.is_open(loaded):
+        origin, host = head.get("origin"), head.get("host")
+        name = re.sub(r":\d*\Z", "", host).strip("[]").lower()
+        own, problem = ("", f"http://{host}", f"https://{host}"), ""
+        if name and not is_own_name(name, settings):
+            problem = f"Host {quoted(name, 100)} is not served; see --allowed-host"
+        elif origin not in own and not cors_headers(head, settings):
+            problem = f"pages of {quoted(origin, 100)} may not call; see --cors-origin"
+        if problem:
+            raise ApiError(problem, status=403)
+    if not needs_key:
+        return NOBODY
+    return keys.check(loaded, head.get("x-api-key"), head.get("authorization"))
+
+
+def is_own_name(name: str, settings: Settings) -> bool:
+    """Say whether a Host names this server: an IP address, localhost, or --allowed-host."""
+    with contextlib.suppress(ValueError):
+        names = ("localhost", *map(str.lower, settings.allowed_host))
+        return name in names or bool(ipaddress.ip_address(name))
+    return False
+
+
+def send_error(out: Response, record: Record, dialect: Dialect, error: ApiError) -> None:
+    """Answer with an error: JSON with its status, or an event where a stream has begun."""
+    record.note_error(error)
+    status, body = dialect.to_error(error)
+    if dialect is ANTHROPIC:
+        body["request_id"] = record.request_id
+    if out.has_begun:
+        out.write_chunk(dialect.to_frame(body), is_last=True)
+        return
+    should_retry = False if (error.status, status) == (402, 429) else error.should_retry
+    told = {"retry-after": error.retry_after_s, "x-should-retry": should_retry}
+    out.add_headers({name: str(value).lower() for name, value in without_nulls(told).items()})
+    out.send_json(status, body)
 
 
 class Handler(BaseRequestHandler):
@@ -3691,24 +3723,12 @@ class Handler(BaseRequestHandler):
     server: Server
     request: socket.socket
 
-    # Without their /v1: a base URL is configured with it or without, and some clients add one.
-    ROUTES: ClassVar[dict[str, tuple[str, str]]] = {
-        "/": ("GET", "_status"),
-        "/healthz": ("GET", "_healthz"),
-        "/metrics": ("GET", "_metrics"),
-        "/api/hello": ("GET", "_hello"),  # Claude Code's own probe
-        "/messages": ("POST", "_messages"),
-        "/messages/count_tokens": ("POST", "_count_tokens"),
-        "/chat/completions": ("POST", "_chat_completions"),
-        "/models": ("GET", "_model_list"),
-        "/models/": ("GET", "_model"),
-    }
-
     def handle(self) -> None:
         """Answer requests until either side ends the connection."""
         # an event must not wait for the ACK of the one before
         self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._stream = ClientStream(self.request)
+        self._service: Service = self.server.service
         idle_s = HEAD_TIMEOUT_S
         while not self.server.is_stopping:
             try:
@@ -3717,7 +3737,7 @@ class Handler(BaseRequestHandler):
                 return
             except BadFraming as error:
                 if error.status != 408:  # to a connection that stayed silent nothing is said
-                    self._answer(Head("-", "-", "", True, ()), error)
+                    self._answer(Head("-", "-", True, ()), error)
                 break
             with self.server.answering():
                 self._answer(head)
@@ -3728,266 +3748,171 @@ class Handler(BaseRequestHandler):
 
     def _answer(self, head: Head, failure: ApiError | None = None) -> None:
         """Run a route; whatever it raises is answered here and nowhere else."""
-        self._gateway = self.server.gateway
-        self._head, self._out = head, Response(self._stream, self._gateway, head)
+        client, timeout_s = str(self.client_address[0]), self._service.settings.timeout
+        self._record = Record(self._service.metrics, head.method, head.path, client)
+        self._out = Response(self._stream, head, self._record.request_id, timeout_s)
+        self._head, self._dialect = head, ANTHROPIC
+        self._body_length: int | None = 0  # of what is still to be read; None in chunks
+        status = 0
         try:
-            try:
-                if failure:
-                    raise failure
-                self._route()
-            except (ApiError, ClientGone):
-                raise
-            except Exception as exc:
-                log.exception("id=%s failed", self._out.request_id)
-                raise ApiError("internal error") from exc
-        except ApiError as error:
-            try:
-                self._out.send_error(error)
-            except ClientGone:
-                self._out.closes = True
+            if failure:
+                raise failure
+            self._route(head)
         except ClientGone:
-            self._out.note["status"] = 499  # nginx's code for it; nobody is sent it
-            self._out.closes = True
-        self._out.log()
+            status = 499  # nginx's code for it; nobody is sent it
+            self._out.close_after()
+        except Exception as exc:
+            error = exc if isinstance(exc, ApiError) else ApiError("internal error")
+            if error is not exc:
+                log.exception("id=%s failed", self._record.request_id)
+            status = error.status  # though the client of a stream has had a 200
+            if isinstance(error, BadFraming) or self._body_length != 0:
+                self._out.close_after()  # it is not known where the next request begins
+            if self._record.has_turn:
+                self._out.add_headers(self._service.rate_limits)
+            with contextlib.suppress(ClientGone):
+                send_error(self._out, self._record, self._dialect, error)
+        self._record.close(status or self._out.status)
 
-    def _route(self) -> None:
-        head, out = self._head, self._out
+    def _route(self, head: Head) -> None:
         if self.server.is_stopping:
             raise CliFailed("the gateway is shutting down", status=503)
-        out.body_left = body_length(head)
+        self._body_length = body_length(head)
+        if self._body_length != 0 and head.method != "POST":
+            self._out.close_after()  # nobody will read it
         path = re.sub(r"\A(/v1)+(?=/)", "", head.path)
         self._model_name = path.partition("/models/")[2]
-        method, name = self.ROUTES.get("/models/" if self._model_name else path, ("", ""))
-        allow = {"allow": f"{method or 'GET'}, OPTIONS"}
-        out.route = name.strip("_") or "none"
-        if name != "_healthz":
-            self._check_origin()
-        if head.method == "OPTIONS":
-            return out.send(204, b"", allow)
-        if not name:
-            raise ApiError(f"{head.method} {head.path}: no such route", status=404)
-        if head.method != method and (head.method, method) != ("HEAD", "GET"):
-            out.headers.update(allow)
-            raise ApiError(f"{head.method} is not allowed here, {method} is", status=405)
-        if name != "_healthz":
-            if name == "_status":  # where people come with a browser
-                out.headers["www-authenticate"] = 'Basic realm="cc2api: any name, and your key"'
-            key, bearer = head.get("x-api-key"), head.get("authorization")
-            self._caller = self._gateway.keys.check(key, bearer)
-            out.note["key"] = self._caller.name
-            out.headers.pop("www-authenticate", None)
-        getattr(self, name)()
-
-    def _check_origin(self) -> None:
-        """Keep web pages out, of other origins and of names made to resolve to us (rebinding).
-
-        Where keys are asked for a page needs one too, and only the CORS headers matter.
-        """
-        settings, keys = self._gateway.settings, self._gateway.keys
-        origin, host = self._head.get("origin"), self._head.get("host")
-        for allowed in settings.cors_origin:
-            if allowed in ("*", origin):
-                allow = {"access-control-allow-origin": allowed, "vary": "origin"}
-                self._out.headers = {**CORS_HEADERS, **allow}
-        # a browser sends the key it was given in its own dialog (Basic) for every page's requests
-        is_basic = self._head.get("authorization").lower().startswith("basic")
-        if (keys.required or keys.load() != {}) and not is_basic:
+        route = ROUTES.get("/models/" if self._model_name else path, NO_ROUTE)
+        self._record.note_route(route.name)
+        self._dialect = route.dialect
+        settings, is_preflight = self._service.settings, head.method == "OPTIONS"
+        self._out.add_headers(cors_headers(head, settings))
+        self._is_page = path == "/" and "text/html" in head.get("accept")
+        needs_key = route.needs_key and not is_preflight and not self._is_page
+        if route.name != "healthz":
+            self._caller = admit(head, self._service.keys, settings, needs_key=needs_key)
+        allow = {"allow": f"{route.method}, OPTIONS"}
+        if is_preflight:
+            self._out.send(204, b"", allow)
             return
-        name = re.sub(r":\d*\Z", "", host).strip("[]").lower()
-        if name and not is_basic and not is_own_name(name, settings):
-            problem = f"Host {_quoted(name, 100)} is not served; see --allowed-host"
-            raise ApiError(problem, status=403)
-        own = (f"http://{host}", f"https://{host}")
-        if origin and not self._out.headers and origin not in own:
-            raise ApiError("pages of this origin may not call; see --cors-origin", status=403)
+        if route is NO_ROUTE:
+            raise ApiError(f"{head.method} {head.path}: no such route", status=404)
+        if head.method != route.method and (head.method, route.method) != ("HEAD", "GET"):
+            self._out.add_headers(allow)
+            raise ApiError(f"{head.method} is not allowed here, {route.method} is", status=405)
+        if needs_key:
+            self._record.note_caller(self._caller.name)
+        getattr(self, route.name)()
 
-    # ---- routes
-
-    def _hello(self) -> None:
+    def hello(self) -> None:
+        """Answer a probe."""
         self._out.send_json(200, {"service": "cc2api", "version": __version__})
 
-    def _status(self) -> None:
+    def status(self) -> None:
         """Answer a browser with a page, and others with the text that it shows."""
-        host = _quoted(self._head.get("host"), 200)
-        text = self._gateway.status().replace("HERE", f"http://{host}")
-        headers = {"content-type": "text/plain; charset=utf-8", "cache-control": "no-store"}
-        if "text/html" in self._head.get("accept"):
-            text, own = PAGE, "'self' 'unsafe-inline'"
-            headers["content-type"] = "text/html; charset=utf-8"
-            headers["content-security-policy"] = f"default-src {own}; img-src data:"
-        self._out.send(200, text.encode(), {**headers, "vary": "accept"})
+        url = f"http://{quoted(self._head.get('host'), 200)}"
+        headers = {
+            "content-type": f"text/{'html' if self._is_page else 'plain'}; charset=utf-8",
+            "content-security-policy": "default-src 'self' 'unsafe-inline'; img-src data:",
+            "cache-control": "no-store",
+            "vary": "accept",
+        }
+        text = PAGE if self._is_page else status_text(self._service, url)
+        self._out.send(200, text.encode(), headers)
 
-    def _healthz(self) -> None:
-        if failure := self._gateway.pool.failure():
+    def healthz(self) -> None:
+        """Answer 200, or 503 while no process can be started."""
+        if failure := self._service.pool.failure():
             raise CliFailed(failure, status=503)
         self._out.send_json(200, {"status": "ok"})
 
-    def _metrics(self) -> None:
-        pool = self._gateway.pool
-        gauges = {"cc2api_children": pool.counts(), "cc2api_waiting_requests": {"": pool.waiting()}}
-        headers = {"content-type": "text/plain; version=0.0.4; charset=utf-8"}
-        self._out.send(200, self._gateway.metrics.render(gauges).encode(), headers)
+    def metrics(self) -> None:
+        """Answer Prometheus."""
+        text = self._service.metrics.render(self._service.gauges()).encode()
+        self._out.send(200, text, {"content-type": "text/plain; version=0.0.4; charset=utf-8"})
 
-    def _model_list(self) -> None:
-        """Answer all models, as OpenAI's clients expect, or a page of them after `after_id`."""
-        models = to_model_list(self._gateway.models(self._out.tick))
-        query = urllib.parse.parse_qs(self._head.query)
-        ids = [model["id"] for model in models]
-        after, before, limit = (query.get(n, [""])[0] for n in ("after_id", "before_id", "limit"))
-        for name, value in (("after_id", after), ("before_id", before)):
-            if value and value not in ids:
-                raise InvalidRequest(f"{name}: no such model")
-        limit = limit or "1000"
-        if not re.fullmatch(r"[1-9]\d{0,2}|1000", limit):
-            raise InvalidRequest("limit: Input should be a number from 1 to 1000")
-        rest = models[ids.index(after) + 1 :] if after else models
-        if before:
-            rest = models[: ids.index(before)]
-        page = rest[-int(limit) :] if before else rest[: int(limit)]
-        body: JsonObject = {"object": "list", "data": page, "has_more": len(page) < len(rest)}
-        body["first_id"], body["last_id"] = (page[i]["id"] if page else None for i in (0, -1))
+    def models(self) -> None:
+        """Answer all models on one page, which both SDKs' paging takes, or one by id or alias."""
+        models = to_model_list(self._service.models(self._caller, self._out.tick))
+        if self._model_name:
+            wanted = self._service.model_id(self._model_name)
+            body = next((model for model in models if model["id"] == wanted), None)
+            if body is None:
+                raise ApiError(f"model: {self._model_name}", status=404)
+        else:
+            ids = [model["id"] for model in models] or [None]
+            body = {"object": "list", "data": models, "has_more": False}
+            body |= {"first_id": ids[0], "last_id": ids[-1]}
         self._out.send_json(200, body)
 
-    def _model(self) -> None:
-        models = to_model_list(self._gateway.models(self._out.tick))
-        wanted = self._gateway.model_id(self._model_name)
-        for model in models:
-            if model["id"] == wanted:
-                return self._out.send_json(200, model)
-        raise ApiError(f"model: {self._model_name}", status=404)
+    model = models  # the log and the metrics tell them apart
 
-    def _messages(self) -> None:
-        betas = ",".join(self._head.all("anthropic-beta"))
-        turn = parse_messages_request(self._read_json(), betas, login=self._gateway.login)
+    def messages(self) -> None:
+        """Answer a Messages API request."""
+        betas, is_login = ",".join(self._head.all("anthropic-beta")), self._service.is_login
+        turn = parse_messages_request(self._read_json(), betas, is_login=is_login)
         self._run(turn, to_frame, lambda message: message)
 
-    def _count_tokens(self) -> None:
-        turn = parse_count_request(self._read_json(), ",".join(self._head.all("anthropic-beta")))
-        self._out.note_turn(turn)
-        count = self._gateway.count_tokens(turn, self._out.tick)
-        self._out.note["input_tokens"] = count
-        self._out.send_json(200, {"input_tokens": count})
-
-    def _chat_completions(self) -> None:
-        created = int(time.time())
-        turn, style = parse_chat_request(self._read_json(), created, login=self._gateway.login)
-        writer = ChunkWriter(style)
+    def chat_completions(self) -> None:
+        """Answer a chat completions request."""
+        created, is_login = int(time.time()), self._service.is_login
+        turn, style = parse_chat_request(self._read_json(), created, is_login=is_login)
+        chunks = ChunkWriter(style)
 
         def encode(event: Event) -> bytes:
-            frames = b"".join(map(to_data, writer.feed(event)))
-            return frames + b"data: [DONE]\n\n" if event["type"] == "message_stop" else frames
+            end = b"data: [DONE]\n\n" if event["type"] == "message_stop" else b""
+            return b"".join(map(to_data, chunks.feed(event))) + end
 
         self._run(turn, encode, lambda message: to_completion(message, style))
 
+    def count_tokens(self) -> None:
+        """Answer how many input tokens a request has."""
+        turn = parse_count_request(self._read_json(), ",".join(self._head.all("anthropic-beta")))
+        self._record.note_turn(turn, is_known=self._service.knows(turn.model))
+        count = self._service.count_tokens(turn, self._caller, self._out.tick)
+        self._record.note_usage({"input_tokens": count})
+        self._out.send_json(200, {"input_tokens": count})
+
     def _run(
-        self,
-        turn: Turn,
-        encode: Callable[[Event], bytes],
-        finish: Callable[[JsonObject], JsonObject],
+        self, turn: Turn, encode: Callable[[Event], bytes], finish: Callable[..., Any]
     ) -> None:
-        """Have a turn answered: `encode` makes the frames of a stream, `finish` the whole body."""
-        self._out.note_turn(turn)
-        self._out.is_stream = turn.stream
-        assembler, has_begun = MessageAssembler(), False
-        answering = self._gateway.answer(turn, self._caller, self._out.tick, self._out.queued)
+        """Have a turn answered; write its events as they come, or `finish` the whole message."""
+        record, out = self._record, self._out
+        record.note_turn(turn, is_known=self._service.knows(turn.model))
+        if turn.stream:
+            out.stream_with(COMMENT)
+        assembler = MessageAssembler()
+        answering = self._service.answer(turn, self._caller, out.tick, record)
         with contextlib.closing(answering) as answer:
             for batch in answer:
-                if not has_begun and any(e["type"] == "content_block_delta" for e in batch):
-                    has_begun = True
-                    self._out.first_delta()
+                if not out.has_begun:
+                    out.add_headers(self._service.rate_limits)
+                with upstream_protocol():
+                    for event in () if turn.stream else batch:
+                        assembler.add(event)
+                    frames = b"".join(map(encode, batch)) if turn.stream else b""
+                out.write_chunk(frames, is_last=batch[-1:] == [{"type": "message_stop"}])
+                record.debug("response", frames)
+                record.note_events(batch)
                 if turn.stream:
-                    self._out.send_events(batch, b"".join(map(encode, batch)))
-                    continue
-                for event in batch:
-                    assembler.add(event)
+                    out.stream_with(self._dialect.life)
         if not turn.stream:
-            self._out.note_usage(assembler.message["usage"])
-            self._out.send_json(200, finish(assembler.message))
+            with upstream_protocol():
+                body = finish(assembler.message)
+            record.debug("response", out.send_json(200, body))
 
     def _read_json(self) -> JsonObject:
         if self._head.get("content-encoding").lower() not in ("", "identity"):
-            raise InvalidRequest(
-                "Content-Encoding: request bodies must not be encoded",
-                details={"error_code": "request_body_encoding_unsupported"},
-            )
+            details = {"error_code": "request_body_encoding_unsupported"}
+            problem = "Content-Encoding: request bodies must not be encoded"
+            raise InvalidRequest(problem, details=details)
         if self._head.get("expect").lower() == "100-continue":
-            self._out.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        raw = self._stream.read_body(self._out.body_left)
-        self._out.body_left = 0
-        self._out.debug("request", raw)
+            go_on = b"HTTP/1.1 100 Continue\r\n\r\n"
+            self._stream.write(go_on, self._service.settings.timeout)
+        raw = self._stream.read_body(self._body_length)
+        self._body_length = 0
+        self._record.debug("request", raw)
         return parse_json(raw)
-
-
-# The page at / : the status, read again and again, and a box to try a prompt in.
-PAGE: Final = """<!doctype html>
-<html lang="en"><meta charset="utf-8"><title>cc2api</title>
-<meta name="viewport" content="width=device-width"><link rel="icon" href="data:,">
-<style>
- body { font: 16px/1.5 system-ui, sans-serif; max-width: 50em; margin: 2em auto; padding: 0 1em;
-        color: #222; background: #fafafa }
- pre { background: #fff; border: 1px solid #ddd; border-radius: 6px; padding: 1em;
-       white-space: pre-wrap; overflow-wrap: anywhere }
- textarea, input, button { font: inherit; box-sizing: border-box; padding: .5em;
-       border: 1px solid #bbb; border-radius: 6px }
- textarea { width: 100% }
- button { background: #c15f3c; color: #fff; border: 0; padding: .5em 1.5em }
- @media (prefers-color-scheme: dark) {
-  body { color: #ddd; background: #1c1c1c } pre, textarea, input { color: #ddd; background: #262626;
-  border-color: #444 } }
-</style>
-<h1>cc2api</h1>
-<pre id="status">…</pre>
-<form id="ask">
- <p><textarea id="prompt" rows="3" aria-label="prompt" placeholder="Try a prompt"></textarea>
- <p><input id="model" value="claude-code" aria-label="model"> <button>Send</button>
-</form>
-<pre id="answer" hidden></pre>
-<script>
-const at = id => document.getElementById(id)
-async function refresh() {
-  try {
-    const got = await fetch("/", {headers: {accept: "text/plain"}})
-    at("status").textContent = await got.text()
-  } catch (problem) { at("status").textContent = "cc2api does not answer: " + problem }
-  setTimeout(refresh, 2000)
-}
-refresh()
-at("ask").onsubmit = async event => {
-  event.preventDefault()
-  const answer = at("answer")
-  answer.hidden = false
-  answer.textContent = ""
-  const body = {model: at("model").value, max_tokens: 2000, stream: true,
-                messages: [{role: "user", content: at("prompt").value}]}
-  const got = await fetch("/v1/messages", {method: "POST", body: JSON.stringify(body)})
-  if (!got.ok) { answer.textContent = (await got.json()).error.message; return }
-  const reader = got.body.pipeThrough(new TextDecoderStream()).getReader()
-  for (let text = "", part; !(part = await reader.read()).done;) {
-    const frames = (text + part.value).split("\\n\\n")
-    text = frames.pop()
-    for (const frame of frames) {
-      const data = frame.split("\\n").find(line => line.startsWith("data: "))
-      const event = data ? JSON.parse(data.slice(6)) : {}
-      answer.textContent += event.delta?.text ?? event.error?.message ?? ""
-    }
-  }
-}
-</script></html>
-"""
-
-
-def is_own_name(name: str, settings: Settings) -> bool:
-    """Say whether a Host names this server: an IP address, localhost, or --allowed-host."""
-    if name == "localhost" or name in (allowed.lower() for allowed in settings.allowed_host):
-        return True
-    with contextlib.suppress(ValueError):
-        return bool(ipaddress.ip_address(name))
-    return False
-
-
-def _quoted(text: str, limit: int) -> str:
-    """Make client text fit for a key=value log line: no spaces, quotes or control characters."""
-    return _UNSAFE.sub("_", text[:limit]) or "-"
 
 
 # ================================================================= Command line
@@ -4011,24 +3936,21 @@ def build_parser(environ: Mapping[str, str]) -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"cc2api {__version__}")
     for option in dataclasses.fields(Settings):
-        flag = "--" + option.name.replace("_", "-")
-        variable = "CC2API_" + option.name.upper()
-        default = environ.get(variable) or option.default
-        text = option.metadata["help"]
-        if str(option.type).startswith("bool"):
+        kind, more = str(option.type), dict(option.metadata)
+        del more["low"]
+        default: Any = environ.get("CC2API_" + option.name.upper()) or option.default
+        if kind.startswith("bool"):
+            del more["metavar"]
             if isinstance(default, str):
                 default = default.lower() in ("1", "true", "yes", "on")
-            action = "store_true" if option.type == "bool" else argparse.BooleanOptionalAction
-            parser.add_argument(flag, action=action, default=default, help=text)
-            continue
-        metavar = option.metadata["metavar"]
-        if str(option.type).startswith("tuple"):
-            parser.add_argument(flag, action="append", metavar=metavar, help=text)
-            continue
-        if option.default not in (None, ""):
-            text += " (default: %(default)s)"
-        kind = {"int": int, "float": float}.get(str(option.type), str)
-        parser.add_argument(flag, type=kind, default=default, metavar=metavar, help=text)
+            more["action"] = "store_true" if kind == "bool" else argparse.BooleanOptionalAction
+        elif kind.startswith("tuple"):
+            more["action"], default = "append", None
+        else:
+            more["type"] = {"int": int, "float": float}.get(kind, str)
+            if option.default not in (None, ""):
+                more["help"] += " (default: %(default)s)"
+        parser.add_argument("--" + option.name.replace("_", "-"), default=default, **more)
     return parser
 
 
@@ -4038,7 +3960,7 @@ def parse_args(argv: Sequence[str] | None, environ: Mapping[str, str]) -> Settin
     given = vars(parser.parse_args(argv))
     for option in dataclasses.fields(Settings):
         value, low = given[option.name], option.metadata["low"]
-        if isinstance(value, (int, float)) and not low <= value < float("inf"):
+        if isinstance(value, (int, float)) and not low <= value < math.inf:
             parser.error(f"--{option.name.replace('_', '-')} must be at least {low:g}, and finite")
         if str(option.type).startswith("tuple"):
             listed = environ.get("CC2API_" + option.name.upper(), "").split(",")
@@ -4052,19 +3974,6 @@ def parse_args(argv: Sequence[str] | None, environ: Mapping[str, str]) -> Settin
     return Settings(**given)
 
 
-def banner(gateway: Gateway, url: str, sign_in: str) -> str:
-    """Return what is printed at the start."""
-    keys = describe_keys(gateway.keys)
-    auth = " -H 'x-api-key: YOUR-KEY'" if not keys.startswith("open") else ""
-    return f"""\
-cc2api {__version__} listens on {url}
-  claude   {gateway.cli.version} at {gateway.cli.path}
-  sign-in  {sign_in}
-  keys     {keys}
-  try      curl {url}/v1/messages{auth} -d '{{"model": "{DEFAULT_MODEL_NAME}", "max_tokens": 100, \
-"messages": [{{"role": "user", "content": "Hello!"}}]}}'"""
-
-
 class LogFormatter(logging.Formatter):
     """Log lines as key=value: `time=... level=info event=done status=200 ...`."""
 
@@ -4074,102 +3983,105 @@ class LogFormatter(logging.Formatter):
         if not str(record.msg).startswith("event="):
             text = f"event=note msg={json.dumps(text, ensure_ascii=False)}"
         when = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
-        level = record.levelname.lower()
-        return f"time={when}.{record.msecs:03.0f}Z level={level} {text}"
+        return f"time={when}.{record.msecs:03.0f}Z level={record.levelname.lower()} {text}"
 
 
-def run_check(settings: Settings, environ: Mapping[str, str]) -> int:
+class Launch:
+    """The steps of a start, which `--check` runs too: each says what it found, or CliUnusable."""
+
+    def __init__(self, settings: Settings, environ: Mapping[str, str]) -> None:
+        self.server: Server | None = None
+        self.cli: Cli | None = None
+        self._settings, self._environ = settings, environ
+
+    def keys(self) -> str:
+        """Say who may call; a start that would let in nobody, or everybody, is none."""
+        settings, keys, problem = self._settings, KeyFile(self._settings.keys), ""
+        loaded = keys.load()
+        if loaded is None:
+            problem = keys.describe()
+        elif needs_keys(settings) and not loaded:
+            problem = f"{settings.host} is not a loopback address and {settings.keys} holds no key"
+            problem += ": add one, or use --allow-open"
+        elif settings.keys != Settings().keys and not keys.path.exists():
+            problem = f"the key file {settings.keys} is not there: make it, or leave --keys out"
+        if problem:
+            raise CliUnusable(problem)
+        return keys.describe()
+
+    def port(self) -> str:
+        """Listen."""
+        where = f"{self._settings.host} port {self._settings.port}"
+        try:
+            self.server = Server((self._settings.host, self._settings.port), Handler)
+        except OSError as exc:
+            other = "--port" if exc.errno in (errno.EADDRINUSE, errno.EACCES) else "--host"
+            problem = (
+                f"cannot listen on {where}: {exc.strerror or exc}; choose another with {other}"
+            )
+            raise CliUnusable(problem) from exc
+        return f"{where} is free"
+
+    def claude(self) -> str:
+        """Find the CLI."""
+        self.cli = find_cli(self._settings.claude, self._environ)
+        return f"{self.cli.version} at {self.cli.path}"
+
+    def sign_in(self) -> str:
+        """Ask the CLI for its sign-in."""
+        said = describe_sign_in(self.found(), self._environ)
+        if said.startswith("NOT"):
+            raise CliUnusable(said)
+        return said
+
+    def start(self) -> str:
+        """Start a process, and try what the gateway does with it."""
+        settings = dataclasses.replace(self._settings, processes=0)
+        with contextlib.closing(Service(settings, self.found(), self._environ)) as service:
+            try:
+                return service.rehearse()
+            except (OSError, CliFailed) as exc:
+                raise CliUnusable(str(exc)) from exc
+
+    def found(self) -> Cli:
+        """Return the CLI that was found."""
+        if self.cli is None:
+            raise CliUnusable("there is no claude to ask")
+        return self.cli
+
+
+def run_check(launch: Launch) -> int:
     """Say line by line what is in order and what to do about the rest; return the exit status."""
     failed = 0
-
-    def step(name: str, look: Callable[[], str]) -> None:
-        nonlocal failed
-        state = "ok  "
+    for step in (launch.keys, launch.port, launch.claude, launch.sign_in, launch.start):
         try:
-            said = look()
-        except (CliUnusable, OSError, ApiError) as exc:
-            failed, state, said = 1, "FAIL", str(getattr(exc, "strerror", None) or exc)
-        print(f"{name:<9}{state}  {said}", flush=True)
-
-    step("keys", lambda: _check_keys(settings))
-    step("port", lambda: _check_port(settings))
-    try:
-        cli = find_cli(settings.claude, environ)
-    except CliUnusable as exc:
-        print(f"claude   FAIL  {exc}")
-        return 1
-    step("claude", lambda: f"{cli.version} at {cli.path}")
-    step("sign-in", lambda: _check_sign_in(cli, environ))
-    gateway = Gateway(dataclasses.replace(settings, spares=0, live=0), cli, environ)
-    step("start", lambda: f"claude starts, and lists {len(gateway.models(lambda: None))} models")
-    if settings.live_call:
-        step("call", lambda: _check_call(gateway))
-    gateway.close()
+            state, said = "ok  ", step()
+        except CliUnusable as exc:
+            failed, state, said = 1, "FAIL", str(exc)
+        print(f"{step.__name__.replace('_', '-'):<9}{state}  {said}", flush=True)
+    if launch.server:
+        launch.server.server_close()
     return failed
 
 
-def key_problem(settings: Settings) -> str:
-    """Return why the gateway should not start with its key file; "" where it may."""
-    keys = KeyFile(settings.keys)
-    loaded = keys.load()
-    if loaded is None:
-        return describe_keys(keys)
-    if needs_keys(settings) and not loaded:
-        where = f"{settings.host} is not a loopback address and {settings.keys} holds no key"
-        return f"{where}: add one, or use --allow-open"
-    default = next(f.default for f in dataclasses.fields(Settings) if f.name == "keys")
-    if settings.keys != default and not keys.path.exists():
-        return f"the key file {settings.keys} is not there: make it, or leave --keys out"
-    return ""
-
-
-def _check_keys(settings: Settings) -> str:
-    if problem := key_problem(settings):
-        raise CliUnusable(problem)
-    return describe_keys(KeyFile(settings.keys))
-
-
-def _mend_listening(error: OSError) -> str:
-    is_port = error.errno in (errno.EADDRINUSE, errno.EACCES)
-    option = "--port" if is_port else "--host"
-    return f"{error.strerror or error}; choose another with {option}"
-
-
-def _check_port(settings: Settings) -> str:
-    try:
-        Server((settings.host, settings.port)).server_close()
-    except OSError as exc:
-        where = f"{settings.host} port {settings.port}"
-        raise CliUnusable(f"{where}: {_mend_listening(exc)}") from exc
-    return f"{settings.host} port {settings.port} is free"
-
-
-def _check_sign_in(cli: Cli, environ: Mapping[str, str]) -> str:
-    if (said := describe_sign_in(cli, environ)).startswith("NOT"):
-        raise CliUnusable(said)
-    return said
-
-
-def _check_call(gateway: Gateway) -> str:
-    question = {"role": "user", "content": "Say hello."}
-    body = {"model": DEFAULT_MODEL_NAME, "max_tokens": 16, "messages": [question]}
-    turn, assembler = parse_messages_request(body, login=gateway.login), MessageAssembler()
-    for batch in gateway.answer(turn, Caller(OPEN, b""), lambda: None):
-        for event in batch:
-            assembler.add(event)
-    return f"{assembler.message['model']} answered"
+def banner(service: Service, url: str) -> str:
+    """Return what is printed at the start."""
+    tried = try_command(url, has_keys=service.keys.load() != {})
+    lines = {**service.describe(), "page": f"{url}/", "try": tried}
+    listed = [f"  {name:<8} {text}" for name, text in lines.items()]
+    return "\n".join([f"cc2api {__version__} listens on {url}", *listed])
 
 
 def catch_signals() -> socket.socket:
-    """Return a socket that gets a byte for each SIGINT and SIGTERM.
+    """Return a socket that gets a byte for each SIGINT, SIGTERM and SIGHUP.
 
-    Waiting on it always ends: the kernel may hand a signal to any thread, and a main thread that
-    sits in `Event.wait` then never runs its handler (seen, Python 3.11).
+    The kernel may hand a signal to any thread, and a main thread that sits in `Event.wait` then
+    never runs its handler (seen, Python 3.11).
     """
     waiting, written = socket.socketpair()
     written.setblocking(False)
     signal.set_wakeup_fd(written.detach())
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda *_: None)
     return waiting
 
@@ -4191,54 +4103,46 @@ def _run(argv: Sequence[str] | None) -> int:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(LogFormatter())
     logging.basicConfig(level=logging.DEBUG if settings.debug else logging.INFO, handlers=[handler])
-    if settings.check or settings.live_call:
-        return run_check(settings, environ)
-    if problem := key_problem(settings):
-        print(f"cc2api: {problem}", file=sys.stderr)
-        return 1
+    launch = Launch(settings, environ)
+    if settings.check:
+        return run_check(launch)
     try:
-        cli = find_cli(settings.claude, environ)
-        server = Server((settings.host, settings.port))
+        launch.keys(), launch.claude(), launch.port()
     except CliUnusable as exc:
         print(f"cc2api: {exc}", file=sys.stderr)
         return 1
-    except OSError as exc:
-        where = f"{settings.host} port {settings.port}"
-        print(f"cc2api: cannot listen on {where}: {_mend_listening(exc)}", file=sys.stderr)
-        return 1
+    server = cast("Server", launch.server)
     with catch_signals() as signals:
-        gateway = server.gateway = Gateway(settings, cli, environ)
-        thread = threading.Thread(
-            target=server.serve_forever, args=[ACCEPT_TICK_S], name="cc2api-accept", daemon=True
-        )
-        thread.start()
+        service = Service(settings, launch.found(), environ)
+        server.serve(service)
+        ticks = [ACCEPT_TICK_S]
+        threading.Thread(
+            target=server.serve_forever, args=ticks, name="cc2api-accept", daemon=True
+        ).start()
         host = f"[{settings.host}]" if ":" in settings.host else settings.host
         url = f"http://{host}:{server.server_port}"
-        gateway.sign_in = describe_sign_in(cli, environ)
-        print(banner(gateway, url, gateway.sign_in), flush=True)
-        log.info("event=start version=%s claude=%s url=%s", __version__, cli.version, url)
+        service.ask_sign_in(environ)
+        print(banner(service, url), flush=True)
+        log.info("event=start version=%s claude=%s url=%s", __version__, service.version(), url)
         signals.recv(1)
-        shut_down(server, signals)
+        shut_down(server, service, signals)
         log.info("event=stop")
     return 0
 
 
-def shut_down(server: Server, signals: socket.socket) -> None:
-    """Stop accepting, let running answers finish up to `--drain`, then end every child.
-
-    A second signal ends the waiting.
-    """
-    server.is_stopping = True
-    server.shutdown()
-    server.server_close()
-    deadline = time.monotonic() + server.gateway.settings.drain
+def shut_down(server: Server, service: Service, signals: socket.socket) -> None:
+    """Let running answers finish, up to `--drain` or a second signal, then end every process."""
+    server.stop()
+    deadline = time.monotonic() + service.settings.drain
     signals.settimeout(0)
-    while not server.drain(ACCEPT_TICK_S) and time.monotonic() < deadline:
+    if running := server.drain(0):
+        log.warning("%d answers are running; a second signal cuts them off", running)
+    while server.drain(ACCEPT_TICK_S) and time.monotonic() < deadline:
         with contextlib.suppress(BlockingIOError):
             signals.recv(1)
             log.warning("second signal: running answers are cut off")
             break
-    server.gateway.close()
+    service.close()
 
 
 if __name__ == "__main__":

@@ -11,6 +11,8 @@ import pytest
 from running import API_KEY, FAKE_CLAUDE, LOGIN, RunningGateway, real_claude
 from scripted_api import ScriptedApi
 
+import cc2api
+
 
 @pytest.fixture(scope="session")
 def claude() -> str:
@@ -30,15 +32,16 @@ def api() -> Iterator[ScriptedApi]:
 @pytest.fixture(scope="session")
 def gateway(api: ScriptedApi, claude: str) -> Iterator[RunningGateway]:
     """A gateway on the real CLI, signed in with an API key."""
-    with RunningGateway("--spares", "2", claude=claude, base_url=api.url, env=API_KEY) as running:
+    with RunningGateway(claude=claude, base_url=api.url, env=API_KEY) as running:
         yield running
 
 
 @pytest.fixture(scope="session")
 def lone_gateway(api: ScriptedApi, claude: str) -> Iterator[RunningGateway]:
-    """A gateway that keeps one spare and no conversation: any other child is answering."""
-    args = ("--spares-max", "1", "--live", "0")
-    with RunningGateway(*args, claude=claude, base_url=api.url, env=API_KEY) as running:
+    """A gateway that keeps no process: any that is there is answering."""
+    with RunningGateway(
+        "--processes", "0", claude=claude, base_url=api.url, env=API_KEY
+    ) as running:
         yield running
 
 
@@ -47,6 +50,12 @@ def login_gateway(api: ScriptedApi, claude: str) -> Iterator[RunningGateway]:
     """A gateway on the real CLI, signed in with a claude.ai token."""
     with RunningGateway(claude=claude, base_url=api.url, env=LOGIN) as running:
         yield running
+
+
+@pytest.fixture(autouse=True)
+def _quick_farewells(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give the fake CLI, which cannot be interrupted while it sleeps, less time to end its turn."""
+    monkeypatch.setattr(cc2api, "LEAVE_S", 0.2)
 
 
 Starter = Callable[..., RunningGateway]

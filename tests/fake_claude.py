@@ -2,11 +2,11 @@
 """A stand-in for the CLI that misbehaves on order, for what the real one cannot be made to do.
 
 Orders for the next process are files in the directory FAKE_CLAUDE_ORDERS, removed when taken:
-`die-at-start`, `die-at-initialize`, `mute` (answers no control request), `ignore-eof`; `always-die`
-stays. Orders for an answer are words in the last user message: `die-before-answer`,
-`die-mid-answer`, `garbage`, `error-result`, `silent-end`, `retry-notice`, `fill-stderr`,
-`long-line`, `stall` (no event), `stall-after-start`, `flood` (deltas without end). Every query is
-noted in `queries` in the same directory.
+`die-at-start`, `die-at-initialize`, `mute` (answers no control request), `ignore-eof`;
+`always-die` and `always-leave` (with status 0) stay. Orders for an answer are words in the last
+user message: `die-before-answer`, `die-mid-answer`, `garbage`, `error-result`, `silent-end`,
+`retry-notice`, `fill-stderr`, `long-line`, `stall` (no event), `stall-after-start`, `flood` (deltas
+without end), `a while` (0.3 s). Every query is noted in `queries` in the same directory.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 ORDERS = Path(os.environ.get("FAKE_CLAUDE_ORDERS", "/nonexistent"))
+REHEARSAL = '"text": "rehearsal"'
 DONE = {"type": "result", "subtype": "success", "is_error": False, "result": ""}
 
 
@@ -56,14 +57,13 @@ def answer(text: str) -> None:
     with (ORDERS / "queries").open("a") as log:
         log.write(json.dumps(text) + "\n")
     put({"type": "system", "subtype": "status", "status": "requesting"})
+    time.sleep(0.3 if "a while" in text else 0)
     if "die-before-answer" in text:
         die("gone before the answer")
     if "fill-stderr" in text:
-        sys.stderr.write("noise " * 200_000)
-        sys.stderr.flush()
+        print("noise " * 200_000, file=sys.stderr, flush=True)
     if "long-line" in text:
-        sys.stdout.write("x" * 50_000_000 + "\n")
-        sys.stdout.flush()
+        put("x" * 50_000_000)
     if "retry-notice" in text:
         put({"type": "system", "subtype": "api_retry", "attempt": 1, "error_status": 529})
     if "stall-after-start" not in text and "stall" in text:
@@ -94,6 +94,35 @@ def answer(text: str) -> None:
     put(DONE)
 
 
+def take(text: str) -> None:
+    """Answer a query, but for those whose calls are held back."""
+    if REHEARSAL in text:
+        put({**DONE, "is_error": True, "result": "Prompt is too long"})
+    else:
+        answer(text)
+
+
+def respond(line: Any) -> None:
+    """Answer a control request as the CLI does."""
+    request, response = line["request"], {}
+    if request["subtype"] == "rewind_conversation":
+        response = {"rewound": True}
+    put(
+        {
+            "type": "control_response",
+            "response": {
+                "subtype": "success",
+                "request_id": line["request_id"],
+                "response": response,
+            },
+        }
+    )
+    if request["subtype"] == "mcp_message":  # the tools have changed
+        message = {"jsonrpc": "2.0", "id": 1, "method": "tools/list"}
+        request = {"subtype": "mcp_message", "server_name": "t", "message": message}
+        put({"type": "control_request", "request_id": "fake", "request": request})
+
+
 def main() -> None:
     if "--version" in sys.argv:
         print(os.environ.get("FAKE_CLAUDE_VERSION", "2.1.999 (Fake Claude)"))
@@ -103,6 +132,8 @@ def main() -> None:
         return
     if ordered("die-at-start") or (ORDERS / "always-die").exists():
         die("gone at the start")
+    if (ORDERS / "always-leave").exists():
+        return
     mute = ordered("mute")
     ignores_eof = ordered("ignore-eof")
     for raw in sys.stdin:
@@ -112,12 +143,11 @@ def main() -> None:
         if line["type"] == "control_request":
             if line["request"]["subtype"] == "initialize" and ordered("die-at-initialize"):
                 die("gone at initialize")
-            reply = {"subtype": "success", "request_id": line["request_id"], "response": {}}
-            put({"type": "control_response", "response": reply})
+            respond(line)
         elif line["type"] == "user" and line.get("shouldQuery") is False:
             put(DONE)
         elif line["type"] == "user":
-            answer(json.dumps(line["message"]["content"]))
+            take(json.dumps(line["message"]["content"]))
     if ignores_eof:
         time.sleep(60)
 

@@ -221,31 +221,34 @@ class InProcessGateway(Client):
         *,
         claude: str = str(FAKE_CLAUDE),
         base_url: str = "http://127.0.0.1:9",
+        env: dict[str, str] | None = None,
         **settings: Any,
     ) -> None:
         """Start it; `orders` are files for the fake CLI, made before the first one starts."""
         for order in orders.split():
             (tmp_path / order).touch()
-        more = {"FAKE_CLAUDE_ORDERS": str(tmp_path), **API_KEY}
+        more = {"FAKE_CLAUDE_ORDERS": str(tmp_path), **API_KEY, **(env or {})}
         environ = clean_environment(tmp_path, base_url, **more)
         cli = cc2api.find_cli(claude, environ)
         keys = str(tmp_path / "apikeys.txt")
-        self.settings = cc2api.Settings(
-            **{"port": 0, "spares": 0, "live": 0, "keys": keys, **settings}
-        )
-        self.server = cc2api.Server((self.settings.host, 0))
-        self.gateway = self.server.gateway = cc2api.Gateway(self.settings, cli, environ)
+        self.settings = cc2api.Settings(**{"port": 0, "processes": 0, "keys": keys, **settings})
+        self.server = cc2api.Server((self.settings.host, 0), cc2api.Handler)
+        self.gateway = cc2api.Service(self.settings, cli, environ)
+        self.server.serve(self.gateway)
         self.port = self.server.server_port
         self._thread = threading.Thread(target=self.server.serve_forever, args=[0.02])
         self._thread.start()
+
+    @property
+    def now(self) -> cc2api.Snapshot:
+        """How the pool is."""
+        return self.gateway.pool.snapshot()
 
     def __enter__(self) -> InProcessGateway:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self.server.is_stopping = True
-        self.server.shutdown()
-        self.server.server_close()
+        self.server.stop()
         self.gateway.close()
         self._thread.join()
 

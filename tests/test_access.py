@@ -105,6 +105,55 @@ def test_on_another_address_an_emptied_or_vanished_key_file_is_401(tmp_path: Pat
         assert status(gateway, {}) == 401
 
 
+def test_a_key_file_that_is_written_anew_does_not_open_the_gateway(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = tmp_path / "apikeys.txt"
+    keys.write_text("sk-1\n")
+    with InProcessGateway(tmp_path) as gateway:
+        assert status(gateway, {}) == 401
+        for empty in (lambda: keys.write_text(""), keys.unlink):
+            empty()
+            assert [status(gateway, {}), status(gateway, {"x-api-key": "sk-1"})] == [401, 400]
+        monkeypatch.setattr(cc2api, "KEYS_GONE_S", 0.0)
+        assert status(gateway, {}) == 400, "after a while it is meant so"
+        monkeypatch.undo()
+        keys.write_text("sk-1\n")
+        assert status(gateway, {}) == 401
+        keys.write_text("# nobody\n")
+        assert status(gateway, {}) == 400, "comments alone open it at once"
+
+
+def test_a_key_file_that_is_no_regular_file_closes_the_gateway(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "apikeys.txt")
+    with InProcessGateway(tmp_path) as gateway:
+        assert status(gateway, {"x-api-key": "sk-1"}) == 401
+        assert "not a regular file" in gateway.gateway.keys.describe()
+
+
+def test_old_line_ends_other_letters_and_names_in_the_key_file(tmp_path: Path) -> None:
+    (tmp_path / "apikeys.txt").write_bytes("sk-one mac\rsk-two\rsk-\u00e9 three\r".encode())
+    with InProcessGateway(tmp_path) as gateway:
+        for key in ("sk-one", "sk-two"):
+            assert status(gateway, {"x-api-key": key}) == 400
+        assert status(gateway, {"x-api-key": "mac"}) == 401
+        raw = "sk-\u00e9".encode().decode("latin-1")
+        assert status(gateway, {"x-api-key": raw}) == 400
+
+
+def test_a_key_file_that_fails_again_is_logged_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    keys = cc2api.KeyFile(tmp_path / "keys")
+    for _ in range(2):
+        keys.path.write_bytes(b"\xff")
+        assert keys.load() is None
+        assert keys.load() is None
+        keys.path.write_text("sk-1")
+        assert keys.load() == {"sk-1": "\u2026"}
+    assert caplog.text.count("it is not UTF-8") == 2
+
+
 def test_allow_open_opens_it(tmp_path: Path) -> None:
     with InProcessGateway(tmp_path, host="0.0.0.0", allow_open=True) as gateway:
         assert status(gateway, {}) == 400
@@ -168,7 +217,7 @@ def test_nothing_of_a_request_is_in_argv_environment_files_or_log(
         gate.set()
         assert answer.result().status == 200
     gateway.wait_for_log("status=200")
-    wait_until(lambda: len(gateway.children()) == 2, "a spare and the parked child")
+    wait_until(lambda: len(gateway.children()) == 2, "a spare and the kept process")
     assert files_holding(word.encode(), *roots) == []
     assert list(gateway.dir.rglob("*.jsonl")) == [], "no transcripts"
     log = "\n".join(gateway.log)
@@ -205,7 +254,7 @@ def test_user_settings_hooks_and_memory_do_not_reach_the_model(
 
 
 def test_interleaved_requests_show_nothing_of_each_other(start: Any, api: ScriptedApi) -> None:
-    gateway = start("--spares", "2", "--max-concurrency", "4")
+    gateway = start("--max-concurrency", "4")
 
     def ask(number: int) -> str:
         word = f"mark{number}-{uuid4().hex}"

@@ -37,9 +37,9 @@ def one_line(done: subprocess.CompletedProcess[str]) -> str:
 
 
 def test_an_old_cli_is_refused_with_what_was_found_and_what_to_do(tmp_path: Path) -> None:
-    done = run_gateway(tmp_path, "--claude", str(FAKE_CLAUDE), FAKE_CLAUDE_VERSION="2.1.247 (x)")
+    done = run_gateway(tmp_path, "--claude", str(FAKE_CLAUDE), FAKE_CLAUDE_VERSION="2.1.299 (x)")
     line = one_line(done)
-    for words in ("2.1.247", "2.1.248 or newer", "claude update", str(FAKE_CLAUDE)):
+    for words in ("2.1.299", "2.1.300 or newer", "claude update", str(FAKE_CLAUDE)):
         assert words in line
 
 
@@ -121,14 +121,14 @@ def test_bare_is_for_keys_and_providers(
     assert cc2api.wants_bare(choice, environ) is bare
 
 
-def test_a_child_inherits_the_environment_less_what_requests_set() -> None:
+def test_a_process_inherits_the_environment_less_what_requests_set() -> None:
     environ = {"PATH": "/bin", "HTTPS_PROXY": "p", "CLAUDECODE": "1", "MAX_THINKING_TOKENS": "9"}
-    child = cc2api.child_environment(environ, "/tmp/x")
-    assert child == {
+    given = cc2api.process_environment(environ, "/tmp/x")
+    assert given == {
         "PATH": "/bin",
         "HTTPS_PROXY": "p",
         "TMPDIR": "/tmp/x",
-        **cc2api.CHILD_VARIABLES,
+        **cc2api.PROCESS_VARIABLES,
     }
 
 
@@ -141,17 +141,17 @@ def test_models_are_resolved_by_the_clis_own_list() -> None:
     names = ["claude-code", "sonnet", "opus[1m]", "claude-x", "claude-x[1m]"]
     resolved = [cc2api.resolve_model(name, models) for name in names]
     assert resolved == [
-        *("claude-opus-5-5", "claude-sonnet-5-5", "claude-opus-5-5"),
-        *("claude-x", "claude-x"),
+        *("claude-opus-5-5", "claude-sonnet-5-5", "claude-opus-5-5[1m]"),
+        *("claude-x", "claude-x[1m]"),
     ]
 
 
 STARTS: list[tuple[list[str], dict[str, str], int, str]] = [
     (["--port", "70000"], {}, 2, "--port must be between"),
-    (["--spares", "-1"], {}, 2, "--spares must be at least 0"),
+    (["--processes", "-1"], {}, 2, "--processes must be at least 0"),
     (["--timeout", "inf"], {}, 2, "and finite"),
     (["--nope"], {}, 2, "unrecognized arguments"),
-    ([], {"CC2API_SPARES": "many"}, 2, "invalid int value: 'many'"),
+    ([], {"CC2API_PROCESSES": "many"}, 2, "invalid int value: 'many'"),
     (["--host", "203.0.113.7"], {}, 1, "add one, or use --allow-open"),
     (
         ["--host", "203.0.113.7", "--allow-open", "--claude", str(FAKE_CLAUDE)],
@@ -174,8 +174,8 @@ def test_a_wrong_start_ends_with_a_message_and_a_status(
 
 def test_flags_beat_variables_beat_defaults() -> None:
     environ = {"CC2API_PORT": "9001", "CC2API_DEBUG": "yes", "CC2API_BARE": "no"}
-    settings = cc2api.parse_args(["--spares", "3"], environ)
-    assert settings == cc2api.Settings(port=9001, debug=True, bare=False, spares=3)
+    settings = cc2api.parse_args(["--processes", "3"], environ)
+    assert settings == cc2api.Settings(port=9001, debug=True, bare=False, processes=3)
     assert cc2api.parse_args(["--port", "1", "--bare"], environ).port == 1
     assert cc2api.parse_args([], {}) == cc2api.Settings()
     assert cc2api.parse_args([], {"CC2API_BARE": "", "CC2API_PORT": ""}) == cc2api.Settings()
@@ -185,6 +185,6 @@ def test_flags_beat_variables_beat_defaults() -> None:
 
 
 def test_a_port_in_use_is_one_line(tmp_path: Path, start_fake: Any) -> None:
-    first = start_fake("--spares", "0")
+    first = start_fake("--processes", "0")
     done = run_gateway(tmp_path, "--claude", str(FAKE_CLAUDE), "--port", str(first.port))
     assert "cannot listen on 127.0.0.1 port" in one_line(done)

@@ -38,15 +38,21 @@ def test_counts_differ_as_the_apis_own_do_and_nothing_is_generated(
     assert len(api.calls) == generated
 
 
-def test_an_identical_request_is_answered_from_the_cache(
-    gateway: RunningGateway, api: ScriptedApi
-) -> None:
-    text = marker()
-    first, counted = count(gateway, text), api.counted
-    assert count(gateway, text) == first
-    assert api.counted == counted
-    count(gateway, text, model="claude-opus-4-6")
-    assert api.counted > counted
+def test_a_count_takes_no_process(gateway: RunningGateway) -> None:
+    count(gateway, marker(), tools=TOOLS)
+    before = gateway.children()
+    for number in range(5):
+        count(gateway, marker(), system=f"prompt {number}", tools=TOOLS)
+    assert set(before) <= set(gateway.children())
+
+
+def test_a_tool_that_changes_under_its_name_is_counted_anew(gateway: RunningGateway) -> None:
+    text, name = marker(), "tool_" + uuid4().hex[:8]
+    tool = {"name": name, "description": "one two", "input_schema": {"type": "object"}}
+    assert gateway.ask("hello", tools=[tool]).status == 200
+    first = count(gateway, text, tools=[tool])
+    second = count(gateway, text, tools=[{**tool, "description": "one two three"}])
+    assert second == first + 1
 
 
 def test_the_system_prompt_and_the_history_count(gateway: RunningGateway) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import base64
 import json
 import struct
-import subprocess
 import zlib
 from typing import Any
 from uuid import uuid4
@@ -60,31 +59,12 @@ def blocks_of(message: JsonObject) -> list[JsonObject]:
     return [text(content)] if isinstance(content, str) else content
 
 
-def seen_messages(call: Call, claude: str) -> list[JsonObject]:
-    """Return the messages that reached upstream, less what the CLI is known to add.
-
-    That is its own breakpoint on the last block, and before 2.1.300 a reminder with the date and
-    such in front of the first message.
-    """
+def seen_messages(call: Call) -> list[JsonObject]:
+    """Return the messages that reached upstream, less the CLI's own breakpoint at their end."""
     messages = [m for m in call.body["messages"] if m["role"] != "system"]
     plain = [{"role": m["role"], "content": [dict(b) for b in blocks_of(m)]} for m in messages]
     assert plain[-1]["content"][-1].pop("cache_control")["type"] == "ephemeral"
-    return [less_additions(message, claude) for message in plain]
-
-
-def is_older(claude: str) -> bool:
-    """Say whether the CLI is one that puts context of its own before the first message."""
-    version = subprocess.run([claude, "--version"], capture_output=True, text=True, check=True)
-    return tuple(map(int, version.stdout.split()[0].split("."))) < (2, 1, 300)
-
-
-def less_additions(message: JsonObject, claude: str) -> JsonObject:
-    """Return a message less what an older CLI puts into it."""
-    if not is_older(claude):
-        return message
-    added = ("<system-reminder>\nAs you answer", "<local-command-", "<command-name>")
-    kept = [b for b in message["content"] if not b.get("text", "").startswith(added)]
-    return {**message, "content": kept}
+    return plain
 
 
 def as_blocks(messages: list[JsonObject]) -> list[JsonObject]:
@@ -155,9 +135,7 @@ def full_request(word: str) -> JsonObject:
     }
 
 
-def test_every_field_reaches_upstream_exactly(
-    gateway: RunningGateway, api: ScriptedApi, claude: str
-) -> None:
+def test_every_field_reaches_upstream_exactly(gateway: RunningGateway, api: ScriptedApi) -> None:
     word = marker()
     request = full_request(word)
     answer = gateway.post(
@@ -165,7 +143,7 @@ def test_every_field_reaches_upstream_exactly(
     )
     assert answer.status == 200, answer.body
     call = only_call(api, word)
-    assert seen_messages(call, claude) == as_blocks(request["messages"])
+    assert seen_messages(call) == as_blocks(request["messages"])
     body = call.body
     for name in (
         *("model", "max_tokens", "tools", "tool_choice", "thinking", "temperature", "top_p"),
@@ -193,30 +171,28 @@ ODD_TEXTS = [
 
 
 def test_odd_text_is_verbatim_in_the_history_and_in_blocks(
-    gateway: RunningGateway, api: ScriptedApi, claude: str
+    gateway: RunningGateway, api: ScriptedApi
 ) -> None:
     word = marker()
     request = [message for odd in ODD_TEXTS for message in (user(odd), assistant(odd))]
     request.append(user(*map(text, ODD_TEXTS), text(word)))
     assert gateway.post({"messages": request}).status == 200
-    assert seen_messages(only_call(api, word), claude) == as_blocks(request)
+    assert seen_messages(only_call(api, word)) == as_blocks(request)
 
 
 @pytest.mark.parametrize("odd", [*ODD_TEXTS[:4], ODD_TEXTS[-1]], ids=lambda odd: repr(odd[:20]))
-def test_odd_text_is_verbatim_as_query(
-    gateway: RunningGateway, api: ScriptedApi, claude: str, odd: str
-) -> None:
+def test_odd_text_is_verbatim_as_query(gateway: RunningGateway, api: ScriptedApi, odd: str) -> None:
     word = marker()
     request = [user(word), assistant(word), user(odd)]
     assert gateway.post({"messages": request}).status == 200
-    assert seen_messages(only_call(api, word), claude) == as_blocks(request)
+    assert seen_messages(only_call(api, word)) == as_blocks(request)
 
 
-def test_a_300_kb_prompt_arrives(gateway: RunningGateway, api: ScriptedApi, claude: str) -> None:
+def test_a_300_kb_prompt_arrives(gateway: RunningGateway, api: ScriptedApi) -> None:
     word = marker()
     request = [user(text("p" * 300_000), text(word))]
     assert gateway.post({"messages": request}).status == 200
-    assert seen_messages(only_call(api, word), claude) == request
+    assert seen_messages(only_call(api, word)) == request
 
 
 def test_a_prompt_that_seems_too_long_to_the_cli_is_upstreams_to_refuse(
@@ -232,7 +208,7 @@ def test_a_prompt_that_seems_too_long_to_the_cli_is_upstreams_to_refuse(
 
 
 def test_a_250_kb_system_prompt_and_151_messages_arrive(
-    gateway: RunningGateway, api: ScriptedApi, claude: str
+    gateway: RunningGateway, api: ScriptedApi
 ) -> None:
     word = marker()
     request = [user("q0")]
@@ -241,7 +217,7 @@ def test_a_250_kb_system_prompt_and_151_messages_arrive(
     system = "s" * 250_000
     assert gateway.post({"messages": request, "system": system}).status == 200
     call = only_call(api, word)
-    assert seen_messages(call, claude) == as_blocks(request)
+    assert seen_messages(call) == as_blocks(request)
     assert call.body["system"][-1]["text"] == system
 
 
@@ -256,7 +232,7 @@ def test_the_default_system_prompt_and_model(gateway: RunningGateway, api: Scrip
 
 
 def test_an_alias_is_resolved_and_its_history_keeps_thinking_blocks(
-    gateway: RunningGateway, api: ScriptedApi, claude: str
+    gateway: RunningGateway, api: ScriptedApi
 ) -> None:
     word = marker()
     for model in ("sonnet", "claude-code"):
@@ -264,12 +240,12 @@ def test_an_alias_is_resolved_and_its_history_keeps_thinking_blocks(
         request = [user("hi"), assistant(thinking, text("yes")), user(f"{word} {model}")]
         assert gateway.post({"messages": request, "model": model}).status == 200
         call = only_call(api, f"{word} {model}")
-        assert seen_messages(call, claude) == as_blocks(request)
+        assert seen_messages(call) == as_blocks(request)
         assert call.body["model"].startswith("claude-")
 
 
 def test_consecutive_roles_are_merged_and_system_entries_folded(
-    gateway: RunningGateway, api: ScriptedApi, claude: str
+    gateway: RunningGateway, api: ScriptedApi
 ) -> None:
     word = marker()
     tool = {"type": "tool_use", "id": "t1", "name": "f", "input": {}}
@@ -284,7 +260,7 @@ def test_consecutive_roles_are_merged_and_system_entries_folded(
         {"role": "system", "content": [text("be quick")]},
     ]
     assert gateway.post({"messages": request}).status == 200
-    assert seen_messages(only_call(api, word), claude) == [
+    assert seen_messages(only_call(api, word)) == [
         user(text("one"), text("two")),
         assistant(text("a"), tool),
         user(
@@ -316,10 +292,8 @@ THINKING = [
 
 @pytest.mark.parametrize(("asked", "model", "sent"), THINKING)
 def test_thinking_goes_upstream_as_asked(
-    gateway: RunningGateway, api: ScriptedApi, claude: str, asked: Any, model: str, sent: JsonObject
+    gateway: RunningGateway, api: ScriptedApi, asked: Any, model: str, sent: JsonObject
 ) -> None:
-    if model == "claude-opus-5-5" and is_older(claude):
-        sent = {"type": "disabled"}  # it does not know the model
     word = marker()
     assert gateway.ask(word, thinking=asked, model=model, max_tokens=3000).status == 200
     body = only_call(api, word).body
@@ -401,7 +375,7 @@ def test_a_one_hour_breakpoint_makes_all_of_them_last_an_hour(
 
 
 def test_with_a_login_the_history_before_the_query_is_cached(
-    login_gateway: RunningGateway, api: ScriptedApi, claude: str
+    login_gateway: RunningGateway, api: ScriptedApi
 ) -> None:
     word = marker()
     thinking = {"type": "thinking", "thinking": "hm", "signature": "c2ln"}
@@ -413,8 +387,10 @@ def test_with_a_login_the_history_before_the_query_is_cached(
     assert login_gateway.post({"messages": request}).status == 200
     body = only_call(api, word).body
     hour = {"type": "ephemeral", "ttl": "1h"}
-    history = [less_additions(message, claude) for message in body["messages"][:-1]]
-    assert history == [user(text("a")), assistant(text("b", cache_control=hour), thinking)]
+    assert body["messages"][:-1] == [
+        user(text("a")),
+        assistant(text("b", cache_control=hour), thinking),
+    ]
     assert marks(body) == [hour] * 4, "a 5m breakpoint before a 1h one is refused by the API"
 
 
@@ -607,6 +583,16 @@ def test_upstreams_error_keeps_its_status_type_and_message(
     only_call(api, word)  # the client decides about retries
 
 
+def test_a_400_is_one_call_with_the_newest_models_too(
+    gateway: RunningGateway, api: ScriptedApi
+) -> None:
+    for model in ("claude-opus-5-5", "claude-sonnet-4-6"):  # in one process, as it happens
+        word = marker()
+        api.on(word, Reply(status=400, message="no good"))
+        assert gateway.ask(word, model=model).status == 400
+        only_call(api, word)  # the CLI would ask again without a beta of its own
+
+
 def test_an_unknown_model_is_404_as_the_api_says_it(
     gateway: RunningGateway, api: ScriptedApi
 ) -> None:
@@ -677,7 +663,7 @@ BAD_INPUT: list[tuple[bytes, str]] = [
 
 
 @pytest.mark.parametrize(("body", "words"), BAD_INPUT, ids=lambda value: repr(value)[:30])
-def test_bad_input_is_400_and_reaches_no_child(
+def test_bad_input_is_400_and_reaches_no_process(
     gateway: RunningGateway, api: ScriptedApi, body: bytes, words: str
 ) -> None:
     before = len(api.calls)
@@ -696,14 +682,20 @@ def test_a_thread_is_refused_so_that_the_sdk_sends_the_whole_history(
     assert answer.json["error"]["details"] == {"error_code": "thread_unsupported_request"}
 
 
-def test_unknown_fields_are_ignored_with_one_warning(
+def test_a_field_or_block_of_next_year_goes_upstream_whose_refusal_comes_back(
     gateway: RunningGateway, api: ScriptedApi
 ) -> None:
-    name = "field_" + uuid4().hex[:8]
-    assert gateway.ask(marker(), **{name: 1, "zork": 2}).status == 200
-    line = gateway.wait_for_log(name)
-    assert "level=warning" in line
-    assert "zork" in line
+    word = marker()
+    message = "a_new_field: Extra inputs are not permitted"
+    api.on(word, Reply(status=400, message=message))
+    block = {"type": "hologram", "source": {"type": "crystal"}}
+    tools = [{"type": "hologram_toolset_20300101"}]
+    request = [user(block, text(word))]
+    answer = gateway.post({"messages": request, "tools": tools, "a_new_field": {"b": 1}})
+    assert (answer.status, answer.json["error"]["message"]) == (400, message)
+    call = only_call(api, word)
+    assert (call.body["a_new_field"], call.body["tools"]) == ({"b": 1}, tools)
+    assert seen_messages(call) == request
 
 
 # ---- chat completions, in its basic form
@@ -738,7 +730,7 @@ def test_a_chat_completions_mistake_has_openais_envelope(gateway: RunningGateway
 
 
 def test_keys_are_read_on_every_request(start: Any, api: ScriptedApi) -> None:
-    gateway = start("--spares", "0")
+    gateway = start("--processes", "0")
     keys = gateway.dir / "apikeys.txt"
 
     def status(**headers: str) -> int:
@@ -813,8 +805,11 @@ def test_debug_prints_requests_and_responses_whole(start: Any, api: ScriptedApi)
     gateway.ask(word)
     gateway.wait_for_log("status=200", count=2)
     log = "\n".join(gateway.log)
-    assert f'"messages": [{{"role": "user", "content": "{word}"}}]' in log
+    body = json.dumps({"messages": [user(word)]})[1:-1]
+    assert json.dumps(body)[1:-1] in log, "as a string, so that a body can forge no log line"
     assert log.count(f"answer-to-{word}") >= 2
+    gateway.request("POST", "/v1/messages", b'{"a": 1,\nlevel=error event=forged}')
+    assert not [line for line in gateway.log if line.startswith("level=error")]
 
 
 def test_without_debug_no_prompt_is_logged(gateway: RunningGateway, api: ScriptedApi) -> None:

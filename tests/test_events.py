@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -42,12 +43,12 @@ def test_the_answer_is_over_with_the_stop_reason_and_message_stop_is_added() -> 
     got = [out for each in lines(reply) for out in reader.feed(each)]
     assert got[1:] == events[1:]
     assert reader.done
-    assert not reader.must_kill
+    assert reader.can_go_on
     assert reader.feed(line(events[0])) == []
 
 
 @pytest.mark.parametrize(
-    ("blocks", "stop_reason", "must_kill"),
+    ("blocks", "stop_reason", "asks_again"),
     [
         ([{"type": "text", "text": "a"}], "end_turn", False),
         ([{"type": "text", "text": " "}], "end_turn", True),
@@ -59,14 +60,13 @@ def test_the_answer_is_over_with_the_stop_reason_and_message_stop_is_added() -> 
         ([{"type": "text", "text": "a"}], "brand_new", True),
     ],
 )
-def test_a_child_is_killed_where_it_might_go_on(
-    blocks: list[JsonObject], stop_reason: str, must_kill: bool
+def test_it_is_known_when_the_cli_would_ask_again(
+    blocks: list[JsonObject], stop_reason: str, asks_again: bool
 ) -> None:
     reader = cc2api.AnswerReader()
     for each in lines(Reply(blocks=blocks, stop_reason=stop_reason)):
         reader.feed(each)
-    assert reader.must_kill is must_kill
-    assert reader.can_go_on is not must_kill
+    assert reader.can_go_on is not asks_again
 
 
 def test_lines_of_other_kinds_and_of_subagents_bring_nothing() -> None:
@@ -163,3 +163,25 @@ def test_what_some_upstreams_leave_out_of_a_block_is_filled_in() -> None:
     bare = {"type": "content_block_start", "index": 0, "content_block": {"type": "thinking"}}
     (event,) = reader.feed(line(bare))
     assert event["content_block"] == {"type": "thinking", "thinking": "", "signature": ""}
+
+
+@pytest.mark.parametrize("depth", [100, 890, 980, 1100, 5000])
+def test_tool_input_of_any_depth_can_be_answered(depth: int) -> None:
+    text = '{"a":' * depth + "1" + "}" * depth
+    block = {"type": "tool_use", "id": "t", "name": "f", "input": {}}
+    delta = {"type": "input_json_delta", "partial_json": text}
+    events: list[JsonObject] = [
+        {"type": "message_start", "message": {"usage": {}}},
+        {"type": "content_block_start", "index": 0, "content_block": block},
+        {"type": "content_block_delta", "index": 0, "delta": delta},
+        {"type": "content_block_stop", "index": 0},
+    ]
+    message = assemble(events)
+    given = json.dumps(message["content"][0]["input"])
+    assert given.count("a") == (depth if depth < 900 else 0), "too deep for json is none"
+    assert cc2api.digest_message(cc2api.Message("assistant", message["content"]))
+
+
+def test_an_event_that_lacks_what_it_should_hold_is_upstreams_failure() -> None:
+    with pytest.raises(cc2api.CliFailed, match="broke the protocol"), cc2api.upstream_protocol():
+        assemble([{"type": "message_start", "message": {}}])

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import concurrent.futures
+import itertools
 import json
 import os
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,11 @@ def order(tmp_path: Path, name: str) -> None:
     (tmp_path / name).touch()
 
 
+def in_parallel(gateway: Any, texts: list[str]) -> None:
+    with concurrent.futures.ThreadPoolExecutor(len(texts)) as threads:
+        assert [a.status for a in threads.map(gateway.ask, texts)] == [200] * len(texts)
+
+
 def queries(tmp_path: Path) -> list[str]:
     try:
         return [json.loads(line) for line in (tmp_path / "queries").read_text().splitlines()]
@@ -26,10 +34,10 @@ def queries(tmp_path: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("death", ["die-at-start", "die-at-initialize"])
-def test_a_child_that_dies_before_the_query_is_replaced_unseen(
+def test_a_process_that_dies_before_the_query_is_replaced_unseen(
     start_fake: Any, tmp_path: Path, death: str
 ) -> None:
-    gateway = start_fake("--spares", "0")
+    gateway = start_fake("--processes", "0")
     order(tmp_path, death)
     answer = gateway.ask("hello")
     assert answer.status == 200
@@ -38,10 +46,10 @@ def test_a_child_that_dies_before_the_query_is_replaced_unseen(
     assert len(queries(tmp_path)) == 1
 
 
-def test_children_that_always_die_are_a_503_with_their_last_words(
+def test_processes_that_always_die_are_a_503_with_their_last_words(
     start_fake: Any, tmp_path: Path
 ) -> None:
-    gateway = start_fake("--spares", "0")
+    gateway = start_fake("--processes", "0")
     order(tmp_path, "always-die")
     answer = gateway.ask("hello", stream=True)
     assert answer.status == 503
@@ -52,7 +60,7 @@ def test_children_that_always_die_are_a_503_with_their_last_words(
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_child_that_dies_after_the_query_is_not_asked_again(
+def test_a_process_that_dies_after_the_query_is_not_asked_again(
     start_fake: Any, tmp_path: Path, stream: bool
 ) -> None:
     gateway = start_fake()
@@ -63,7 +71,7 @@ def test_a_child_that_dies_after_the_query_is_not_asked_again(
     assert len(queries(tmp_path)) == 1, "it may have been billed: the client decides"
 
 
-def test_a_child_that_dies_in_mid_answer_is_an_error_event(start_fake: Any) -> None:
+def test_a_process_that_dies_in_mid_answer_is_an_error_event(start_fake: Any) -> None:
     gateway = start_fake()
     streamed = gateway.ask("die-mid-answer", stream=True)
     assert streamed.status == 200
@@ -90,22 +98,91 @@ def test_a_turn_that_ends_without_an_answer_is_a_502(start_fake: Any) -> None:
     assert gateway.ask("silent-end").status == 502
 
 
-def test_a_killed_spare_is_skipped_and_replaced(start_fake: Any) -> None:
-    gateway = start_fake("--spares", "2", "--live", "0")
-    wait_until(lambda: len(gateway.children()) == 2)
-    killed = gateway.children()
-    for pid in killed:
-        os.kill(pid, signal.SIGKILL)
-    assert gateway.ask("hello").status == 200
-    wait_until(lambda: len(set(gateway.children()) - set(killed)) == 2)
+def test_processes_killed_at_one_moment_are_all_skipped_and_replaced(tmp_path: Path) -> None:
+    with InProcessGateway(tmp_path, processes=4) as gateway:
+        in_parallel(gateway, ["a while"] * 3)
+        wait_until(lambda: len(gateway.now.idle) > 1 and len(gateway.now.spare) == 1)
+        killed = gateway.now.idle + gateway.now.spare
+        for pid in killed:
+            os.kill(pid, signal.SIGKILL)
+        assert gateway.ask("hello").status == 200
+        wait_until(lambda: len(gateway.now.spare) == 1)
+        assert not set(killed) & set(gateway.now.idle + gateway.now.spare)
 
 
-def test_a_claimed_spare_is_replaced_and_each_process_serves_one_request(start_fake: Any) -> None:
-    gateway = start_fake("--live", "0")
-    wait_until(lambda: len(gateway.children()) == 1)
-    first = gateway.children()
-    assert gateway.ask("hello").status == 200
-    wait_until(lambda: len(gateway.children()) == 1 and gateway.children() != first)
+def test_a_process_killed_between_its_choice_and_the_query_is_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bring = cc2api.Session.bring
+    killed: list[int] = []
+
+    def bring_and_kill(session: cc2api.Session, *args: Any) -> None:
+        was_new = session.is_new
+        bring(session, *args)
+        if len(killed) < 3 and not was_new:
+            killed.append(session.process.pid)
+            session.process.kill()
+
+    with InProcessGateway(tmp_path, processes=4) as gateway:
+        wait_until(lambda: len(gateway.now.spare) == 1)
+        assert gateway.ask("one").status == 200
+        wait_until(lambda: len(gateway.now.spare) == 1)
+        monkeypatch.setattr(cc2api.Session, "bring", bring_and_kill)
+        assert gateway.ask("hello").status == 200
+        assert len(killed) >= 2, "only what was started for it counts against a request"
+
+
+def test_processes_of_no_use_are_ended_at_once(tmp_path: Path) -> None:
+    with InProcessGateway(tmp_path) as gateway:
+        assert gateway.ask("hello").status == 200
+        wait_until(lambda: gateway.now == cc2api.Snapshot([], [], [], [], [], 0))
+
+
+def test_a_claimed_spare_is_replaced_and_its_process_is_kept(tmp_path: Path) -> None:
+    with InProcessGateway(tmp_path, processes=2) as gateway:
+        wait_until(lambda: len(gateway.now.spare) == 1)
+        first = gateway.now.spare
+        assert gateway.ask("hello").status == 200
+        wait_until(lambda: len(gateway.now.spare) == 1)
+        assert gateway.now.idle == first
+
+
+def test_a_claude_that_ends_at_once_is_not_restarted_without_pause(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[float] = []
+    start = cc2api.Process.__init__
+
+    def note(process: cc2api.Process, *args: Any) -> None:
+        started.append(time.monotonic())
+        start(process, *args)
+
+    monkeypatch.setattr(cc2api.Process, "__init__", note)
+    monkeypatch.setattr(cc2api, "KEEPER_TICK_S", 0.5)
+    with InProcessGateway(tmp_path, orders="always-leave", processes=2) as gateway:
+        wait_until(lambda: len(started) == 3)
+        assert gateway.request("GET", "/healthz").status == 503
+    assert min(b - a for a, b in itertools.pairwise(started)) >= 0.5
+
+
+def test_the_keeper_goes_on_whatever_happens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    failures = iter(["once"])
+
+    retire = cc2api.Fleet.retire
+
+    def fail_once(fleet: cc2api.Fleet) -> None:
+        if next(failures, None):
+            raise RuntimeError("something unheard of")
+        retire(fleet)
+
+    with InProcessGateway(tmp_path, processes=2) as gateway:
+        wait_until(lambda: len(gateway.now.spare) == 1)
+        monkeypatch.setattr(cc2api.Fleet, "retire", fail_once)
+        assert gateway.ask("hello").status == 200
+        wait_until(lambda: "the keeper goes on" in caplog.text)
+        assert gateway.ask("hello").status == 200
 
 
 def test_spares_are_renewed_when_the_executable_changes(start_fake: Any, tmp_path: Path) -> None:
@@ -113,18 +190,18 @@ def test_spares_are_renewed_when_the_executable_changes(start_fake: Any, tmp_pat
     fake = Path(__file__).parent / "fake_claude.py"
     script.write_text(fake.read_text())
     script.chmod(0o755)
-    gateway = start_fake("--claude", str(script), "--live", "0")
+    gateway = start_fake("--claude", str(script), "--processes", "2")
     wait_until(lambda: len(gateway.children()) == 1)
     first = gateway.children()
     script.write_text(fake.read_text() + "# a new version\n")
     assert gateway.ask("hello").status == 200
-    wait_until(lambda: len(gateway.children()) == 1)
-    assert gateway.children() != first
+    wait_until(lambda: not set(first) & set(gateway.children()))
 
 
-def test_a_stop_ends_children_and_removes_the_temporary_directory(start_fake: Any) -> None:
-    gateway = start_fake("--spares", "3")
-    wait_until(lambda: len(gateway.children()) == 3)
+def test_a_stop_ends_processes_and_removes_the_temporary_directory(start_fake: Any) -> None:
+    gateway = start_fake()
+    in_parallel(gateway, ["a while"] * 3)
+    wait_until(lambda: len(gateway.children()) >= 3)
     children = gateway.children()
     work_dir = Path(os.readlink(f"/proc/{children[0]}/cwd"))
     assert [path.name for path in work_dir.rglob("*")] == [".claude", ".git"]
@@ -133,8 +210,8 @@ def test_a_stop_ends_children_and_removes_the_temporary_directory(start_fake: An
     assert not any(Path(f"/proc/{pid}").exists() for pid in children)
 
 
-def test_argv_and_environment_of_a_child_hold_nothing_of_a_request(start_fake: Any) -> None:
-    gateway = start_fake("--spares", "1", "--setting-sources", "user")
+def test_argv_and_environment_of_a_process_hold_nothing_of_a_request(start_fake: Any) -> None:
+    gateway = start_fake("--setting-sources", "user")
     wait_until(lambda: len(gateway.children()) == 1)
     (pid,) = gateway.children()
     wait_until(lambda: b"fake_claude" in Path(f"/proc/{pid}/cmdline").read_bytes())
@@ -156,25 +233,26 @@ def test_argv_and_environment_of_a_child_hold_nothing_of_a_request(start_fake: A
     assert environment[b"ANTHROPIC_API_KEY"] == b"sk-ant-dummy", "the user's own sign-in"
 
 
-def test_a_child_that_fills_its_stderr_still_answers(start_fake: Any) -> None:
+def test_a_process_that_fills_its_stderr_still_answers(start_fake: Any) -> None:
     gateway = start_fake()
     assert gateway.ask("fill-stderr").status == 200
 
 
-def test_a_line_without_measure_ends_the_child(start_fake: Any) -> None:
+def test_a_line_without_measure_ends_the_process(start_fake: Any) -> None:
     gateway = start_fake()
     answer = gateway.ask("long-line")
     assert answer.status == 502
     assert gateway.ask("hello").status == 200
 
 
-def test_a_child_that_ignores_eof_is_killed(
+def test_a_process_that_ignores_eof_is_killed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cc2api, "EXIT_GRACE_S", 0.2)
     with InProcessGateway(tmp_path, orders="ignore-eof") as gateway:
         assert gateway.ask("hello").status == 200
-        wait_until(lambda: gateway.gateway.pool.counts()["ending"] == 0)
+        wait_until(lambda: len(gateway.now.ending) == 1)
+        wait_until(lambda: not gateway.now.ending)
 
 
 def test_a_cli_that_cannot_start_keeps_the_server_up(start_fake: Any, tmp_path: Path) -> None:
@@ -182,7 +260,7 @@ def test_a_cli_that_cannot_start_keeps_the_server_up(start_fake: Any, tmp_path: 
     fake = Path(__file__).parent / "fake_claude.py"
     script.write_text(fake.read_text())
     script.chmod(0o755)
-    gateway = start_fake("--claude", str(script), "--spares", "0")
+    gateway = start_fake("--claude", str(script), "--processes", "0")
     script.rename(tmp_path / "away")
     answer = gateway.ask("hello")
     assert answer.status == 503
@@ -191,16 +269,15 @@ def test_a_cli_that_cannot_start_keeps_the_server_up(start_fake: Any, tmp_path: 
     assert gateway.ask("hello").status == 200
 
 
-def test_spares_grow_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with InProcessGateway(tmp_path, spares=1) as gateway:
-        pool = gateway.gateway.pool
-        wait_until(lambda: pool.counts()["idle"] == 1)
-        (first,) = pool._idle
-        monkeypatch.setattr(cc2api, "SPARE_MAX_AGE_S", 0.0)
-        assert gateway.ask("hello").status == 200
+def test_processes_grow_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cc2api, "KEEPER_TICK_S", 0.1)
+    with InProcessGateway(tmp_path, processes=2) as gateway:
+        wait_until(lambda: len(gateway.now.spare) == 1)
+        (first,) = gateway.now.spare
+        monkeypatch.setattr(cc2api, "MAX_SESSION_AGE_S", 0.2)
+        wait_until(lambda: not Path(f"/proc/{first}").exists())
         monkeypatch.undo()
-        assert first not in pool._idle
-        wait_until(lambda: not Path(f"/proc/{first.pid}").exists())
+        assert gateway.ask("hello").status == 200
 
 
 def test_what_a_wrapper_around_the_cli_has_started_is_killed_too(
@@ -210,7 +287,7 @@ def test_what_a_wrapper_around_the_cli_has_started_is_killed_too(
     fake = Path(__file__).parent / "fake_claude.py"
     wrapper.write_text(f'#!/bin/sh\n{fake} "$@"\nexit $?\n')
     wrapper.chmod(0o755)
-    gateway = start_fake("--claude", str(wrapper), "--spares", "1")
+    gateway = start_fake("--claude", str(wrapper))
     wait_until(lambda: len(gateway.children()) == 1)
     (shell,) = gateway.children()
     wait_until(lambda: len(children_of(shell)) == 1)
@@ -219,16 +296,15 @@ def test_what_a_wrapper_around_the_cli_has_started_is_killed_too(
     wait_until(lambda: not Path(f"/proc/{real}").exists())
 
 
-def test_the_pool_survives_whatever_starting_a_child_raises(
+def test_the_pool_survives_whatever_starting_a_process_raises(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with InProcessGateway(tmp_path) as gateway:
-        start = gateway.gateway.pool._start
 
-        def fail() -> cc2api.Child:
+        def fail(*args: Any) -> None:
             raise MemoryError("no more")
 
-        monkeypatch.setattr(gateway.gateway.pool, "_start", fail)
-        assert gateway.ask("hello").status == 503
-        monkeypatch.setattr(gateway.gateway.pool, "_start", start)
+        with monkeypatch.context() as patch:
+            patch.setattr(cc2api.Process, "__init__", fail)
+            assert gateway.ask("hello").status == 503
         assert gateway.ask("hello").status == 200

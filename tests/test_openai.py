@@ -31,7 +31,7 @@ def parse(**fields: Any) -> tuple[cc2api.Turn, cc2api.ChatStyle]:
 
 def messages_of(*messages: JsonObject) -> list[tuple[str, Any]]:
     turn, _ = parse(messages=list(messages))
-    return [(m.role, m.content) for m in (*turn.history, turn.query)]
+    return [(m.role, m.content) for m in (*turn.messages[:-1], turn.messages[-1])]
 
 
 # ---- requests
@@ -45,8 +45,8 @@ def test_system_and_developer_messages_are_hoisted_in_order() -> None:
             {"role": "developer", "content": [{"type": "text", "text": "two"}]},
         ]
     )
-    assert turn.system == ("one", "two")
-    assert turn.query.content == [{"type": "text", "text": "hi"}]
+    assert turn.system == "one\n\ntwo"
+    assert turn.messages[-1].content == [{"type": "text", "text": "hi"}]
 
 
 def test_images_and_files_become_blocks() -> None:
@@ -105,17 +105,6 @@ def test_tool_calls_and_their_results_become_blocks_of_two_messages() -> None:
     ]
 
 
-def test_the_legacy_function_role() -> None:
-    call = {"name": "f", "arguments": "{}"}
-    got = messages_of(
-        {"role": "user", "content": "go"},
-        {"role": "assistant", "content": None, "function_call": call},
-        {"role": "function", "name": "f", "content": "r"},
-    )
-    (use,), (result,) = got[1][1], got[2][1]
-    assert use["id"] == result["tool_use_id"]
-
-
 def test_blank_texts_are_left_out_where_something_else_is_said() -> None:
     url = "https://x/y.png"
     parts = [{"type": "text", "text": ""}, {"type": "image_url", "image_url": {"url": url}}]
@@ -168,19 +157,6 @@ PARAMETERS: list[tuple[JsonObject, JsonObject]] = [
         {"tool_choice": {"type": "auto", "disable_parallel_tool_use": True}},
     ),
     (
-        {
-            "tools": TOOLS,
-            "tool_choice": {
-                "type": "allowed_tools",
-                "allowed_tools": {"mode": "required", "tools": [TOOLS[0]]},
-            },
-        },
-        {
-            "tool_choice": {"type": "any"},
-            "tools": [{"name": "f", "input_schema": {"type": "object", "properties": {}}}],
-        },
-    ),
-    (
         {"response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": {}}}},
         {"output_config": {"format": {"type": "json_schema", "schema": {}}}},
     ),
@@ -191,10 +167,8 @@ PARAMETERS: list[tuple[JsonObject, JsonObject]] = [
 @pytest.mark.parametrize(("fields", "sent"), PARAMETERS, ids=lambda value: str(value)[:50])
 def test_parameters_are_translated(fields: JsonObject, sent: JsonObject) -> None:
     turn, _ = parse(**fields)
-    if "tools" in fields and "tools" not in sent:
-        assert [tool["name"] for tool in turn.extra_body.pop("tools")] == ["f", "g", "c"]
+    assert [tool["name"] for tool in turn.tools] == (["f", "g", "c"] if "tools" in fields else [])
     assert turn.extra_body == sent
-    assert turn.ignored == ()
 
 
 def test_reasoning_effort_is_effort() -> None:
@@ -205,12 +179,12 @@ def test_reasoning_effort_is_effort() -> None:
 
 def test_json_object_asks_for_bare_json() -> None:
     turn, _ = parse(response_format={"type": "json_object"})
-    assert "JSON object" in turn.system[-1]
+    assert "JSON object" in turn.system
 
 
 MISTAKES: list[tuple[JsonObject, str | None]] = [
     ({"model": None}, "model"),
-    ({"messages": None}, "messages"),
+    ({"messages": []}, "messages"),
     ({"messages": [{"role": "robot", "content": "x"}]}, "messages[0].role"),
     ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content"),
     (
@@ -244,15 +218,16 @@ MISTAKES: list[tuple[JsonObject, str | None]] = [
     ({"logprobs": True}, "logprobs"),
     ({"modalities": ["text", "audio"]}, "modalities"),
     ({"audio": {"voice": "x"}}, "audio"),
-    ({"temperature": 3}, "temperature"),
     ({"tools": [{"type": "function"}]}, "tools[0].function"),
-    ({"tool_choice": "always"}, "tool_choice"),
+    ({"tools": TOOLS, "tool_choice": "always"}, "tool_choice"),
     ({"response_format": {"type": "xml"}}, "response_format.type"),
     ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
-    ({"stop": 5}, "stop"),
     ({"modalities": 5}, "modalities"),
-    ({"tool_choice": {"type": "allowed_tools", "tools": ["f"]}}, "tools[0]"),
-    ({"functions": [{"name": "f"}], "tools": [TOOLS[2]]}, "functions"),
+    ({"functions": [{"name": "f"}]}, "functions"),
+    (
+        {"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": " "}]},
+        "messages[1].content",
+    ),
     (
         {
             "messages": [
@@ -361,15 +336,11 @@ def test_usage_comes_last_and_only_when_asked_for() -> None:
     assert all(chunk["usage"] is None for chunk in chunks[:-1])
 
 
-def test_custom_tools_and_legacy_functions_are_answered_in_kind() -> None:
+def test_custom_tools_are_answered_in_kind() -> None:
     _, style = parse(tools=TOOLS)
     reply = Reply(blocks=[tool("c", {"input": "raw"}, 1)], stop_reason="tool_use")
     custom = {"id": "toolu_1", "type": "custom", "custom": {"name": "c", "input": "raw"}}
     assert deltas_of(reply, style)[1] == {"tool_calls": [{"index": 0, **custom}]}
-    _, style = parse(functions=[{"name": "f"}])
-    chunks = chunks_of(Reply(blocks=[tool("f", {"a": 1}, 1)], stop_reason="tool_use"), style)
-    assert chunks[1]["choices"][0]["delta"] == {"function_call": {"name": "f", "arguments": ""}}
-    assert chunks[-1]["choices"][0]["finish_reason"] == "function_call"
 
 
 def completion_of(reply: Reply) -> JsonObject:

@@ -6,6 +6,7 @@ import copy
 import inspect
 import json
 import re
+import time
 from typing import Any
 
 import pytest
@@ -74,38 +75,18 @@ def in_user(*blocks: Any) -> JsonObject:
 BAD: list[tuple[JsonObject, str]] = [
     ({"model": 1}, "model: Input should be a valid string"),
     ({"model": ""}, "model: "),
-    ({"max_tokens": "8"}, "max_tokens: Input should be a valid integer"),
-    ({"max_tokens": -1}, "max_tokens: Input should be greater than or equal to 0"),
-    ({"max_tokens": 1.5}, "max_tokens: Input should be a valid integer"),
     ({"stream": "yes"}, "stream: Input should be a valid boolean"),
-    ({"temperature": 1.1}, "temperature: Input should be less than or equal to 1"),
-    ({"temperature": True}, "temperature: Input should be a valid number"),
-    ({"top_p": -0.1}, "top_p: "),
-    ({"top_k": 1.0}, "top_k: "),
-    ({"stop_sequences": "x"}, "stop_sequences: Input should be a valid list"),
-    ({"stop_sequences": ["a", 1]}, "stop_sequences.1: Input should be a valid string"),
     ({"system": 5}, "system: Input should be a valid list"),
-    ({"system": [{"type": "image"}]}, "system.0.type: "),
     ({"system": [{"type": "text"}]}, "system.0.text: Field required"),
     ({"system": [{"type": "text", "text": " "}]}, "system: text content blocks must be non-empty"),
     ({"effort": "extreme"}, "effort: Input should be 'low' or"),
-    ({"output_config": {"effort": "none"}}, "output_config.effort: "),
-    ({"output_config": {"format": {"type": "xml"}}}, "output_config.format.type: "),
-    ({"output_format": {"type": "json_schema"}}, "output_format.schema: Field required"),
-    ({"thinking": {"type": "on"}}, "thinking.type: "),
-    ({"thinking": {"type": "enabled", "budget_tokens": "9"}}, "thinking.budget_tokens: "),
-    ({"metadata": "x"}, "metadata: "),
-    ({"cache_control": {"type": "forever"}}, "cache_control.type: "),
+    ({"output_config": {"effort": "none"}}, "effort: "),
     ({"tools": {}}, "tools: Input should be a valid list"),
     ({"tools": ["f"]}, "tools.0: "),
-    ({"tools": [{"name": "f"}]}, "tools.0.custom.input_schema: Field required"),
-    ({"tools": [{"input_schema": {}}]}, "tools.0.custom.name: Field required"),
-    ({"tools": [{"name": "a b", "input_schema": {}}]}, "tools.0.custom.name: String should match"),
-    ({"tools": [{"name": "f\n", "input_schema": {}}]}, "tools.0.custom.name: String should match"),
-    ({"tools": [{"name": "f", "input_schema": {}}] * 2}, "tools: Tool names must be unique."),
-    ({"tool_choice": {"type": "some"}}, "tool_choice.type: "),
-    ({"tool_choice": {"type": "tool"}}, "tool_choice.tool.name: Field required"),
     ({"messages": None}, "messages: Field required"),
+    ({"messages": []}, "messages: at least one message is required"),
+    ({"thinking": "on"}, "thinking: Input should be a valid dictionary"),
+    ({"messages": [assistant({**USE, "input": "x"})]}, "messages.0.content.0.tool_use.input: "),
     ({"messages": {}}, "messages: Input should be a valid list"),
     ({"messages": ["hi"]}, "messages.0: "),
     ({"messages": [{"role": "bot", "content": "x"}]}, "messages.0.role: "),
@@ -114,36 +95,24 @@ BAD: list[tuple[JsonObject, str]] = [
     ({"messages": [{"role": "user", "content": ""}]}, "messages.0: all messages must have"),
     ({"messages": [user()]}, "messages.0: all messages must have non-empty content"),
     ({"messages": [user("hi")]}, "messages.0.content.0: Input should be a valid dictionary"),
-    (in_user({"type": "video"}), "messages.0.content.0.type: Input should be "),
     (in_user({"text": "x"}), "messages.0.content.0.type: Field required"),
     (in_user({"type": "text"}), "messages.0.content.0.text.text: Field required"),
     (in_user({"type": "text", "text": " \n"}), "messages.0.content.0: text content blocks must"),
-    (in_user(USE), "messages.0.content.0: `tool_use` blocks are not allowed in user messages"),
     (in_user(RESULT), "messages.0.content.0: unexpected `tool_use_id`"),
     (in_user(image()), "messages.0.content.0.image.source.base64.data: Field required"),
     (in_user(image(data="!!")), "messages.0.content.0.image.source.base64.data: Input should be"),
     (in_user(image(data="aGVsbG8=")), "messages.0.content.0.image.source.base64.data: Could not"),
     (in_user(image(data=PNG, media_type="image/gif")), "messages.0.content.0.image.source.base64"),
     (in_user(image(data=PNG, media_type="image/bmp")), "messages.0.content.0.image.source.base64"),
-    (
-        in_user({"type": "document", "source": {"type": "tape"}}),
-        "messages.0.content.0.document.source.type: ",
-    ),
-    ({"messages": [user(USE), user(RESULT)]}, "messages.0.content.0: `tool_use` blocks are not"),
-    ({"messages": [assistant(RESULT)]}, "messages.0.content.0: `tool_result` blocks are not"),
     ({"messages": [assistant({"type": "text", "text": "x"})]}, "messages: This gateway does not"),
     (
         {"messages": [assistant(USE), user({"type": "text", "text": "x"})]},
         "messages.0: `tool_use` ids were found without `tool_result` blocks immediately after: t1",
     ),
-    ({"messages": [assistant(USE, USE), user(RESULT)]}, "messages.0.content.1.tool_use.id: "),
+    ({"messages": [assistant(USE, USE), user(RESULT)]}, "messages.0.content.1.id: "),
     (
         {"messages": [assistant(USE), user(RESULT, RESULT)]},
         "messages.1.content.1: unexpected `tool_use_id`",
-    ),
-    (
-        {"messages": [assistant(USE), user({**RESULT, "content": [USE]})]},
-        "messages.1.content.0.tool_result.content.0: `tool_use` blocks are not allowed in tool",
     ),
     (
         {
@@ -155,12 +124,8 @@ BAD: list[tuple[JsonObject, str]] = [
         "messages.1.content.0.tool_result.content.0: all content must be type `text`",
     ),
     (
-        in_user({"type": "text", "text": "x", "cache_control": {"type": "ephemeral", "ttl": "2h"}}),
-        "messages.0.content.0.cache_control.ttl: ",
-    ),
-    (
         {"messages": [*BASE["messages"], {"role": "system", "content": [image(data=PNG)]}]},
-        "messages.1.content.0.type: Input should be 'text'",
+        "messages.1.content.0.text: Field required",
     ),
     (
         {"messages": [assistant(THINKING), *BASE["messages"]]},
@@ -196,7 +161,7 @@ GOOD_BLOCKS: list[JsonObject] = [
 
 @pytest.mark.parametrize("block", GOOD_BLOCKS, ids=str)
 def test_every_user_block_passes_verbatim(block: JsonObject) -> None:
-    assert parse(messages=[user(block)]).query.content == [block]
+    assert parse(messages=[user(block)]).messages[-1].content == [block]
 
 
 ASSISTANT_BLOCKS: list[list[JsonObject]] = [
@@ -214,17 +179,50 @@ ASSISTANT_BLOCKS: list[list[JsonObject]] = [
 @pytest.mark.parametrize("blocks", ASSISTANT_BLOCKS, ids=lambda blocks: str(blocks[0]["type"]))
 def test_every_assistant_block_passes_verbatim(blocks: list[JsonObject]) -> None:
     turn = parse(messages=[assistant(*blocks), *BASE["messages"]])
-    assert turn.history == (cc2api.Message("assistant", blocks),)
+    assert turn.messages[:-1] == (cc2api.Message("assistant", blocks),)
 
 
 def test_null_is_the_same_as_absent() -> None:
-    names = [name for name in cc2api._REQUEST if name not in ("model", "messages", "max_tokens")]
-    assert parse(**dict.fromkeys(names)) == parse()
+    names = ("system", "stream", "tools", "thinking", "output_config", "output_format", "effort")
+    others = ("metadata", "cache_control", "temperature", "top_p", "stop_sequences", "brand_new")
+    assert parse(**dict.fromkeys((*names, *others))) == parse()
+
+
+NOT_OURS: list[JsonObject] = [
+    {"max_tokens": "8"},
+    {"temperature": 7},
+    {"stop_sequences": ["a", 1]},
+    {"output_config": {"format": {"type": "xml"}}},
+    {"tool_choice": {"type": "some"}},
+    {"a_field_of_next_year": {"b": 1}},
+    {"tools": [{"name": "a b"}, {"type": "toolset_of_next_year"}, {"name": "a b"}]},
+    in_user({"type": "video", "source": {"type": "tape"}}),
+    in_user({"type": "document", "source": {"type": "tape"}}, {"type": "image", "source": {}}),
+    in_user({**TEXT, "cache_control": {"type": "forever"}}),
+]
+
+
+@pytest.mark.parametrize("fields", NOT_OURS, ids=lambda value: str(value)[:60])
+def test_what_the_api_would_refuse_or_next_year_take_goes_upstream(fields: JsonObject) -> None:
+    turn = parse(**fields)
+    sent = {**turn.extra_body, "tools": turn.tools}
+    sent["messages"] = [{"role": m.role, "content": m.content} for m in turn.messages]
+    assert {name: sent[name] for name in fields} == fields
+
+
+def test_a_quarter_of_a_million_tool_pairs_are_checked_in_no_time() -> None:
+    count = 250_000
+    uses = [{**USE, "id": str(number)} for number in range(count)]
+    results = [{**RESULT, "tool_use_id": str(number)} for number in range(count)]
+    body = {**BASE, "messages": [assistant(*uses), user(*results)]}
+    began = time.process_time()
+    cc2api.parse_messages_request(body)
+    assert time.process_time() - began < 20, "it was 20 minutes; by itself it takes 2 s"
 
 
 def test_an_empty_or_blank_system_prompt_is_none() -> None:
     blanks: list[Any] = ["", "  ", [], None]
-    assert [parse(system=blank).system for blank in blanks] == [()] * 4
+    assert [parse(system=blank).system for blank in blanks] == [""] * 4
 
 
 def test_betas_are_split_deduplicated_and_cleared_of_what_is_not_the_clients() -> None:
@@ -248,4 +246,4 @@ def test_a_typed_tool_needs_neither_name_nor_schema() -> None:
         {"type": "browser_toolset_20260801"},
         {"type": "bash_20250124", "name": "bash"},
     ]
-    assert parse(tools=tools).extra_body["tools"] == tools
+    assert parse(tools=tools).tools == tools

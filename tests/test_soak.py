@@ -58,7 +58,7 @@ def one(gateway: RunningGateway, number: int) -> None:
         case 2:
             cancel(gateway, number // 6)
         case 3:
-            assert gateway.ask("hello", temperature=7).status == 400
+            assert gateway.ask("hello", stream=7).status == 400
         case 4:
             assert gateway.ask("call-a-tool", stream=True, tools=[TOOL]).status == 200
         case 5:
@@ -73,7 +73,7 @@ def run_soak(gateway: RunningGateway) -> None:
             list(threads.map(lambda number: one(gateway, number), numbers))
 
     run(24)  # what the first requests allocate once and for all is no leak
-    wait_until(lambda: len(gateway.children()) == 5, "one spare and four parked children")
+    wait_until(lambda: len(gateway.children()) == 5, "one spare and four idle ones")
     wait_until(lambda: resources(gateway)["threads"] == 3, "no thread of a connection")
     before, memory = resources(gateway), rss_mb(gateway)
     run(REQUESTS)
@@ -87,4 +87,4 @@ def test_200_mixed_requests_leave_nothing_behind(
     tool_use = {"type": "tool_use", "id": "toolu_1", "name": "f", "input": {"a": 1}}
     api.on("call-a-tool", Reply(blocks=[tool_use], stop_reason="tool_use"))
     is_real = os.environ.get("CC2API_TEST_SOAK") == "real"
-    run_soak((start if is_real else start_fake)("--spares-max", "1"))
+    run_soak((start if is_real else start_fake)("--processes", "5", "--max-concurrency", "4"))

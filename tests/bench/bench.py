@@ -3,8 +3,8 @@
     python tests/bench/bench.py [--rounds 15] [--json FILE]
 
 Prints tables; these machines are noisy, so only the ratios mean something, each to the one-shot CLI
-(or the child's own output) of the same run. The one-shot CLI gets the flags that wrappers around it
-use. All talk to a scripted API on loopback that answers at once.
+of the same run. The one-shot CLI gets the flags that wrappers around it use. All talk to a scripted
+API on loopback that answers at once, or where it says so after 300 ms, which are then taken off.
 """
 
 from __future__ import annotations
@@ -18,13 +18,14 @@ import json
 import multiprocessing
 import os
 import platform
+import random
 import resource
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -33,14 +34,16 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # tests/
 sys.path.insert(0, str(Path(__file__).parents[2]))  # cc2api.py
 
 from running import API_KEY, RunningGateway, clean_environment, real_claude
-from scripted_api import Reply, ScriptedApi
+from scripted_api import Reply, ScriptedApi, text_reply
 
 import cc2api
 
 JsonObject = dict[str, Any]
-MODEL = "claude-sonnet-4-6"
+MODELS = ("claude-sonnet-4-6", "claude-opus-4-6")
+MODEL = MODELS[0]
+THINKING_S = 0.3  # a quick model's time to its first token
 SYSTEM = "You are a careful assistant. " * 20
-SETTLE_S = 0.7  # between two measurements, so that a new spare's start is not measured
+SETTLE_S = 0.8  # between two measurements, so that a new spare's start is not measured
 STEPS = 200  # tool calls that the scripted API has answers for
 DELTAS = 60_000  # of a long stream
 AT_ONCE = 4
@@ -56,6 +59,8 @@ def serve(pipe: Connection) -> None:
             call = {"type": "tool_use", "id": f"toolu_{step}", "name": "look", "input": {"n": step}}
             api.on(f"step {step}.", Reply(blocks=[call], stop_reason="tool_use"))
         api.on("long stream", Reply(blocks=[{"type": "text", "text": "x"}], repeat=DELTAS))
+        api.on("cut short", text_reply("half an", stop_reason="max_tokens", delay_s=THINKING_S))
+        api.on("think", text_reply("done", delay_s=THINKING_S))
         pipe.send(api.url)
         pipe.recv()
 
@@ -63,9 +68,12 @@ def serve(pipe: Connection) -> None:
 # ---- the sides that are compared
 
 
-def one_shot(claude: str, url: str, home: Path) -> float:
-    """Run `claude -p PROMPT` as other wrappers do; return the seconds to its first text delta."""
-    command = [claude, "-p", "Hello!", "--model", MODEL, "--tools", "", "--disable-slash-commands"]
+def one_shot(claude: str, url: str, home: Path, prompt: str = "Hello!") -> tuple[float, float]:
+    """Run `claude -p PROMPT` as other wrappers do; return the seconds to its first text delta.
+
+    And those from there to its end.
+    """
+    command = [claude, "-p", prompt, "--model", MODEL, "--tools", "", "--disable-slash-commands"]
     command += ["--output-format", "stream-json", "--verbose", "--include-partial-messages"]
     command += ["--settings", '{"hooks":{},"mcpServers":{}}', "--system-prompt", SYSTEM]
     started = time.monotonic()
@@ -79,17 +87,20 @@ def one_shot(claude: str, url: str, home: Path) -> float:
         assert process.stdout is not None
         for line in process.stdout:
             if b"content_block_delta" in line:
-                elapsed = time.monotonic() - started
+                first = time.monotonic() - started
                 process.stdout.read()
-                return elapsed
+                return first, time.monotonic() - started - first
     raise RuntimeError("claude -p gave no delta")
 
 
 class Talk:
     """A client in one conversation, on one connection."""
 
-    def __init__(self, gateway: RunningGateway, **fields: Any) -> None:
+    def __init__(
+        self, gateway: RunningGateway, headers: dict[str, str] | None = None, **fields: Any
+    ) -> None:
         self.connection: http.client.HTTPConnection = gateway.connect()
+        self.headers = headers or {}
         self.body = {"model": MODEL, "max_tokens": 100, "stream": True, "system": SYSTEM, **fields}
         self.messages: list[JsonObject] = []
 
@@ -98,7 +109,7 @@ class Talk:
         self.messages.append({"role": "user", "content": content})
         data = json.dumps({**self.body, "messages": self.messages})
         started = time.monotonic()
-        self.connection.request("POST", "/v1/messages", data)
+        self.connection.request("POST", "/v1/messages", data, self.headers)
         response = self.connection.getresponse()
         seen = b""
         while b"content_block_delta" not in seen:
@@ -122,32 +133,59 @@ def blocks_of(stream: bytes) -> list[JsonObject]:
 # ---- time to the first delta
 
 
+def body_of(number: int) -> JsonObject:
+    """Return a system prompt and tools that no request had before."""
+    tools = [{"name": f"tool_{number}_{n}", "input_schema": {"type": "object"}} for n in range(3)]
+    return {"system": f"You are number {number}.", "tools": tools}
+
+
+def count(gateway: RunningGateway, number: int) -> float:
+    """Count the tokens of a question; return the seconds."""
+    started = time.monotonic()
+    body = {"model": MODEL, "messages": [{"role": "user", "content": f"question {number}"}]}
+    assert gateway.request("POST", "/v1/messages/count_tokens", body).status == 200
+    return time.monotonic() - started
+
+
 def measure_latency(rounds: int, claude: str, url: str, home: Path) -> list[JsonObject]:
+    """Measure one client's waiting; all sides in turn, round by round."""
     with RunningGateway(claude=claude, base_url=url) as gateway:
         talk = Talk(gateway)
         tools = Talk(gateway, tools=[{"name": "look", "input_schema": {"type": "object"}}])
         talk.say("Hello!")
         tools.say("step 0.")
-        steps = iter(range(1, STEPS))
+        steps, numbers = iter(range(1, STEPS)), itertools.count()
 
-        def tool_step() -> tuple[float, float]:
+        def tool_step() -> float:
             step = next(steps)
             result = {"type": "tool_result", "tool_use_id": f"toolu_{step - 1}"}
-            return tools.say([{**result, "content": f"step {step}."}])
+            return tools.say([{**result, "content": f"step {step}."}])[1]
+
+        def new_caller(prompt: str) -> float:
+            key = {"x-api-key": f"caller number {next(numbers)}"}
+            return Talk(gateway, key).say(prompt)[0]
 
         sides: dict[str, Callable[[], float]] = {
-            "one-shot claude -p": lambda: one_shot(claude, url, home),
+            "one-shot claude -p": lambda: one_shot(claude, url, home)[0],
             "fresh conversation": lambda: Talk(gateway).say("Hello!")[0],
+            "  of ever new prompt and tools": lambda: Talk(gateway, **body_of(next(numbers))).say(
+                "Hello!"
+            )[0],
             "continued conversation": lambda: talk.say("And now?")[0],
-            "tool step": lambda: tool_step()[0],
-            "tool step, to its end": lambda: tool_step()[1],
+            "tool step, to its end": tool_step,
+            "cut by max_tokens, to its end": lambda: Talk(gateway).say("cut short")[1] - THINKING_S,
+            "count_tokens": lambda: count(gateway, next(numbers)),
+            "new caller": lambda: new_caller("Hello!"),
+            "  upstream thinks": lambda: new_caller("think") - THINKING_S,
+            "  the next at once": lambda: new_caller("think") - THINKING_S,
         }
         times: dict[str, list[float]] = {name: [] for name in sides}
         for number in range(rounds + 2):
             for name, side in sides.items():
-                time.sleep(SETTLE_S)
+                if "at once" not in name:
+                    time.sleep(SETTLE_S)
                 elapsed = side()
-                if number > 1:  # the first rounds warm the disk cache, and make the setup known
+                if number > 1:  # the first rounds warm the disk cache
                     times[name].append(elapsed * 1000)
     base = statistics.median(times["one-shot claude -p"])
     return [row(name, values, base) for name, values in times.items()]
@@ -174,6 +212,21 @@ def measure_parallel(claude: str, url: str, home: Path) -> list[JsonObject]:
             talk = Talk(gateway)
             return [talk.say(f"turn {turn}")[1] for turn in range(TURNS)]
 
+        def mix(client: int) -> list[float]:
+            """Take turns as users do: half new, the others continued, edited or branched."""
+            dice, wholes = random.Random(client), []
+            talks: list[Talk] = []
+            for turn in range(TURNS):
+                if not talks or dice.random() < 0.5:
+                    kind = dice.randrange(12)
+                    talks.append(Talk(gateway, **body_of(kind), model=MODELS[kind % 2]))
+                    talk = talks[-1]
+                else:
+                    talk = changed(dice, gateway, dice.choice(talks))
+                    talks.append(talk)
+                wholes.append(talk.say(f"turn {turn} of client {client}")[1])
+            return wholes
+
         def lone(_: int) -> list[float]:
             started = time.monotonic()
             one_shot(claude, url, home)
@@ -183,6 +236,7 @@ def measure_parallel(claude: str, url: str, home: Path) -> list[JsonObject]:
             ("one-shot claude -p", lone, count),
             ("fresh single turns", fresh, count),
             (f"conversations of {TURNS} turns", conversation, AT_ONCE),
+            ("a mix: half new, others changed", mix, AT_ONCE),
         ]
         for _, side, _ in sides:  # so that each finds things as they are in a busy time
             in_parallel(side, AT_ONCE)
@@ -201,6 +255,18 @@ def measure_parallel(claude: str, url: str, home: Path) -> list[JsonObject]:
         found.append({"what": name, **dict(zip(names, medians, strict=True))})
         found[-1]["ratio"] = found[-1]["rate"] / found[0]["rate"]
     return found
+
+
+def changed(dice: random.Random, gateway: RunningGateway, talk: Talk) -> Talk:
+    """Return a conversation to go on with: as it is, back at an earlier question, or a branch."""
+    change = dice.randrange(3)
+    if change == 0:
+        del talk.messages[dice.randrange(0, len(talk.messages), 2) :]
+    if change != 1:
+        return talk
+    branch = Talk(gateway)
+    branch.body, branch.messages = talk.body, list(talk.messages)
+    return branch
 
 
 def in_parallel(side: Callable[[int], list[float]], times: int) -> tuple[float, list[float]]:
@@ -228,39 +294,7 @@ def cpu_s(pid: int) -> float:
 # ---- long streams
 
 
-@contextlib.contextmanager
-def lone_child(claude: str, url: str, home: Path) -> Iterator[cc2api.Child]:
-    """Yield a child that is ready for the question that brings a long stream."""
-    environment = cc2api.child_environment(clean_environment(home, url, **API_KEY), str(home))
-    command = cc2api.child_command(cc2api.Cli(claude, ""), bare=True, setting_sources="")
-    child = cc2api.Child(command, environment, str(home))
-    try:
-        body = {"model": MODEL, "max_tokens": 100, "messages": [QUESTION]}
-        turn = cc2api.parse_messages_request(body)
-        patience = cc2api.Patience(60, lambda: None, TimeoutError())
-        cc2api.open_turn(child, turn, cc2api.to_setup(turn), patience)
-        yield child
-    finally:
-        child.kill()
-        while not child.reap():
-            time.sleep(0.01)
-
-
 QUESTION = {"role": "user", "content": "long stream"}
-
-
-def direct_stream_s(child: cc2api.Child) -> float:
-    """Ask, and read the child's output as it comes; return the seconds for all deltas."""
-    child.send(cc2api.to_line(cc2api.Message("user", "long stream"), MODEL, query=True))
-    child.flush()
-    os.set_blocking(child._stdout, True)
-    started, seen, tail = 0.0, 0, b""
-    while b'"message_stop"' not in tail:
-        data = os.read(child._stdout, 1 << 16)
-        seen += data.count(b"content_block_delta")
-        started = started or (time.monotonic() if seen else 0.0)
-        tail = tail[-100:] + data
-    return time.monotonic() - started
 
 
 def gateway_stream_s(talk: Talk) -> float:
@@ -291,34 +325,25 @@ def begun(gateway: RunningGateway, count: int) -> list[Talk]:
 def measure_streams(rounds: int, claude: str, url: str, home: Path) -> list[JsonObject]:
     """Measure deltas a second, for one long stream and for STREAMS at once."""
     direct, through = [], []
-    args = ("--spares", "0", "--live", str(STREAMS))
-    with RunningGateway(*args, claude=claude, base_url=url) as gateway:
+    with (
+        RunningGateway(claude=claude, base_url=url) as gateway,
+        concurrent.futures.ThreadPoolExecutor(STREAMS) as threads,
+    ):
         for _ in range(rounds):
             time.sleep(SETTLE_S)
-            with lone_child(claude, url, home) as child:
-                time.sleep(SETTLE_S)
-                direct.append(direct_stream_s(child))
+            direct.append(one_shot(claude, url, home, "long stream")[1])
             through.append(gateway_stream_s(begun(gateway, 1)[0]))
-        with (
-            contextlib.ExitStack() as stack,
-            concurrent.futures.ThreadPoolExecutor(STREAMS) as threads,
-        ):
-            children = [stack.enter_context(lone_child(claude, url, home)) for _ in range(STREAMS)]
-            started = time.monotonic()
-            list(threads.map(direct_stream_s, children))
-            direct_all = time.monotonic() - started
+        jobs = [threads.submit(one_shot, claude, url, home, "long stream") for _ in range(STREAMS)]
+        direct_all = statistics.mean(job.result()[1] for job in jobs)
         talks = begun(gateway, STREAMS)
-        with concurrent.futures.ThreadPoolExecutor(STREAMS) as threads:
-            started = time.monotonic()
-            list(threads.map(gateway_stream_s, talks))
-            through_all = time.monotonic() - started
+        through_all = statistics.mean(threads.map(gateway_stream_s, talks))
     one, ours = statistics.median(direct), statistics.median(through)
     all_ratio = direct_all / through_all
     return [
-        {"what": "one, the child's own", "rate": DELTAS / one, "ratio": 1.0},
+        {"what": "one, of claude -p", "rate": DELTAS / one, "ratio": 1.0},
         {"what": "one, through the gateway", "rate": DELTAS / ours, "ratio": one / ours},
         {
-            "what": f"{STREAMS}, the children's own",
+            "what": f"{STREAMS}, of claude -p each",
             "rate": STREAMS * DELTAS / direct_all,
             "ratio": 1,
         },
@@ -334,13 +359,13 @@ def measure_streams(rounds: int, claude: str, url: str, home: Path) -> list[Json
 
 
 def measure_memory(claude: str, url: str) -> JsonObject:
-    """Return the resident memory of a gateway, a spare and a parked child, in MB."""
-    with RunningGateway("--spares-max", "1", claude=claude, base_url=url) as gateway:
+    """Return the resident memory of a gateway, a spare and a used process, in MB."""
+    with RunningGateway(claude=claude, base_url=url) as gateway:
         time.sleep(SETTLE_S)
         (spare,) = gateway.children()
         spare_mb = rss_mb(spare)
         Talk(gateway).say("Hello!")
-        return {"gateway": rss_mb(gateway.process.pid), "spare": spare_mb, "parked": rss_mb(spare)}
+        return {"gateway": rss_mb(gateway.process.pid), "spare": spare_mb, "used": rss_mb(spare)}
 
 
 def rss_mb(pid: int) -> float:
@@ -369,7 +394,7 @@ def report(result: JsonObject) -> None:
     memory = result["memory_mb"]
     print(
         f"\nresident memory, MB: gateway {memory['gateway']:.0f}, spare {memory['spare']:.0f},"
-        f" parked child {memory['parked']:.0f}"
+        f" used process {memory['used']:.0f}"
     )
 
 

@@ -30,7 +30,7 @@ seen.models = [];
 for await (const item of anthropic.models.list()) seen.models.push(item.id);
 seen.counted = (await anthropic.messages.countTokens({ model, messages: hello })).input_tokens;
 try {
-  await anthropic.messages.create({ model, max_tokens: 50, temperature: 7, messages: hello });
+  await anthropic.messages.create({ model, max_tokens: 50, effort: "extreme", messages: hello });
 } catch (error) {
   seen.error = [error.constructor.name, error.status, error.requestID.slice(0, 4)];
 }
