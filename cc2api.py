@@ -91,7 +91,7 @@ DEFAULT_MODEL_NAME: Final = "claude-code"  # the name under which clients ask fo
 MAX_BODY_BYTES: Final = 32 * 1024 * 1024  # the Messages API's own limit
 MAX_JSON_DEPTH: Final = 128  # deep enough for any schema; far from both languages' stack limits
 MAX_INPUT_DEPTH: Final = 900  # of a tool's input; from some 970 on json cannot write it
-MAX_LINE_BYTES: Final = 16 * 1024 * 1024  # of the child's output; 128k tokens are about 1 MB
+MAX_LINE_BYTES: Final = 16 * 1024 * 1024  # of the CLI's output; 128k tokens are about 1 MB
 READ_BYTES: Final = 64 * 1024  # a Linux pipe's capacity
 STDERR_TAIL_BYTES: Final = 2000  # enough for a stack trace's first lines in an error message
 
@@ -99,6 +99,7 @@ CLI_PROBE_TIMEOUT_S: Final = 20.0  # `claude --version` takes 0.01 s, `claude au
 CONTROL_TIMEOUT_S: Final = 15.0  # a CLI answers its control requests within 0.1 s, starting in 1 s
 CHANGE_TIMEOUT_S: Final = 5.0  # for a cut, prompt or tools; they take 0.005 s
 SETUP_ATTEMPTS: Final = 2  # a new process that dies before the query has cost nothing: once more
+COUNT_ATTEMPTS: Final = 10  # the tools that the CLI was just given may take it a moment
 TICK_S: Final = 0.5  # how often a waiting request looks after its client; noticed gone within 1 s
 SETTLE_S: Final = 5.0  # from message_stop to the CLI's own end of its turn; it needs 0.01 s
 LEAVE_S: Final = 2.0  # for a turn to end when its client has left; it needs 0.01 s
@@ -226,7 +227,7 @@ class NotAuthenticated(ApiError):
 
 
 class CliFailed(ApiError):
-    """The child could not be started, died, or broke its protocol."""
+    """The CLI could not be started, died, or broke its protocol."""
 
     status = 502
 
@@ -903,7 +904,7 @@ def to_counts(usage: JsonObject) -> tuple[int, int]:
 
 
 # ======================================================================= Events
-# The child's lines to Anthropic events, and events to one message. Pure: no I/O, no threads.
+# The CLI's lines to Anthropic events, and events to one message. Pure: no I/O, no threads.
 
 Event = JsonObject
 
@@ -1878,12 +1879,12 @@ class Session:
     def count_context(self, patience: Patience) -> JsonObject:
         """Return the CLI's count of what it holds; it asks upstream's count_tokens for it."""
         names = {to_name(tool) for tool in self._told["tools"]}
-        while True:
+        for _ in range(COUNT_ATTEMPTS):
             usage = self._channel.request("get_context_usage", patience)
-            # the tools that it was just given may take it a moment
             if {tool.get("name") for tool in usage.get("mcpTools") or []} == names:
                 return usage
-            patience.slice_s()
+            time.sleep(REAP_TICK_S)
+        raise CliFailed("claude did not take the tools that are to be counted")
 
     def _tell(self, turn: Turn, tools: list[JsonObject], patience: Patience) -> None:
         """Tell what a turn needs, as far as it was not told before."""

@@ -308,3 +308,12 @@ def test_the_pool_survives_whatever_starting_a_process_raises(
             patch.setattr(cc2api.Process, "__init__", fail)
             assert gateway.ask("hello").status == 503
         assert gateway.ask("hello").status == 200
+
+
+def test_tools_that_the_cli_does_not_take_are_not_counted_again_and_again(tmp_path: Path) -> None:
+    tools = [{"name": "f", "input_schema": {"type": "object"}}]  # this CLI tells of none
+    body = {"model": "m", "messages": [{"role": "user", "content": "hi"}], "tools": tools}
+    with InProcessGateway(tmp_path, timeout=15) as gateway:
+        answer = gateway.request("POST", "/v1/messages/count_tokens", body)
+    assert answer.status == 502, "not 504, when time is over"
+    assert "did not take the tools" in answer.json["error"]["message"]
