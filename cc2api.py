@@ -110,7 +110,6 @@ IDLE_S: Final = 300.0  # after a burst, for processes beyond --processes
 SPARE_DELAY_S: Final = 0.1  # a new spare takes 0.45 CPU-seconds: not before the call has left
 REHEARSE_AGAIN_S: Final = 600.0  # a CLI that could not be used again may be busy, not other
 BLANK_COST: Final = 25  # messages that replay in the time that a spare's first turn takes longer
-READY_READS: Final = 256  # of READ_BYTES at once, before others get their turn
 MAX_TOOL_RESULT_CHARS: Final = 100_000  # through the tool channel; the CLI saves large ones to disk
 MAX_TOOL_ERROR_CHARS: Final = 5_000  # the CLI cuts errors at 10,000
 KEEPER_TICK_S: Final = 5.0  # how soon a dead or stale spare is noticed without a request
@@ -1274,16 +1273,16 @@ def process_environment(environ: Mapping[str, str], temp_dir: str) -> dict[str, 
 
 
 # ====================================================================== Process
-# One running `claude` as an object: pipes, whole lines, its end; and its control protocol. It is
-# used by one thread at a time (the pool hands it over); that thread moves all of its pipes in
-# `_pump`, so neither side can block the other and no pipe needs a thread of its own.
+# One running `claude`: pipes, whole lines, its end; and its control protocol. Used by one thread at
+# a time (the pool hands it over); that thread moves all of its pipes while it waits for a line, so
+# neither side can block the other and no pipe needs a thread of its own.
 
 
 class ProcessDied(Exception):
-    """The process ended, closed its output or fell silent; the message says how it ended."""
+    """The process ended, closed its output, fell silent, or failed us; the message says how."""
 
 
-class CliRefused(Exception):
+class CliRefused(ProcessDied):
     """The CLI does not do what a used process needs, or does not answer: take a fresh one."""
 
 
@@ -1327,8 +1326,7 @@ class Process:
         self, command: Sequence[str], environment: Mapping[str, str], cwd: str, stamp: object = None
     ) -> None:
         """Start it. Raises OSError. `stamp` tells which executable it runs (`Cli.stamp`)."""
-        self.stamp = stamp
-        self.started_at = time.monotonic()
+        self.stamp, self.started_at = stamp, time.monotonic()
         pipes: Any = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
         # a session of its own: a Ctrl-C at the terminal is the gateway's, not the process's
         self._popen = subprocess.Popen(
@@ -1352,7 +1350,6 @@ class Process:
         self._has_babbled = False
 
     def is_alive(self) -> bool:
-        """Say whether it runs."""
         return self._popen.poll() is None
 
     def send(self, line: JsonObject) -> None:
@@ -1368,7 +1365,8 @@ class Process:
         """Wait for the next line. Raises ProcessDied, CliFailed, and what the patience raises."""
         while True:
             while not self._lines:
-                self._pump(patience)
+                for fd, _ in self._poll.poll(patience.slice_s() * 1000):
+                    self._moves[fd]()
             raw = self._lines.popleft()
             try:
                 line = json.loads(raw)
@@ -1381,15 +1379,14 @@ class Process:
                 log.warning("claude pid=%d prints lines that are not JSON", self.pid)
 
     def has_line(self) -> bool:
-        """Say whether `read_line` has something at once."""
+        """Say whether a line has been read already."""
         return bool(self._lines)
 
-    def take_ready(self) -> None:
-        """Read what it has already printed, for `read_line`. Does not wait."""
-        for _ in range(READY_READS):
-            if self._stdout.fileno() not in dict(self._poll.poll(0)):
-                return
+    def take_ready(self) -> bool:
+        """Say whether it has printed a line already. Raises ProcessDied; does not wait."""
+        if not self._lines and self._stdout.fileno() in dict(self._poll.poll(0)):
             self._read_stdout()
+        return bool(self._lines)
 
     def kill(self) -> None:
         """End it at once, and what it has started; `close` comes after."""
@@ -1407,11 +1404,6 @@ class Process:
         """Close the pipes of an ended process; it must not be used any more."""
         for pipe in self._pipes:
             pipe.close()
-
-    def _pump(self, patience: Patience) -> None:
-        """Wait a while for a direction that is ready, and move bytes once in each that is."""
-        for fd, _ in self._poll.poll(patience.slice_s() * 1000):
-            self._moves[fd]()
 
     def _write_some(self) -> int:
         try:
@@ -1461,6 +1453,8 @@ SERVER_INFO: Final = {
     "capabilities": {"tools": {"listChanged": True}},
     "serverInfo": {"name": TOOL_SERVER, "version": __version__},
 }
+# Requests that a used process depends on, and that a later CLI may not know.
+_CHANGES: Final = ("rewind_conversation", "set_model", "mcp_message")
 
 
 class Channel:
@@ -1471,17 +1465,12 @@ class Channel:
         self.results_due = 0  # `result` lines that the CLI has still to print, one a user line
         self.known_tools: dict[str, JsonObject] = {}  # as the CLI was first told of each name
         self.calls: dict[str, JsonObject] = {}  # tools/call lines that wait, by tool_use id
+        self.is_held = False  # from calling upstream, by the settings as last sent
+        self.applying = ""  # id of the last `apply`, until it is acknowledged
+        self.cost_usd = 0.0  # of all turns whose `result` was read
         self._tools: list[JsonObject] = []
         self._is_listed = False  # the CLI has asked for the tools since they were last set
         self._requests = itertools.count(1)
-        self.is_held = False  # from calling upstream, by the settings as last sent
-        self._hold = ""  # id of the last `apply`, until it is acknowledged
-        self._cost_usd = self._noted_usd = 0.0  # of all turns, and what of that was taken
-
-    @property
-    def is_pending(self) -> bool:
-        """Whether the last `apply` has not been acknowledged yet."""
-        return bool(self._hold)
 
     def next(self, patience: Patience) -> JsonObject:
         """Return the next line, and take note of what the protocol needs."""
@@ -1492,13 +1481,17 @@ class Channel:
             if isinstance(message, dict) and "id" in message:
                 self._serve_tools(line, message)
         elif kind == "control_response" and isinstance(response, dict):
-            if response.get("request_id") == self._hold:
-                self._hold = ""
+            if response.get("request_id") == self.applying:
+                self.applying = ""
         elif kind == "result":
             self.results_due -= 1
             if isinstance(cost := line.get("total_cost_usd"), (int, float)):
-                self._cost_usd = float(cost)
+                self.cost_usd = float(cost)
         return line
+
+    def next_ready(self) -> JsonObject | None:
+        """Return the next line if it is there, else None. Does not wait."""
+        return self.next(_NO_PATIENCE) if self.process.take_ready() else None
 
     def send(self, line: JsonObject) -> None:
         """Send a message's line; each of the user's ends in a `result`."""
@@ -1506,24 +1499,26 @@ class Channel:
         self.process.send(line)
 
     def request(self, subtype: str, patience: Patience, **fields: Any) -> JsonObject:
-        """Send a control request and return the response; one that does not come means death."""
-        request_id = self._ask(subtype, **fields)
-        late = ProcessDied(f"claude did not answer {subtype} within {CONTROL_TIMEOUT_S:.0f} s")
-        patience = patience.at_most(CONTROL_TIMEOUT_S, late)
-        while True:
-            response = self.next(patience).get("response")
-            if isinstance(response, dict) and response.get("request_id") == request_id:
-                if response.get("subtype") == "success":
-                    return response.get("response") or {}
-                raise CliFailed(f"claude refused {subtype}: {response.get('error')}")
+        """Send a control request and return the response.
 
-    def change(self, subtype: str, patience: Patience, **fields: Any) -> JsonObject:
-        """Send a request that a later CLI may not know. Raises CliRefused where it is not taken."""
-        late = CliRefused(f"claude did not answer {subtype} within {CHANGE_TIMEOUT_S:.0f} s")
-        try:
-            return self.request(subtype, patience.at_most(CHANGE_TIMEOUT_S, late), **fields)
-        except CliFailed as exc:
-            raise CliRefused(str(exc)) from exc
+        Raises ProcessDied where it is refused or not answered, CliRefused for one of _CHANGES.
+        """
+        is_change = subtype in _CHANGES
+        kind = CliRefused if is_change else ProcessDied
+        seconds = CHANGE_TIMEOUT_S if is_change else CONTROL_TIMEOUT_S
+        request_id = self._ask(subtype, **fields)
+        late = kind(f"claude did not answer {subtype} within {seconds:.0f} s")
+        short = patience.at_most(seconds, late)
+        while True:
+            response = self.next(short).get("response")
+            if isinstance(response, dict) and response.get("request_id") == request_id:
+                if response.get("subtype") != "success":
+                    raise kind(f"claude refused {subtype}: {response.get('error')}")
+                return response.get("response") or {}
+
+    def apply(self, settings: JsonObject) -> None:
+        """Change settings. Does not wait: what comes next does."""
+        self.applying = self._ask("apply_flag_settings", settings=settings)
 
     def hold_calls(self) -> None:
         """Keep the CLI from calling upstream again, once its call is on its way. Does not wait.
@@ -1533,10 +1528,6 @@ class Channel:
         acknowledgement on that is certain; before, only a kill at message_delta can prevent it.
         """
         self.apply({"env": _NO_CALLS})
-
-    def apply(self, settings: JsonObject) -> None:
-        """Change settings. Does not wait: what comes next does."""
-        self._hold = self._ask("apply_flag_settings", settings=settings)
 
     def interrupt(self) -> bool:
         """End the turn whose answer nobody wants any more; say whether it has ended."""
@@ -1553,12 +1544,12 @@ class Channel:
         """Wait for all that is due. Raises ProcessDied where it does not come."""
         late = ProcessDied("claude did not end its turn in time")
         short = patience.at_most(CONTROL_TIMEOUT_S, late)
-        while self.results_due or self._hold:
+        while self.results_due or self.applying:
             self.next(short)
 
     def cut(self, fields: JsonObject, patience: Patience) -> None:
         """Take back what follows a place; nothing of it is ever sent upstream again."""
-        reply = self.change("rewind_conversation", patience, **fields)
+        reply = self.request("rewind_conversation", patience, **fields)
         if reply.get("rewound") is not True:
             raise CliRefused(f"claude did not cut its conversation: {reply}")
         self.come_to_rest(patience)
@@ -1567,10 +1558,9 @@ class Channel:
     def settle(self, due: set[str], patience: Patience) -> None:
         """Wait until its turn has ended, or made the calls due; raise ProcessDied if it goes on."""
         short = patience.at_most(SETTLE_S, ProcessDied("claude did not settle after its answer"))
-        self.process.take_ready()
         while (
-            self._hold
-            or self.process.has_line()
+            self.applying
+            or self.process.take_ready()
             or not (self.calls.keys() >= due if due else self.results_due == 0)
         ):
             line = self.next(short)
@@ -1578,21 +1568,11 @@ class Channel:
             if (kind == "result" and (due or has_failed)) or (kind == "user" and due):
                 raise ProcessDied("claude did not keep its conversation")
 
-    def take_cost(self) -> float:
-        """Return the dollars that the process has newly told of. Does not wait, nor raise."""
-        with contextlib.suppress(ProcessDied, CliFailed):
-            self.process.take_ready()
-        with contextlib.suppress(ProcessDied, CliFailed):
-            while self.process.has_line():
-                self.next(_NO_PATIENCE)
-        new, self._noted_usd = self._cost_usd - self._noted_usd, self._cost_usd
-        return new
-
     def _ask(self, subtype: str, **fields: Any) -> str:
         request_id = f"{subtype} {next(self._requests)}"
-        request = {"subtype": subtype, **fields}
         if "settings" in fields:
             self.is_held = fields["settings"]["env"] is _NO_CALLS
+        request = {"subtype": subtype, **fields}
         self.process.send({"type": "control_request", "request_id": request_id, "request": request})
         return request_id
 
@@ -1622,7 +1602,7 @@ class Channel:
         """Offer other tools, and wait until the CLI has asked for them. Raises CliRefused."""
         self.offer(tools)
         message = {"jsonrpc": "2.0", "method": "notifications/tools/list_changed"}
-        self.change("mcp_message", patience, server_name=TOOL_SERVER, message=message)
+        self.request("mcp_message", patience, server_name=TOOL_SERVER, message=message)
         late = CliRefused("claude did not ask for the changed tools")
         short = patience.at_most(CHANGE_TIMEOUT_S, late)
         while not self._is_listed:
@@ -1668,12 +1648,8 @@ _NO_PATIENCE: Final = Patience(float("inf"), lambda: None, ProcessDied())
 # are of 2.1.300 to 2.1.331, each pinned in tests/test_reuse.py. Knows nothing of HTTP and of pools.
 
 
-class Base(NamedTuple):
-    """What a process can never change: it serves nobody else."""
-
-    identity: bytes  # of the caller
-    name: str
-    betas: tuple[str, ...]  # the CLI keeps those of its first call
+# What a process can never change, so it serves nobody else: the caller, and the betas of its calls.
+Base = tuple[Caller, tuple[str, ...]]
 
 
 class Held(NamedTuple):
@@ -1688,55 +1664,41 @@ class Conversation:
     """The messages that a process holds. What is done to the process is a Session's."""
 
     def __init__(self) -> None:
+        self.held: list[Held] = []
         self.is_loose = False  # the last message got no answer that counts: cut before use
         self.calls_due: list[str] = []  # ids of the tool calls that the last answer makes
-        self._held: list[Held] = []
         self._told_for: object = None  # the model, system prompt and ttl that it goes on with
-
-    def __len__(self) -> int:
-        return len(self._held)
-
-    @property
-    def can_be_cut(self) -> bool:
-        """Whether it begins with a message that it can be cut back to."""
-        return not self._held or self._held[0].is_place
 
     def kept(self, turn: Turn, wanted: int) -> int:
         """Return how many messages can stay, of the turn's first `wanted`."""
         if self._told_for != (turn.model, turn.system, turn.cache_ttl):
             return 0  # with another model or system prompt no conversation goes on
-        whole = len(self._held) - self.is_loose
-        pairs = zip(self._held[:whole], turn.digests[:wanted], strict=False)
+        whole = len(self.held) - self.is_loose
+        pairs = zip(self.held[:whole], turn.digests[:wanted], strict=False)
         common = sum(1 for _ in itertools.takewhile(lambda pair: pair[0].digest == pair[1], pairs))
-        if common == len(self._held):
+        if common == len(self.held):
             given = turn.messages[wanted:][:1] if wanted == common else ()  # to calls that wait
             if not self.calls_due or any(to_tool_results(m, self.calls_due) for m in given):
                 return common
-        held = self._held[: common + 1]
-        return max((at for at, message in enumerate(held) if message.is_place), default=0)
+        places = [at for at, held in enumerate(self.held[: common + 1]) if held.is_place]
+        return max(places, default=0)
 
-    def cut_fields(self, kept: int) -> JsonObject:
-        """Return the fields of the request that cuts back to the first messages."""
-        return {
-            "target_message_uuid": self._held[kept].uuid,
-            "last_seen_user_message_uuid": [held.uuid for held in self._held if held.uuid][-1],
-            "interrupt_if_running": True,  # ends a turn whose tool calls wait
-        }
-
-    def cut(self, kept: int) -> None:
-        """Hold no more than the first messages."""
-        del self._held[kept:]
+    def cut(self, kept: int) -> JsonObject:
+        """Hold no more than the first messages; return the fields of the request that does it."""
+        place, last = self.held[kept].uuid, [held.uuid for held in self.held if held.uuid][-1]
+        del self.held[kept:]
         self.is_loose, self.calls_due = False, []
+        fields = {"target_message_uuid": place, "last_seen_user_message_uuid": last}
+        return {**fields, "interrupt_if_running": True}  # ends a turn whose tool calls wait
 
     def go_on_with(self, turn: Turn) -> None:
-        """Belong to a turn's model, system prompt and ttl from now on."""
         self._told_for = (turn.model, turn.system, turn.cache_ttl)
 
     def add(self, turn: Turn, index: int, line: JsonObject | None) -> None:
         """Hold a turn's message, sent by this line, or None where through the tool channel."""
         brought_by = line["uuid"] if line is not None and line["type"] == "user" else None
         is_place = brought_by is not None and not has_tool_results(turn.messages[index])
-        self._held.append(Held(turn.digests[index], brought_by, is_place))
+        self.held.append(Held(turn.digests[index], brought_by, is_place))
 
     def loosen(self) -> list[str]:
         """Let the last message be a query without its answer yet; return the calls it answers."""
@@ -1744,8 +1706,7 @@ class Conversation:
         return calls
 
     def add_answer(self, reader: AnswerReader) -> None:
-        """Hold the answer to the last message."""
-        self._held.append(Held(digest_message(Message("assistant", reader.content))))
+        self.held.append(Held(digest_message(Message("assistant", reader.content))))
         self.is_loose, self.calls_due = False, reader.tool_use_ids
 
 
@@ -1761,11 +1722,39 @@ REHEARSALS: Final = (
 )
 
 
+@dataclass(eq=False)
+class Demand:
+    """A request's wish for a session: what for, where it waits, what has failed so far."""
+
+    turn: Turn
+    caller: Caller
+    patience: Patience
+    queued: Callable[[int], None] = lambda place: None  # told its place, from 1, if it has to wait
+    counted: list[JsonObject] | None = None  # the tools to count
+    is_new_wanted: bool = False  # a process that nobody has used
+    deaths: int = 0  # of processes started for it; kept ones may all have been killed at once
+    served: Future[Session] = field(init=False, default_factory=Future)
+
+    @property
+    def base(self) -> Base:
+        return self.caller, self.turn.betas
+
+    def note_death(self, death: ProcessDied, *, was_new: bool) -> None:
+        """Be ready to ask for another session. Raises CliFailed where that makes no sense."""
+        self.served = Future()
+        self.is_new_wanted = self.is_new_wanted or isinstance(death, CliRefused)
+        more = ", a new process is asked" if self.is_new_wanted else ""
+        log.warning("%s; nothing was sent upstream%s", death, more)
+        self.deaths += was_new
+        if self.deaths == SETUP_ATTEMPTS:
+            raise CliFailed(str(death), status=503) from death
+
+
 class Session:
     """A process and the conversation in it. One owner at a time; nobody else writes its fields.
 
-    A request goes `bring`, `ask`, `read`, `end`. All but `end` raise ProcessDied and CliFailed, and
-    what their patience raises.
+    A request goes `bring`, then `ask` and `read`, or `count_context`, then `end`. All but `end`
+    raise ProcessDied and CliFailed, and what their patience raises.
     """
 
     def __init__(self, process: Process) -> None:
@@ -1774,42 +1763,47 @@ class Session:
         self.is_new = True  # not initialised
         self.models: list[JsonObject] = []  # as the CLI lists them
         self.turns = 0
+        self.reader = AnswerReader()  # of the turn that is asked, or was last
         self._channel = Channel(process)
-        self.take_cost = self._channel.take_cost
         self._conversation = Conversation()
         self._told: JsonObject = {}  # system prompt, tools, thinking, settings: as last told
-        self._turn: Turn | None = None  # the one that is served, once it may be asked
+        self._turn: Turn | None = None  # the one that is served; None while it is told in part
         self._is_marked = False  # the client's cache breakpoint goes with it
+        self._taken_usd = 0.0  # what of the cost was told of
 
-    def claim(self, base: Base) -> None:
+    def claim(self, demand: Demand) -> None:
         """Belong to one caller from now on."""
-        assert self.base in (None, base)
-        self.base = base
+        assert self.base in (None, demand.base)
+        self.base = demand.base
 
-    @property
-    def can_be_cut(self) -> bool:
-        """Whether any next request can be brought to it."""
-        return self._conversation.can_be_cut
-
-    def cost(
-        self, turn: Turn, *, may_cut: bool, counted: list[JsonObject] | None = None
-    ) -> int | None:
+    def cost(self, demand: Demand, *, may_cut: bool) -> int | None:
         """Return the messages that a turn would append here and, of what is held, lose.
 
         With a login the lost weigh double, as a cached prefix is lost with them. None where it
-        cannot be served here. `counted` are tools to count.
+        cannot be served here.
         """
+        turn, known = demand.turn, self._channel.known_tools
         if self.base is None:
             return len(turn.messages)
-        known = self._channel.known_tools
-        if counted and any(known.get(to_name(tool), tool) != tool for tool in counted):
+        if self.base != demand.base:
+            return None
+        if any(known.get(to_name(tool), tool) != tool for tool in demand.counted or []):
             return None  # the CLI counts the tool that first had a name
         kept = self._conversation.kept(turn, len(turn.messages) - 1)
-        lost, is_loose = len(self._conversation) - kept, self._conversation.is_loose
+        lost, is_loose = len(self._conversation.held) - kept, self._conversation.is_loose
         differs = (turn.system, named_tools(turn)) != (self._told["system"], self._told["tools"])
         if not may_cut and (lost or is_loose or differs):
             return None
         return len(turn.messages) - kept + lost * (lost > is_loose) * (2 if turn.is_login else 1)
+
+    def take_cost(self) -> float:
+        """Return the dollars that the process has newly told of. Does not wait, nor raise."""
+        with contextlib.suppress(ProcessDied, CliFailed):
+            while self._channel.next_ready():
+                pass
+        new = self._channel.cost_usd - self._taken_usd
+        self._taken_usd += new
+        return new
 
     # ---- before the answer
 
@@ -1819,26 +1813,25 @@ class Session:
         A query that is held back from upstream warms it up: the first true turn then takes half as
         long (seen). Nothing goes upstream. Raises CliRefused too.
         """
-        first, second = REHEARSALS
-        self.bring(first, patience)
+        first, second = (Demand(turn, NOBODY, patience) for turn in REHEARSALS)
+        self.bring(first)
         self._channel.hold_calls()
         self._channel.come_to_rest(patience)
         self.ask(patience)
         while self._channel.results_due:
             if self._channel.next(patience).get("type") == "stream_event":
                 raise CliRefused("claude does not hold its calls back")
-        self.bring(second, patience)
+        self.bring(second)
         self.turns = 0
 
-    def bring(
-        self, turn: Turn, patience: Patience, counted: list[JsonObject] | None = None
-    ) -> None:
+    def bring(self, demand: Demand) -> None:
         """Make the process hold all but the last message; nothing goes upstream.
 
         With `counted`, the tools to count, the last one is held too. Raises CliRefused too.
         """
         self.turns += 1
         self._turn = None
+        turn, patience, counted = demand.turn, demand.patience, demand.counted
         channel, conversation = self._channel, self._conversation
         tools = named_tools(turn) if counted is None else counted
         wanted = len(turn.messages) - (counted is None)
@@ -1849,9 +1842,8 @@ class Session:
             self.is_new = False
             self._told = {"system": turn.system, "tools": tools, "thinking": "", "settings": None}
         kept = conversation.kept(turn, wanted)
-        if kept < len(conversation) or conversation.is_loose:
-            channel.cut(conversation.cut_fields(kept), patience)
-            conversation.cut(kept)
+        if kept < len(conversation.held) or conversation.is_loose:
+            channel.cut(conversation.cut(kept), patience)
         else:
             channel.settle(set(conversation.calls_due), patience)
         # Where something is held the CLI's own breakpoints are on it: with one more of the client's
@@ -1869,6 +1861,7 @@ class Session:
     def ask(self, patience: Patience) -> None:
         """Start the call: give the tool calls that wait their results, or send the last message."""
         assert self._turn is not None, "bring comes first"
+        self.reader = AnswerReader()
         turn, asked, last = self._turn, self._conversation.loosen(), len(self._turn.messages) - 1
         if not asked:
             return self._append(turn, last, is_query=True)
@@ -1878,10 +1871,12 @@ class Session:
 
     def count_context(self, patience: Patience) -> JsonObject:
         """Return the CLI's count of what it holds; it asks upstream's count_tokens for it."""
+        turn, self._turn = self._turn, None
         names = {to_name(tool) for tool in self._told["tools"]}
         for _ in range(COUNT_ATTEMPTS):
             usage = self._channel.request("get_context_usage", patience)
             if {tool.get("name") for tool in usage.get("mcpTools") or []} == names:
+                self._turn = turn
                 return usage
             time.sleep(REAP_TICK_S)
         raise CliFailed("claude did not take the tools that are to be counted")
@@ -1898,7 +1893,7 @@ class Session:
         if turn.system != told["system"]:
             prompt = turn.system or DEFAULT_SYSTEM_PROMPT
             change = {"model": model, "system_prompt": prompt, "only_if_model_is_current": True}
-            channel.change("set_model", patience, **change)
+            channel.request("set_model", patience, **change)
         # null leaves thinking to the extra body; 0 turns it off where the model can be without
         tokens = None if turn.thinking else 0
         if tokens != told["thinking"]:
@@ -1913,13 +1908,12 @@ class Session:
 
     # ---- the answer and after
 
-    def read(
-        self, reader: AnswerReader, patience: Patience
-    ) -> Generator[list[Event], None, list[Event]]:
+    def read(self, patience: Patience) -> Generator[list[Event], None, list[Event]]:
         """Yield the answer's events in batches of those that were ready together.
 
         Returns the last batch. Raises ApiError; ProcessDied only while nothing went upstream.
         """
+        reader = self.reader
         while True:
             batch: list[Event] = []
             failure: ApiError | None = None
@@ -1943,31 +1937,25 @@ class Session:
             if failure:
                 raise failure
 
-    def end(self, reader: AnswerReader) -> bool:
+    def end(self) -> bool:
         """Come to rest after a turn, however it ended; say whether the session can be used again.
 
         It can where nothing of this turn can reach upstream any more. Takes up to LEAVE_S.
         """
-        if not self._conversation.is_loose or self._turn is None or not self.can_be_cut:
+        channel, conversation, reader = self._channel, self._conversation, self.reader
+        if self._turn is None or not all(held.is_place for held in conversation.held[:1]):
             return False  # told in part, or nothing that could be cut to
+        if not conversation.is_loose:
+            return True  # it was asked nothing
         if not reader.done:
-            return reader.has_failed or (reader.is_called and self._channel.interrupt())
+            return reader.has_failed or (reader.is_called and channel.interrupt())
         names = {tool.get("name") for tool in self._told["tools"]}
         if not (reader.can_go_on and reader.tool_names <= names):
-            return not self._channel.is_pending  # it would ask again: certain not to, or killed
-        self._conversation.add_answer(reader)
-        if not (self._conversation.calls_due or self._channel.is_pending):
-            self._channel.apply(self._told["settings"])  # likely those of the next turn too
+            return not channel.applying  # it would ask again: certain not to, or killed
+        conversation.add_answer(reader)
+        if not (conversation.calls_due or channel.applying):
+            channel.apply(self._told["settings"])  # likely those of the next turn too
         return True
-
-
-def run_to_end(generator: Generator[Any, None, _T]) -> _T:
-    """Run a generator whose items matter to nobody; return what it returns."""
-    while True:
-        try:
-            next(generator)
-        except StopIteration as stop:
-            return cast("_T", stop.value)
 
 
 # ========================================================================= Pool
@@ -1977,20 +1965,9 @@ def run_to_end(generator: Generator[Any, None, _T]) -> _T:
 # What sessions hold is not known here, only what a request would cost in one.
 
 _CLOSING: Final = "the gateway is shutting down"
-Cost = Callable[[Session, bool], int | None]  # of a session, which may or may not be cut
 
 
-class _Waiter(NamedTuple):
-    """A request's place in the queue."""
-
-    base: Base
-    cost: Cost
-    is_new_wanted: bool  # a process that nobody has used
-    served: Future[Session]
-
-
-@dataclass(frozen=True, slots=True)
-class Snapshot:
+class Snapshot(NamedTuple):
     """The pids of a pool's processes by state, and how many requests wait."""
 
     spare: list[int]  # blank: no caller's yet
@@ -2019,18 +1996,14 @@ class Fleet:
         return [session for session, (state, _) in self._states.items() if state in states]
 
     def snapshot(self, waiting: int) -> Snapshot:
-        """Return how things are."""
-        pids: Any = {
-            state: [session.process.pid for session in self.all(state)]
-            for state in ("spare", "starting", "idle", "busy", "ending")
-        }
-        return Snapshot(**pids, waiting=waiting)
+        pids = ([s.process.pid for s in self.all(state)] for state in Snapshot._fields[:-1])
+        return Snapshot._make([*pids, waiting])
 
     def room(self) -> int:
         """Return how many more sessions may be lent."""
         return self._settings.max_concurrency - len(self.all("busy"))
 
-    def cheapest(self, waiter: _Waiter, *, may_cut: bool) -> Session | None:
+    def cheapest(self, waiter: Demand, *, may_cut: bool) -> Session | None:
         """Return the idle session that costs least, the longest idle of equal ones.
 
         A blank one rather than a conversation that would be lost, up to the number that is kept;
@@ -2040,8 +2013,8 @@ class Fleet:
         of_blank = 1 if len(self.all("busy", "idle")) < kept else BLANK_COST
         costs = {}
         for session in self.all("spare", "idle"):
-            if session.base in (None, waiter.base) and (session.is_new or not waiter.is_new_wanted):
-                cost = waiter.cost(session, may_cut)
+            if session.is_new or not waiter.is_new_wanted:
+                cost = session.cost(waiter, may_cut=may_cut)
                 if cost is not None:
                     costs[session] = cost + of_blank * (session.base is None)
         return min(costs, key=costs.__getitem__, default=None)
@@ -2117,40 +2090,29 @@ class Pool:
         ended: Callable[[Session], None],
     ) -> None:
         """`start` may raise anything; `ended` is called with each session that was given up."""
+        self.failure = ""  # why no process starts; "" once one has answered, or stayed
+        self.refusal = ""  # why the CLI's processes cannot be used again; "" where they can
         self._start, self._settings, self._ended = start, settings, ended
-        # Guarded by _changed: all fields below.
+        # Guarded by _changed: all fields, those above too where they are written.
         self._changed = threading.Condition()
         self._fleet = Fleet(settings, stamp)
-        self._waiters: list[_Waiter] = []
+        self._waiters: list[Demand] = []
         self._spare_at = 0.0  # monotonic; when the next spare may be started
-        self._failure = ""  # why no process starts; "" once one has answered, or stayed
-        self._refusal = ""  # why the CLI's processes cannot be used again; "" where they can
         self._refused_at: float | None = None  # monotonic
         self._closed = False
         # One thread forks all processes, since on Linux they die with the thread that forked them.
         self._keeper = threading.Thread(target=self._keep, name="cc2api-keeper", daemon=True)
         self._keeper.start()
 
-    def acquire(
-        self,
-        base: Base,
-        cost: Cost,
-        patience: Patience,
-        queued: Callable[[int], None] = lambda place: None,
-        *,
-        new: bool = False,
-    ) -> Session:
-        """Take the session in which a request costs least, a `new` one if so asked; wait in order.
+    def acquire(self, waiter: Demand) -> Session:
+        """Take the session in which a request costs least; wait in order.
 
-        `queued` is told the place, from 1, of a request that has to wait. Raises ApiError (529),
-        CliFailed, and what the patience raises.
+        Raises ApiError (529), CliFailed, and what the patience raises.
         """
-        waiter = _Waiter(base, cost, new, Future())
         with self._changed:
             if self._closed:
                 raise CliFailed(_CLOSING, status=503)
-            room = self._fleet.room()
-            if len(self._waiters) >= self._settings.max_queue + room:
+            if len(self._waiters) >= self._settings.max_queue + self._fleet.room():
                 words = "Overloaded: too many requests are waiting"
                 raise ApiError(words, status=529, retry_after_s=OVERLOADED_RETRY_AFTER_S)
             self._waiters.append(waiter)
@@ -2159,11 +2121,11 @@ class Pool:
             if not waiter.served.done():  # else the keeper would only take the processor
                 self._changed.notify_all()
         if place > 0 and not waiter.served.done():
-            queued(place)
+            waiter.queued(place)
         try:
             while True:
                 with contextlib.suppress(FutureTimeout):
-                    return waiter.served.result(patience.slice_s())
+                    return waiter.served.result(waiter.patience.slice_s())
         except BaseException:
             with self._changed:
                 if waiter in self._waiters:
@@ -2178,17 +2140,8 @@ class Pool:
             self._take_in(session, usable=usable)
 
     def snapshot(self) -> Snapshot:
-        """Return how things are."""
         with self._changed:
             return self._fleet.snapshot(len(self._waiters))
-
-    def failure(self) -> str:
-        """Return why no process can be started; "" where one can, or did."""
-        return self._failure
-
-    def refusal(self) -> str:
-        """Return why the CLI's processes cannot be used again, each by any next request."""
-        return self._refusal
 
     def close(self) -> None:
         """End every process, lent ones too, and wait until the last is reaped."""
@@ -2207,7 +2160,7 @@ class Pool:
         if self._fleet.end_unfit():
             self._note_failure("claude ends right after its start")
         for waiter in list(self._waiters):
-            session = self._fleet.cheapest(waiter, may_cut=not self._refusal)
+            session = self._fleet.cheapest(waiter, may_cut=not self.refusal)
             if session is None or self._fleet.room() <= 0:
                 continue
             if session.base is None:  # its replacement starts when the call is likely to have left
@@ -2215,13 +2168,13 @@ class Pool:
                 self._changed.notify_all()
             self._fleet.put(session, "busy")
             self._waiters.remove(waiter)
-            session.claim(waiter.base)
+            session.claim(waiter)
             waiter.served.set_result(session)
 
     def _take_in(self, session: Session, *, usable: bool) -> None:
         """Keep a session for others, or end it, and see who waits for one."""
         if usable:
-            self._failure = self._failure if session.is_new else ""
+            self.failure = self.failure if session.is_new else ""
             self._fleet.put(session, "spare" if session.base is None else "idle")
         is_spent = session.base and not self._settings.processes  # a blank one is for a waiter
         if not usable or is_spent or session.turns >= MAX_SESSION_TURNS or self._closed:
@@ -2230,9 +2183,9 @@ class Pool:
         self._serve_waiters()
 
     def _note_failure(self, problem: str) -> None:
-        if problem != self._failure:
+        if problem != self.failure:
             log.error("%s: try `cc2api --check`", problem)
-        self._failure = problem
+        self.failure = problem
         self._spare_at = time.monotonic() + KEEPER_TICK_S
 
     # ---- the keeper, which takes the lock by itself
@@ -2278,13 +2231,13 @@ class Pool:
             with self._changed:
                 self._note_failure(f"claude cannot be started: {exc}")
                 if self._waiters and for_waiter:
-                    failure = CliFailed(self._failure, status=503)
+                    failure = CliFailed(self.failure, status=503)
                     self._waiters.pop(0).served.set_exception(failure)
             return
         with self._changed:
             if self._refused_at and time.monotonic() - self._refused_at > REHEARSE_AGAIN_S:
-                self._refusal = ""
-            if for_waiter or self._refusal:
+                self.refusal = ""
+            if for_waiter or self.refusal:
                 return self._take_in(session, usable=True)
             self._fleet.put(session, "starting")
         threading.Thread(None, self._prime, "cc2api-prime", [session], daemon=True).start()
@@ -2301,7 +2254,7 @@ class Pool:
             if isinstance(problem, CliRefused):
                 if self._refused_at is None:  # once is enough
                     log.warning("%s: each new conversation takes a process of its own", problem)
-                self._refusal, self._refused_at = str(problem), time.monotonic()
+                self.refusal, self._refused_at = str(problem), time.monotonic()
             elif problem and not self._closed:
                 self._note_failure(str(problem) or repr(problem))
             self._take_in(session, usable=problem is None)
@@ -2883,7 +2836,7 @@ def count_input_tokens(
 
 
 class Sessions:
-    """Lends the pool's sessions to what a turn needs, and keeps what they tell in passing."""
+    """Lends the pool's sessions, and keeps what they tell in passing."""
 
     def __init__(
         self, settings: Settings, cli: Cli, environ: Mapping[str, str], metrics: Metrics, bare: bool
@@ -2905,99 +2858,36 @@ class Sessions:
             os.stat(cli.path)  # raises the OSError that a shim around the CLI would hide
             return Session(Process(command, environment, str(work_dir), cli.stamp()))
 
-        self._start = start
         self.pool = Pool(start, settings, cli.stamp, self._note_cost)
-
-    def rehearse(self) -> str:
-        """Start a process and say what it can. Raises OSError and CliFailed."""
-        session = self._start()
-        patience = Patience(CONTROL_TIMEOUT_S, lambda: None, CliFailed("claude is too slow"))
-        try:
-            session.prime(patience)
-            return f"claude starts, lists {len(session.models)} models, and can be used again"
-        except CliRefused as exc:
-            return f"claude starts, but each new conversation takes a process of its own: {exc}"
-        except ProcessDied as exc:
-            raise CliFailed(str(exc)) from exc
-        finally:
-            session.process.kill()
-            while session.process.is_alive():
-                time.sleep(REAP_TICK_S)
-            session.process.close()
 
     def close(self) -> None:
         """End all processes and remove the temporary directory."""
         self.pool.close()
         self._temp.cleanup()
 
-    def serve(
-        self,
-        turn: Turn,
-        caller: Caller,
-        patience: Patience,
-        use: Callable[[Session], Generator[list[Event], None, _T]],
-        queued: Callable[[int], None] = lambda place: None,
-        counted: list[JsonObject] | None = None,
-    ) -> Generator[list[Event], None, _T]:
-        """Have a session serve a turn; where one cannot and nothing went upstream, another.
+    @contextlib.contextmanager
+    def lend(self, demand: Demand) -> Iterator[Session]:
+        """Lend a session; where it cannot serve and nothing went upstream, that passes silently.
 
-        `use` gives the session back. Only the deaths of processes started for this request count
-        against it: kept ones may all have been killed at once.
+        To be called again then: another one is lent.
         """
-        base = Base(caller.identity, caller.name, turn.betas)
-        deaths, is_new = 0, False
-
-        def cost(session: Session, may_cut: bool) -> int | None:
-            return session.cost(turn, may_cut=may_cut, counted=counted)
-
-        while True:
-            session = self.pool.acquire(base, cost, patience, queued, new=is_new)
-            was_new = session.is_new
-            try:
-                return (yield from use(session))
-            except CliRefused as exc:
-                log.warning("%s; nothing was sent upstream, a new process is asked", exc)
-                is_new = True
-            except ProcessDied as exc:
-                log.warning("%s; nothing was sent upstream", exc)
-                deaths += was_new
-                if deaths == SETUP_ATTEMPTS:
-                    raise CliFailed(str(exc), status=503) from exc
-
-    def use(
-        self,
-        turn: Turn,
-        caller: Caller,
-        patience: Patience,
-        look: Callable[[Session], _T],
-        counted: list[JsonObject] | None = None,
-    ) -> _T:
-        """Have a session do something that asks the model nothing."""
-
-        def run(session: Session) -> Generator[list[Event], None, _T]:
-            yield from ()
-            usable = False
-            try:
-                found = look(session)
-                usable = session.can_be_cut
-                return found
-            finally:
-                self.give_back(session, usable=usable)
-
-        return run_to_end(self.serve(turn, caller, patience, run, counted=counted))
-
-    def give_back(self, session: Session, *, usable: bool) -> None:
-        """Take a session back, and what it has told."""
-        if not usable:
-            session.process.kill()  # first of all: it may be about to call upstream
-        self.models = session.models or self.models
-        self._note_cost(session)
-        self.pool.give_back(session, usable=usable)
+        session = self.pool.acquire(demand)
+        was_new = session.is_new
+        try:
+            yield session
+        except ProcessDied as death:
+            demand.note_death(death, was_new=was_new)
+        finally:
+            if not (usable := session.end()):
+                session.process.kill()  # first of all: it may be about to call upstream
+            self.models = session.models or self.models
+            self._note_cost(session)
+            self.pool.give_back(session, usable=usable)
 
     def _note_cost(self, session: Session) -> None:
         """Count what a process has told of its cost: of the turns before the one just ended."""
         if cost := session.take_cost():
-            name = session.base.name if session.base else OPEN
+            name = session.base[0].name if session.base else OPEN
             self._metrics.add("cc2api_cost_dollars_total", cost, caller=name)
 
 
@@ -3016,8 +2906,7 @@ class Service:
         self._model_map = dict(pair.split("=", 1) for pair in settings.model_map)
         self._padding: dict[str, int] = {}  # tokens of PADDING_TOOL, by model
         self._sessions = Sessions(settings, cli, environ, self.metrics, bare)
-        self.pool, self.rehearse = self._sessions.pool, self._sessions.rehearse
-        self.close = self._sessions.close
+        self.pool, self.close = self._sessions.pool, self._sessions.close
 
     # ---- requests
 
@@ -3029,48 +2918,47 @@ class Service:
         The last event is always message_stop. `tick` is called every TICK_S and may raise
         ClientGone. Raises ApiError; closing the generator early ends the turn at once.
         """
-        turn, patience = self._mapped(turn), self._patience(tick)
-
-        def ask(session: Session) -> Generator[list[Event], None, list[Event]]:
-            used = "kept" if session.turns else "spare"
-            record.note_process("new" if session.is_new else used)
-            reader = AnswerReader()
-            try:
-                session.bring(turn, patience)
-                session.ask(patience)
-                return (yield from session.read(reader, patience))
-            except ApiError as exc:
-                raise _with_reset(exc, reader.rate_limits or self.rate_limits) from exc
-            finally:
-                self.rate_limits = reader.rate_limits or self.rate_limits
-                self._sessions.give_back(session, usable=session.end(reader))
-
-        # the last batch is handed on when the session is back: the next request finds it there
-        yield (yield from self._sessions.serve(turn, caller, patience, ask, record.queued))
+        demand = self._demand(turn, caller, tick, record.queued)
+        last: list[Event] = []
+        while not last:
+            with self._sessions.lend(demand) as session:
+                record.note_process(
+                    "new" if session.is_new else "kept" if session.turns else "spare"
+                )
+                session.bring(demand)
+                session.ask(demand.patience)
+                try:
+                    last = yield from session.read(demand.patience)
+                except ApiError as exc:
+                    raise _with_reset(exc, session.reader.rate_limits or self.rate_limits) from exc
+                finally:
+                    self.rate_limits = session.reader.rate_limits or self.rate_limits
+        yield last  # when the session is back: the next request finds it there
 
     def count_tokens(self, turn: Turn, caller: Caller, tick: Callable[[], None]) -> int:
         """Return how many input tokens a turn has, by the API's own count; nothing is generated."""
-        patience = self._patience(tick)
 
         def usage(of: Turn, *counted: JsonObject) -> tuple[int, int]:
-            def count(session: Session) -> JsonObject:
-                session.bring(of, patience, list(counted))
-                return session.count_context(patience)
+            demand = dataclasses.replace(whole, turn=of, counted=list(counted))
+            found: JsonObject = {}
+            while not found:
+                with self._sessions.lend(demand) as session:
+                    session.bring(demand)
+                    found = session.count_context(demand.patience)
+            return to_counts(found)
 
-            return to_counts(self._sessions.use(of, caller, patience, count, list(counted)))
-
-        return count_input_tokens(self._mapped(turn), usage, self._padding)
+        whole = self._demand(turn, caller, tick)
+        return count_input_tokens(whole.turn, usage, self._padding)
 
     def models(self, caller: Caller, tick: Callable[[], None]) -> list[JsonObject]:
         """Return the models as the CLI lists them; every request that is served refreshes them."""
-        patience = self._patience(tick)
-
-        def look(session: Session) -> None:
-            if session.is_new:
-                session.bring(REHEARSALS[0], patience)
-
-        if not self._sessions.models:
-            self._sessions.use(REHEARSALS[0], caller, patience, look)
+        demand = self._demand(REHEARSALS[0], caller, tick)
+        is_known = bool(self._sessions.models)
+        while not is_known:
+            with self._sessions.lend(demand) as session:
+                if session.is_new:
+                    session.bring(demand)
+                is_known = True
         return self._sessions.models
 
     def model_id(self, name: str) -> str:
@@ -3107,7 +2995,7 @@ class Service:
 
     def health(self) -> str:
         """Return what is wrong, "" where nothing is."""
-        return self.pool.failure() or self.pool.refusal()
+        return self.pool.failure or self.pool.refusal
 
     def gauges(self) -> dict[str, dict[str, int]]:
         """Return what /metrics tells of now, by name and state."""
@@ -3116,13 +3004,17 @@ class Service:
         processes = {state: len(getattr(now, state)) for state in states}
         return {"cc2api_processes": processes, "cc2api_waiting_requests": {"": now.waiting}}
 
-    def _mapped(self, turn: Turn) -> Turn:
-        return dataclasses.replace(turn, model=self._model_map.get(turn.model, turn.model))
-
-    def _patience(self, tick: Callable[[], None]) -> Patience:
+    def _demand(
+        self,
+        turn: Turn,
+        caller: Caller,
+        tick: Callable[[], None],
+        queued: Callable[[int], None] = lambda place: None,
+    ) -> Demand:
+        mapped = dataclasses.replace(turn, model=self._model_map.get(turn.model, turn.model))
         message = f"no whole answer within {self.settings.timeout:g} s"
         late = ApiError(message, status=504, should_retry=False)
-        return Patience(self.settings.timeout, tick, late)
+        return Demand(mapped, caller, Patience(self.settings.timeout, tick, late), queued)
 
 
 def _with_reset(error: ApiError, limits: Mapping[str, str]) -> ApiError:
@@ -3823,7 +3715,7 @@ class Handler(BaseRequestHandler):
 
     def healthz(self) -> None:
         """Answer 200, or 503 while no process can be started."""
-        if failure := self._service.pool.failure():
+        if failure := self._service.pool.failure:
             raise CliFailed(failure, status=503)
         self._out.send_json(200, {"status": "ok"})
 

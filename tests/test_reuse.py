@@ -453,7 +453,7 @@ def test_a_cut_or_prompt_that_is_not_taken_ends_the_process_and_a_new_one_is_ask
             assert len(call.body["messages"]) == 1
             assert call.body["tools"] == TOOLS[number:]
     assert "a new process is asked" in caplog.text
-    assert gateway.gateway.pool.refusal() == ""
+    assert gateway.gateway.pool.refusal == ""
 
 
 @pytest.mark.parametrize(("mode", "subtype"), [REFUSALS[0], REFUSALS[5]])
@@ -469,7 +469,7 @@ def test_a_cli_that_refuses_for_good_gets_a_process_for_each_conversation(
     monkeypatch.setattr(cc2api, "CHANGE_TIMEOUT_S", 0.7)
     order = f"{mode} {subtype} 1"
     with between(tmp_path, api, claude, order, processes=3) as gateway:
-        wait_until(lambda: bool(gateway.gateway.pool.refusal()))
+        wait_until(lambda: bool(gateway.gateway.pool.refusal))
         wait_until(lambda: len(gateway.now.spare) == 1)
         talks = [Talk(gateway, api, system=f"prompt {number}") for number in range(3)]
         for _ in range(3):
@@ -480,7 +480,7 @@ def test_a_cli_that_refuses_for_good_gets_a_process_for_each_conversation(
         for talk in talks:
             words = [m["content"].split()[-1] for m in talk.messages[::2]]
             assert len(set(processes_of(api, *words))) == 1, "it goes on where nothing is cut"
-        assert gateway.gateway.pool.refusal() in gateway.request("GET", "/").body.decode()
+        assert gateway.gateway.pool.refusal in gateway.request("GET", "/").body.decode()
         assert "takes a process of its own" in gateway.gateway.rehearse(), "as --check says"
     assert caplog.text.count("takes a process of its own") == 1
 
