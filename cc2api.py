@@ -73,7 +73,7 @@ from dataclasses import dataclass, field
 from http.server import ThreadingHTTPServer
 from pathlib import Path
 from socketserver import BaseRequestHandler
-from typing import Any, Final, Literal, NamedTuple, NoReturn, TypeVar, cast
+from typing import Any, Final, Literal, NamedTuple, TypeVar, cast
 
 __version__ = "0.1.0"
 
@@ -3897,17 +3897,11 @@ class Handler(BaseRequestHandler):
 # Options, logging, signals, and putting the parts together.
 
 
-class _Parser(argparse.ArgumentParser):
-    """Says in one line what is wrong, and ends with status 2."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"cc2api: {message}; see cc2api --help\n")
-
-
 def parse_args(argv: Sequence[str] | None, environ: Mapping[str, str]) -> Settings:
     """Return the settings. Wrong options end the process with status 2, as argparse does."""
-    parser = _Parser(
+    parser = argparse.ArgumentParser(
         prog="cc2api",
+        usage=argparse.SUPPRESS,  # it would stand before each problem, which then is one line
         description="The Claude Code CLI on this machine as an Anthropic Messages API.",
         epilog="Every option can be given as a variable too: --port 8080 is CC2API_PORT=8080.",
     )
@@ -3957,11 +3951,8 @@ class LogFormatter(logging.Formatter):
         return f"time={when}.{record.msecs:03.0f}Z level={record.levelname.lower()} {text}"
 
 
-# ---- the steps of a start, which `--check` takes too; each may raise CliUnusable
-
-
 def check_keys(settings: Settings) -> str:
-    """Say who may call; a start that would let in nobody, or everybody, is none."""
+    """Say who may call. Raises CliUnusable where nobody could, or everybody."""
     keys = KeyFile(settings.keys)
     loaded = keys.load()
     if loaded is None:
@@ -3970,13 +3961,12 @@ def check_keys(settings: Settings) -> str:
         problem = f"{settings.host} is not a loopback address and {settings.keys} holds no key"
         raise CliUnusable(f"{problem}: add one, or use --allow-open")
     if settings.keys != Settings().keys and not keys.path.exists():
-        problem = f"the key file {settings.keys} is not there: make it, or leave --keys out"
-        raise CliUnusable(problem)
+        raise CliUnusable(f"there is no key file {settings.keys}: make it, or leave --keys out")
     return keys.describe()
 
 
 def listen(settings: Settings) -> Server:
-    """Return the server, bound to its port."""
+    """Return the server, bound to its port. Raises CliUnusable."""
     try:
         return Server((settings.host, settings.port), Handler)
     except OSError as exc:
@@ -3986,7 +3976,7 @@ def listen(settings: Settings) -> Server:
 
 
 def try_start(settings: Settings, cli: Cli, environ: Mapping[str, str]) -> str:
-    """Have a spare made as the gateway has it made, and say what it can."""
+    """Have a spare made, and say what it can. Raises CliUnusable and ApiError."""
     alone = dataclasses.replace(settings, processes=1)
     with contextlib.closing(Service(alone, cli, environ)) as service:
         while not (service.health() or service.pool.snapshot().spare):  # CONTROL_TIMEOUT_S at most
@@ -4054,10 +4044,8 @@ def serve(settings: Settings, environ: Mapping[str, str]) -> int:
     deadline = time.monotonic() + settings.drain
     if running := server.drain(0):
         log.warning("%d answers are running; a second signal cuts them off", running)
-    while server.drain(ACCEPT_TICK_S) and time.monotonic() < deadline:
-        if len(signals) > 1:
-            log.warning("second signal: running answers are cut off")
-            break
+    while server.drain(ACCEPT_TICK_S) and len(signals) < 2 and time.monotonic() < deadline:
+        pass
     service.close()
     log.info("event=stop")
     return 0
