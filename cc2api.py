@@ -43,7 +43,6 @@ import collections
 import contextlib
 import dataclasses
 import email.utils
-import errno
 import hashlib
 import hmac
 import http.client
@@ -74,7 +73,7 @@ from dataclasses import dataclass, field
 from http.server import ThreadingHTTPServer
 from pathlib import Path
 from socketserver import BaseRequestHandler
-from typing import Any, Final, Literal, NamedTuple, NoReturn, TypeVar, cast
+from typing import Any, Final, Literal, NamedTuple, TypeVar
 
 __version__ = "0.1.0"
 
@@ -1131,9 +1130,8 @@ PROCESS_VARIABLES: Final = {
     "CLAUDE_CODE_MAX_RETRIES": "0",  # the client decides about retries
     # A stream that breaks would otherwise be asked for again without streaming: a second paid call.
     "CLAUDE_CODE_DISABLE_NONSTREAMING_FALLBACK": "1",
-    # Betas come from the client alone. With its own, the CLI asks a second time without some of
-    # them after a 400, adds effort entries to the messages of the newest models, and context edits
-    # to every thinking request (all seen, 2.1.330).
+    # Betas come from the client alone. With its own the CLI asks again without some after a 400,
+    # adds effort entries to messages and context edits to thinking requests (all seen, 2.1.330).
     "CLAUDE_CODE_DISABLE_EXPERIMENTAL_BETAS": "1",
     # Else thinking without a `display` becomes display "updates" (seen, 2.1.330).
     "CLAUDE_CODE_THINKING_DISPLAY_UPDATES": "0",
@@ -1166,53 +1164,48 @@ class CliUnusable(Exception):
     """No CLI, or one that is too old; the message is for the person who starts the gateway."""
 
 
-@dataclass(frozen=True, slots=True)
-class Cli:
+class Cli(NamedTuple):
     """A CLI that was found and answered `--version`."""
 
     path: str
     version: str
 
+    def __str__(self) -> str:
+        return f"{self.version} at {self.path}"
+
     def stamp(self) -> tuple[int, ...] | None:
         """Return what changes when the executable does; None while it is not there."""
-        try:
-            stat = os.stat(self.path)
-        except OSError:
-            return None
-        return stat.st_dev, stat.st_ino, stat.st_mtime_ns, stat.st_size
+        with contextlib.suppress(OSError):
+            now = os.stat(self.path)
+            return now.st_dev, now.st_ino, now.st_mtime_ns, now.st_size
+        return None
 
 
 def find_cli(choice: str | None, environ: Mapping[str, str]) -> Cli:
     """Find `choice`, or else the first claude there is, new enough. Raises CliUnusable."""
     places = ["claude", "~/.local/bin/claude", "~/.claude/local/claude"]
     spec = importlib.util.find_spec("claude_agent_sdk")
-    if spec is not None and spec.origin:
+    if spec and spec.origin:
         places.append(str(Path(spec.origin).parent / "_bundled" / "claude"))
-    places = [os.path.expanduser(place) for place in (places if choice is None else [choice])]
-    found = next(filter(None, map(shutil.which, places)), None)
+    tried = [os.path.expanduser(place) for place in ([choice] if choice else places)]
+    found = next(filter(None, map(shutil.which, tried)), None)
     if found is None:
-        nowhere = f"no claude found on PATH, nor at {', '.join(places[1:])}"
-        problem = nowhere if choice is None else f"{choice} is not an executable file"
-        raise CliUnusable(f"{problem}. {INSTALL_HINT}")
+        where = choice or f"claude on PATH, nor at {', '.join(tried[1:])}"
+        raise CliUnusable(f"found no executable {where}. {INSTALL_HINT}")
     path = os.path.abspath(found)
     output = _cli_output(path, ["--version"], environ)
     version = re.search(r"(\d+)\.(\d+)\.(\d+)", output)
-    if version is None:
-        raise CliUnusable(f"{path} --version printed {output.strip()[:200]!r}. {INSTALL_HINT}")
-    if tuple(map(int, version.groups())) < MIN_CLI_VERSION:
+    if version is None or tuple(map(int, version.groups())) < MIN_CLI_VERSION:
         needed = ".".join(map(str, MIN_CLI_VERSION)) + " or newer is needed"
-        raise CliUnusable(f"{path} is version {version.group()}; {needed}. {INSTALL_HINT}")
+        problem = f"{path} --version printed {output.strip()[:200]!r}; {needed}"
+        raise CliUnusable(f"{problem}. {INSTALL_HINT}")
     return Cli(path, version.group())
 
 
 def _cli_output(path: str, args: list[str], environ: Mapping[str, str]) -> str:
     try:
         done = subprocess.run(
-            [path, *args],
-            env=environ,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            timeout=CLI_PROBE_TIMEOUT_S,
+            [path, *args], env=environ, input=b"", capture_output=True, timeout=CLI_PROBE_TIMEOUT_S
         )
     except (OSError, subprocess.TimeoutExpired) as exc:
         raise CliUnusable(f"{path} does not run: {exc}. {INSTALL_HINT}") from exc
@@ -1220,15 +1213,15 @@ def _cli_output(path: str, args: list[str], environ: Mapping[str, str]) -> str:
 
 
 def describe_sign_in(cli: Cli, environ: Mapping[str, str]) -> str:
-    """Return in a few words how the CLI says it is signed in; it shows no secret."""
+    """Return in a few words, no secret, how the CLI is signed in. Raises CliUnusable: it is not."""
     try:
         status = json.loads(_cli_output(cli.path, ["auth", "status"], environ))
-        if not status["loggedIn"]:
-            return f"NOT SIGNED IN: run {cli.path} and type /login, or set ANTHROPIC_API_KEY"
-        provider, method = status.get("apiProvider", "firstParty"), str(status["authMethod"])
-        return method if provider == "firstParty" else f"{method} ({provider})"
-    except (CliUnusable, ValueError, KeyError, TypeError):
+        if status["loggedIn"]:
+            provider, method = status.get("apiProvider", "firstParty"), str(status["authMethod"])
+            return method if provider == "firstParty" else f"{method} ({provider})"
+    except (ValueError, KeyError, TypeError):
         return "unknown (`claude auth status` gave no answer)"
+    raise CliUnusable(f"NOT SIGNED IN: run {cli.path} and type /login, or set ANTHROPIC_API_KEY")
 
 
 def wants_bare(choice: bool | None, environ: Mapping[str, str]) -> bool:
@@ -2982,7 +2975,10 @@ class Service:
 
     def ask_sign_in(self, environ: Mapping[str, str]) -> None:
         """Ask the CLI how it is signed in."""
-        self._sign_in = describe_sign_in(self._cli, environ)
+        try:
+            self._sign_in = describe_sign_in(self._cli, environ)
+        except CliUnusable as exc:
+            self._sign_in = str(exc)
 
     def describe(self) -> dict[str, str]:
         """Say what it runs on, and who may call."""
@@ -3812,49 +3808,37 @@ class Handler(BaseRequestHandler):
 # Options, logging, signals, and putting the parts together.
 
 
-class _Parser(argparse.ArgumentParser):
-    """Says in one line what is wrong."""
-
-    def error(self, message: str) -> NoReturn:
-        """End the process with status 2."""
-        self.exit(2, f"cc2api: {message}; see cc2api --help\n")
-
-
-def build_parser(environ: Mapping[str, str]) -> argparse.ArgumentParser:
-    """Return the parser made from the fields of Settings, with CC2API_ variables as defaults."""
-    parser = _Parser(
+def parse_args(argv: Sequence[str] | None, environ: Mapping[str, str]) -> Settings:
+    """Return the settings. Wrong options end the process with status 2, as argparse does."""
+    parser = argparse.ArgumentParser(
         prog="cc2api",
+        usage=argparse.SUPPRESS,  # it would stand before each problem, which then is one line
         description="The Claude Code CLI on this machine as an Anthropic Messages API.",
         epilog="Every option can be given as a variable too: --port 8080 is CC2API_PORT=8080.",
     )
     parser.add_argument("--version", action="version", version=f"cc2api {__version__}")
-    for option in dataclasses.fields(Settings):
+    options = {"--" + f.name.replace("_", "-"): f for f in dataclasses.fields(Settings)}
+    for flag, option in options.items():
         kind, more = str(option.type), dict(option.metadata)
         del more["low"]
         default: Any = environ.get("CC2API_" + option.name.upper()) or option.default
         if kind.startswith("bool"):
             del more["metavar"]
+            more["action"] = "store_true" if kind == "bool" else argparse.BooleanOptionalAction
             if isinstance(default, str):
                 default = default.lower() in ("1", "true", "yes", "on")
-            more["action"] = "store_true" if kind == "bool" else argparse.BooleanOptionalAction
         elif kind.startswith("tuple"):
             more["action"], default = "append", None
         else:
             more["type"] = {"int": int, "float": float}.get(kind, str)
             if option.default not in (None, ""):
                 more["help"] += " (default: %(default)s)"
-        parser.add_argument("--" + option.name.replace("_", "-"), default=default, **more)
-    return parser
-
-
-def parse_args(argv: Sequence[str] | None, environ: Mapping[str, str]) -> Settings:
-    """Return the settings. Wrong options end the process with status 2, as argparse does."""
-    parser = build_parser(environ)
+        parser.add_argument(flag, default=default, **more)
     given = vars(parser.parse_args(argv))
-    for option in dataclasses.fields(Settings):
+    for flag, option in options.items():
         value, low = given[option.name], option.metadata["low"]
         if isinstance(value, (int, float)) and not low <= value < math.inf:
-            parser.error(f"--{option.name.replace('_', '-')} must be at least {low:g}, and finite")
+            parser.error(f"{flag} must be at least {low:g}, and finite")
         if str(option.type).startswith("tuple"):
             listed = environ.get("CC2API_" + option.name.upper(), "").split(",")
             given[option.name] = tuple(value or filter(None, map(str.strip, listed)))
@@ -3868,10 +3852,9 @@ def parse_args(argv: Sequence[str] | None, environ: Mapping[str, str]) -> Settin
 
 
 class LogFormatter(logging.Formatter):
-    """Log lines as key=value: `time=... level=info event=done status=200 ...`."""
+    """Log lines as `time=... level=info event=done status=200 ...`; other words as msg="..."."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """Return a record as one line; words that are no pairs become msg="..."."""
         text = super().format(record)
         if not str(record.msg).startswith("event="):
             text = f"event=note msg={json.dumps(text, ensure_ascii=False)}"
@@ -3879,163 +3862,124 @@ class LogFormatter(logging.Formatter):
         return f"time={when}.{record.msecs:03.0f}Z level={record.levelname.lower()} {text}"
 
 
-class Launch:
-    """The steps of a start, which `--check` runs too: each says what it found, or CliUnusable."""
-
-    def __init__(self, settings: Settings, environ: Mapping[str, str]) -> None:
-        self.server: Server | None = None
-        self.cli: Cli | None = None
-        self._settings, self._environ = settings, environ
-
-    def keys(self) -> str:
-        """Say who may call; a start that would let in nobody, or everybody, is none."""
-        settings, keys, problem = self._settings, KeyFile(self._settings.keys), ""
-        loaded = keys.load()
-        if loaded is None:
-            problem = keys.describe()
-        elif needs_keys(settings) and not loaded:
-            problem = f"{settings.host} is not a loopback address and {settings.keys} holds no key"
-            problem += ": add one, or use --allow-open"
-        elif settings.keys != Settings().keys and not keys.path.exists():
-            problem = f"the key file {settings.keys} is not there: make it, or leave --keys out"
-        if problem:
-            raise CliUnusable(problem)
-        return keys.describe()
-
-    def port(self) -> str:
-        """Listen."""
-        where = f"{self._settings.host} port {self._settings.port}"
-        try:
-            self.server = Server((self._settings.host, self._settings.port), Handler)
-        except OSError as exc:
-            other = "--port" if exc.errno in (errno.EADDRINUSE, errno.EACCES) else "--host"
-            problem = (
-                f"cannot listen on {where}: {exc.strerror or exc}; choose another with {other}"
-            )
-            raise CliUnusable(problem) from exc
-        return f"{where} is free"
-
-    def claude(self) -> str:
-        """Find the CLI."""
-        self.cli = find_cli(self._settings.claude, self._environ)
-        return f"{self.cli.version} at {self.cli.path}"
-
-    def sign_in(self) -> str:
-        """Ask the CLI for its sign-in."""
-        said = describe_sign_in(self.found(), self._environ)
-        if said.startswith("NOT"):
-            raise CliUnusable(said)
-        return said
-
-    def start(self) -> str:
-        """Start a process, and try what the gateway does with it."""
-        settings = dataclasses.replace(self._settings, processes=0)
-        with contextlib.closing(Service(settings, self.found(), self._environ)) as service:
-            try:
-                return service.rehearse()
-            except (OSError, CliFailed) as exc:
-                raise CliUnusable(str(exc)) from exc
-
-    def found(self) -> Cli:
-        """Return the CLI that was found."""
-        if self.cli is None:
-            raise CliUnusable("there is no claude to ask")
-        return self.cli
+def check_keys(settings: Settings) -> str:
+    """Say who may call. Raises CliUnusable where nobody could, or everybody."""
+    keys = KeyFile(settings.keys)
+    loaded = keys.load()
+    if loaded is None:
+        raise CliUnusable(keys.describe())
+    if needs_keys(settings) and not loaded:
+        problem = f"{settings.host} is not a loopback address and {settings.keys} holds no key"
+        raise CliUnusable(f"{problem}: add one, or use --allow-open")
+    if settings.keys != Settings().keys and not keys.path.exists():
+        raise CliUnusable(f"there is no key file {settings.keys}: make it, or leave --keys out")
+    return keys.describe()
 
 
-def run_check(launch: Launch) -> int:
+def listen(settings: Settings) -> Server:
+    """Return the server, bound to its port. Raises CliUnusable."""
+    try:
+        return Server((settings.host, settings.port), Handler)
+    except OSError as exc:
+        where = f"{settings.host} port {settings.port}: {exc.strerror or exc}"
+        problem = f"cannot listen on {where}; choose another with --port or --host"
+        raise CliUnusable(problem) from exc
+
+
+def try_start(settings: Settings, cli: Cli, environ: Mapping[str, str]) -> str:
+    """Have a spare made, and say what it can. Raises CliUnusable and ApiError."""
+    alone = dataclasses.replace(settings, processes=1)
+    with contextlib.closing(Service(alone, cli, environ)) as service:
+        while not (service.health() or service.pool.snapshot().spare):  # CONTROL_TIMEOUT_S at most
+            time.sleep(REAP_TICK_S)
+        if refusal := service.pool.refusal:
+            return f"claude starts, but each new conversation takes a process of its own: {refusal}"
+        if failure := service.health():
+            raise CliUnusable(failure)
+        models = service.models(NOBODY, lambda: None)
+    return f"claude starts, lists {len(models)} models, and can be used again"
+
+
+def run_check(settings: Settings, environ: Mapping[str, str]) -> int:
     """Say line by line what is in order and what to do about the rest; return the exit status."""
-    failed = 0
-    for step in (launch.keys, launch.port, launch.claude, launch.sign_in, launch.start):
+    logging.disable()  # what would be logged stands in the lines
+    status = 0
+
+    def attempt(name: str, step: Callable[..., _T], *args: Any) -> _T | None:
+        nonlocal status
         try:
-            state, said = "ok  ", step()
-        except CliUnusable as exc:
-            failed, state, said = 1, "FAIL", str(exc)
-        print(f"{step.__name__.replace('_', '-'):<9}{state}  {said}", flush=True)
-    if launch.server:
-        launch.server.server_close()
-    return failed
+            found = step(*args)
+        except (CliUnusable, ApiError) as exc:
+            status = 1
+            print(f"{name:<9}FAIL  {exc}", flush=True)
+            return None
+        print(f"{name:<9}ok    {found}", flush=True)
+        return found
+
+    def port() -> str:
+        with listen(settings):
+            return f"{settings.host} port {settings.port} is free"
+
+    attempt("keys", check_keys, settings)
+    attempt("port", port)
+    if cli := attempt("claude", find_cli, settings.claude, environ):
+        attempt("sign-in", describe_sign_in, cli, environ)
+        attempt("start", try_start, settings, cli, environ)
+    return status
 
 
-def banner(service: Service, url: str) -> str:
-    """Return what is printed at the start."""
+def serve(settings: Settings, environ: Mapping[str, str]) -> int:
+    """Serve until a signal; then let running answers finish, until `--drain` or a second one."""
+    check_keys(settings)
+    cli, server = find_cli(settings.claude, environ), listen(settings)
+    signals: list[int] = []
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda number, frame: signals.append(number))
+    service = Service(settings, cli, environ)
+    server.serve(service)
+    ticks = [ACCEPT_TICK_S]
+    threading.Thread(None, server.serve_forever, "cc2api-accept", ticks, daemon=True).start()
+    host = f"[{settings.host}]" if ":" in settings.host else settings.host
+    url = f"http://{host}:{server.server_port}"
+    service.ask_sign_in(environ)
     tried = try_command(url, has_keys=service.keys.load() != {})
     lines = {**service.describe(), "page": f"{url}/", "try": tried}
     listed = [f"  {name:<8} {text}" for name, text in lines.items()]
-    return "\n".join([f"cc2api {__version__} listens on {url}", *listed])
-
-
-def catch_signals() -> socket.socket:
-    """Return a socket that gets a byte for each SIGINT, SIGTERM and SIGHUP.
-
-    The kernel may hand a signal to any thread, and a main thread that sits in `Event.wait` then
-    never runs its handler (seen, Python 3.11).
-    """
-    waiting, written = socket.socketpair()
-    written.setblocking(False)
-    signal.set_wakeup_fd(written.detach())
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda *_: None)
-    return waiting
+    print("\n".join([f"cc2api {__version__} listens on {url}", *listed]), flush=True)
+    log.info("event=start version=%s claude=%s url=%s", __version__, service.version(), url)
+    # Not by an Event: the kernel may hand a signal to any thread, and a main thread that waits for
+    # a lock then never runs its handler (seen, Python 3.11). This one wakes up by itself.
+    while not signals:
+        time.sleep(ACCEPT_TICK_S)
+    server.stop()
+    deadline = time.monotonic() + settings.drain
+    if running := server.drain(0):
+        log.warning("%d answers are running; a second signal cuts them off", running)
+    while server.drain(ACCEPT_TICK_S) and len(signals) < 2 and time.monotonic() < deadline:
+        pass
+    service.close()
+    log.info("event=stop")
+    return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the gateway until a signal ends it; return the exit status."""
+    environ = dict(os.environ)
     try:
-        return _run(argv)
+        settings = parse_args(argv, environ)
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(LogFormatter())
+        level = logging.DEBUG if settings.debug else logging.INFO
+        logging.basicConfig(level=level, handlers=[handler])
+        return (run_check if settings.check else serve)(settings, environ)
+    except CliUnusable as exc:
+        print(f"cc2api: {exc}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:  # before signals are caught
         return 130
     except BrokenPipeError:  # whoever reads our output is gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-
-
-def _run(argv: Sequence[str] | None) -> int:
-    environ = dict(os.environ)
-    settings = parse_args(argv, environ)
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(LogFormatter())
-    logging.basicConfig(level=logging.DEBUG if settings.debug else logging.INFO, handlers=[handler])
-    launch = Launch(settings, environ)
-    if settings.check:
-        return run_check(launch)
-    try:
-        launch.keys(), launch.claude(), launch.port()
-    except CliUnusable as exc:
-        print(f"cc2api: {exc}", file=sys.stderr)
-        return 1
-    server = cast("Server", launch.server)
-    with catch_signals() as signals:
-        service = Service(settings, launch.found(), environ)
-        server.serve(service)
-        ticks = [ACCEPT_TICK_S]
-        threading.Thread(
-            target=server.serve_forever, args=ticks, name="cc2api-accept", daemon=True
-        ).start()
-        host = f"[{settings.host}]" if ":" in settings.host else settings.host
-        url = f"http://{host}:{server.server_port}"
-        service.ask_sign_in(environ)
-        print(banner(service, url), flush=True)
-        log.info("event=start version=%s claude=%s url=%s", __version__, service.version(), url)
-        signals.recv(1)
-        shut_down(server, service, signals)
-        log.info("event=stop")
-    return 0
-
-
-def shut_down(server: Server, service: Service, signals: socket.socket) -> None:
-    """Let running answers finish, up to `--drain` or a second signal, then end every process."""
-    server.stop()
-    deadline = time.monotonic() + service.settings.drain
-    signals.settimeout(0)
-    if running := server.drain(0):
-        log.warning("%d answers are running; a second signal cuts them off", running)
-    while server.drain(ACCEPT_TICK_S) and time.monotonic() < deadline:
-        with contextlib.suppress(BlockingIOError):
-            signals.recv(1)
-            log.warning("second signal: running answers are cut off")
-            break
-    service.close()
 
 
 if __name__ == "__main__":

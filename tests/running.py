@@ -228,12 +228,12 @@ class InProcessGateway(Client):
         for order in orders.split():
             (tmp_path / order).touch()
         more = {"FAKE_CLAUDE_ORDERS": str(tmp_path), **API_KEY, **(env or {})}
-        environ = clean_environment(tmp_path, base_url, **more)
-        cli = cc2api.find_cli(claude, environ)
+        self.environ = clean_environment(tmp_path, base_url, **more)
+        self.cli = cc2api.find_cli(claude, self.environ)
         keys = str(tmp_path / "apikeys.txt")
         self.settings = cc2api.Settings(**{"port": 0, "processes": 0, "keys": keys, **settings})
         self.server = cc2api.Server((self.settings.host, 0), cc2api.Handler)
-        self.gateway = cc2api.Service(self.settings, cli, environ)
+        self.gateway = cc2api.Service(self.settings, self.cli, self.environ)
         self.server.serve(self.gateway)
         self.port = self.server.server_port
         self._thread = threading.Thread(target=self.server.serve_forever, args=[0.02])

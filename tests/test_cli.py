@@ -86,7 +86,7 @@ def test_the_search_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_sd
     local_bin.unlink()
     assert found() == str(local)
     local.unlink()
-    with pytest.raises(cc2api.CliUnusable, match="no claude found on PATH, nor at"):
+    with pytest.raises(cc2api.CliUnusable, match="no executable claude on PATH, nor at"):
         found()
 
 

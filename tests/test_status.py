@@ -237,7 +237,7 @@ def test_check_says_what_to_do(tmp_path: Path, start_fake: Any) -> None:
     )
     assert said["port"] == (
         f"FAIL cannot listen on 127.0.0.1 port {port}: Address already in use;"
-        " choose another with --port"
+        " choose another with --port or --host"
     )
     assert said["start"].startswith("FAIL claude ended")
     status, said = run_check(tmp_path, "--claude", "/nowhere/claude")
