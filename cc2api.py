@@ -1261,8 +1261,8 @@ def process_command(cli: Cli, *, bare: bool, setting_sources: str) -> list[str]:
 def process_environment(environ: Mapping[str, str], temp_dir: str) -> dict[str, str]:
     """Return a process's environment: the gateway's, with what makes the CLI predictable."""
     kept = {name: value for name, value in environ.items() if name not in DROPPED_VARIABLES}
-    # the CLI leaves sockets and probe files behind when it is killed: they go where we clean up
-    return {**kept, **PROCESS_VARIABLES, "TMPDIR": temp_dir}
+    # the CLI leaves sockets, probe files and notes on its tool servers: they go where we clean up
+    return {**kept, **PROCESS_VARIABLES, "TMPDIR": temp_dir, "XDG_CACHE_HOME": temp_dir}
 
 
 # ====================================================================== Process

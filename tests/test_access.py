@@ -219,7 +219,7 @@ def test_nothing_of_a_request_is_in_argv_environment_files_or_log(
     gateway.wait_for_log("status=200")
     wait_until(lambda: len(gateway.children()) == 2, "a spare and the kept process")
     assert files_holding(word.encode(), *roots) == []
-    assert list(gateway.dir.rglob("*.jsonl")) == [], "no transcripts"
+    assert list(gateway.dir.rglob("*.jsonl")) == [], "no transcripts, no notes"
     log = "\n".join(gateway.log)
     assert word not in log
     assert "sk-gateway-secret" not in log
