@@ -2784,19 +2784,16 @@ class Record:
         self._started_at = time.monotonic()
         self._has_delta = False
 
-    def note(self, **pairs: object) -> None:
-        """Note what the log line of its end is to tell."""
+    def note(self, labels: Mapping[str, str] | None = None, /, **pairs: object) -> None:
+        """Note what it is counted by, and what the log line of its end tells."""
+        self._labels |= labels or {}
         self._notes |= pairs
-
-    def count_as(self, **labels: str) -> None:
-        """Note its `route` or `caller`, by which it is counted."""
-        self._labels |= labels
 
     def note_turn(self, turn: Turn, *, is_known: bool) -> None:
         """Note what is asked; a model that the CLI does not list counts as `other`."""
         self.has_turn = True
-        self.note(model=quoted(turn.model, 100), stream=int(turn.stream))
-        self.count_as(model=turn.model if is_known else "other")
+        label = {"model": turn.model if is_known else "other"}
+        self.note(label, model=quoted(turn.model, 100), stream=int(turn.stream))
 
     def note_usage(self, usage: JsonObject) -> None:
         counts = {name: usage.get(name) for name in _TOKEN_KINDS}
@@ -3124,12 +3121,11 @@ def _with_reset(error: ApiError, limits: Mapping[str, str]) -> ApiError:
 def status_text(service: Service, url: str) -> str:
     """Return in plain text how things are; `url` is where the client sees the gateway."""
     now, metrics = service.pool.snapshot(), service.metrics
-    asked = [
-        (count, labels["status"] >= "400")
-        for labels, count in metrics.series("cc2api_requests_total")
-        if labels["route"] in ("messages", "chat_completions")
-    ]
-    requests, failed = sum(n for n, _ in asked), sum(n for n, has_failed in asked if has_failed)
+    asked = failed = 0.0
+    for labels, count in metrics.series("cc2api_requests_total"):
+        if labels["route"] in ("messages", "chat_completions"):
+            asked += count
+            failed += count * (labels["status"] >= "400")
     tokens = dict.fromkeys(_TOKEN_KINDS.values(), 0.0)
     for labels, count in metrics.series("cc2api_tokens_total"):
         tokens[labels["kind"]] += count
@@ -3139,7 +3135,7 @@ def status_text(service: Service, url: str) -> str:
         f"cc2api {__version__}": f"up {minutes // 60:.0f} h {minutes % 60:.0f} min",
         **service.describe(),
         "processes": f"{len(now.spare)} spare, {len(now.idle)} idle, {len(now.busy)} busy",
-        "requests": f"{requests:.0f}, {failed:.0f} failed, {now.waiting} waiting",
+        "requests": f"{asked:.0f}, {failed:.0f} failed, {now.waiting} waiting",
         "tokens": ", ".join(f"{count:.0f} {kind}" for kind, count in tokens.items()),
         "cost": f"${cost:.4f} {service.cost_kind()}",
         "health": service.health() or "ok",
@@ -3376,9 +3372,7 @@ class ClientStream:
     def _read_to(self, end: re.Pattern[bytes], limit: int, deadline: float) -> bytes:
         """Read up to what matches `end`, and with it, at most `limit` bytes."""
         searched = 0
-        while (found := end.search(self._buffer, searched)) is None:
-            if len(self._buffer) > limit:
-                break
+        while (found := end.search(self._buffer, searched)) is None and len(self._buffer) <= limit:
             searched = max(0, len(self._buffer) - 4)  # what ends a head has five bytes
             self._fill(deadline)
         if found is None or found.end() > limit:
@@ -3735,7 +3729,7 @@ class Handler(BaseRequestHandler):
         route = ROUTES.get("/models/" if path.startswith("/models/") else path, NO_ROUTE)
         if path == "/" and "text/html" in head.get("accept"):
             route = PAGE_ROUTE
-        self._record.count_as(route=route.name)
+        self._record.note({"route": route.name})
         self._dialect = route.dialect
         needs_key = route.needs_key and head.method != "OPTIONS"
         if route.name != "healthz":
@@ -3751,8 +3745,7 @@ class Handler(BaseRequestHandler):
             self._out.add_headers(allow)
             raise ApiError(f"{head.method} is not allowed here, {route.method} is", status=405)
         if needs_key:
-            self._record.note(key=self._caller.name)
-            self._record.count_as(caller=self._caller.name)
+            self._record.note({"caller": self._caller.name}, key=self._caller.name)
         route.run(self)
 
     def hello(self) -> None:
