@@ -72,7 +72,7 @@ from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass, field
 from http.server import ThreadingHTTPServer
 from pathlib import Path
-from socketserver import BaseRequestHandler
+from socketserver import BaseRequestHandler, TCPServer
 from typing import Any, Final, Literal, NamedTuple, TypeVar
 
 __version__ = "0.1.0"
@@ -2683,18 +2683,17 @@ class Metrics:
         }
 
     def add(self, name: str, value: float = 1.0, /, **labels: str) -> None:
-        """Add to a counter."""
+        """Add to a counter, or a time in seconds to a histogram."""
+        key = tuple(sorted(labels.items()))
         with self._lock:
-            self._families[name]["", tuple(sorted(labels.items()))] += value
-
-    def observe(self, name: str, seconds: float, /, **labels: str) -> None:
-        """Count a time in a histogram."""
-        with self._lock:
-            samples, key = self._families[name], tuple(sorted(labels.items()))
+            samples = self._families[name]
+            if _FAMILIES[name][0] == "counter":
+                samples["", key] += value
+                return
             for limit in _BUCKETS_S:
                 le = f"{limit:g}".replace("inf", "+Inf")
-                samples["_bucket", (*key, ("le", le))] += seconds <= limit
-            samples["_sum", key] += seconds
+                samples["_bucket", (*key, ("le", le))] += value <= limit
+            samples["_sum", key] += value
             samples["_count", key] += 1
 
     def series(self, name: str) -> list[tuple[dict[str, str], float]]:
@@ -2723,57 +2722,39 @@ class Record:
 
     def __init__(self, metrics: Metrics, method: str, path: str, client: str) -> None:
         self.request_id = "req_" + uuid.uuid4().hex[:24]
-        self.usage: dict[str, int] = {}  # tokens, as upstream counts
+        self.has_turn = False  # a model was asked
         self._metrics = metrics
-        self._begun = f"method={method} path={quoted(path, 200)} id={self.request_id}"
-        self._notes: dict[str, object] = {"client": client}
         self._labels = {"route": "none", "model": "none", "caller": "none"}
+        self._notes: dict[str, object] = {"method": method, "path": quoted(path, 200)}
+        self._notes |= {"id": self.request_id, "client": client}
+        self._usage: dict[str, int] = {}  # tokens, as upstream counts
         self._started_at = time.monotonic()
         self._has_delta = False
 
-    @property
-    def has_turn(self) -> bool:
-        """Whether a model was asked."""
-        return self._labels["model"] != "none"
-
-    def note_route(self, route: str) -> None:
-        """Note which route it takes."""
-        self._labels["route"] = route
-
-    def note_caller(self, name: str) -> None:
-        """Note who makes it."""
-        self._notes["key"] = self._labels["caller"] = name
+    def note(self, labels: Mapping[str, str] | None = None, /, **pairs: object) -> None:
+        """Note what it is counted by, and what the log line of its end tells."""
+        self._labels |= labels or {}
+        self._notes |= pairs
 
     def note_turn(self, turn: Turn, *, is_known: bool) -> None:
         """Note what is asked; a model that the CLI does not list counts as `other`."""
-        self._notes |= {"model": quoted(turn.model, 100), "stream": int(turn.stream)}
-        self._labels["model"] = turn.model if is_known else "other"
+        self.has_turn = True
+        label = {"model": turn.model if is_known else "other"}
+        self.note(label, model=quoted(turn.model, 100), stream=int(turn.stream))
 
-    def note_process(self, state: str) -> None:
-        """Note whether the process was new, a spare, or used before."""
-        self._notes["process"] = state
-
-    def note_usage(self, usage: JsonObject | None) -> None:
-        """Note the tokens of an answer."""
-        counts = {name: (usage or {}).get(name) for name in _TOKEN_KINDS}
-        self.usage |= {name: count for name, count in counts.items() if isinstance(count, int)}
+    def note_usage(self, usage: JsonObject) -> None:
+        counts = {name: usage.get(name) for name in _TOKEN_KINDS}
+        self._usage |= {name: count for name, count in counts.items() if isinstance(count, int)}
 
     def note_events(self, batch: Sequence[Event]) -> None:
         """Note what a batch of events tells: tokens, and that the model has begun to answer."""
         for event in batch:
-            self.note_usage(event.get("usage") or (event.get("message") or {}).get("usage"))
+            self.note_usage(event.get("usage") or (event.get("message") or {}).get("usage") or {})
             if event["type"] == "content_block_delta" and not self._has_delta:
                 self._has_delta = True
                 seconds = time.monotonic() - self._started_at
                 log.info("event=first_delta id=%s ms=%d", self.request_id, seconds * 1000)
-                self._metrics.observe("cc2api_first_delta_seconds", seconds)
-
-    def note_error(self, error: ApiError) -> None:
-        """Note why it fails; of a 400 only its type, since its message may quote the prompt."""
-        self._notes["error"] = error.kind
-        if error.status != 400:
-            self._notes["msg"] = json.dumps(str(error)[:200], ensure_ascii=False)
-        self.debug("error", str(error).encode())
+                self._metrics.add("cc2api_first_delta_seconds", seconds)
 
     def queued(self, place: int) -> None:
         """Log that it has to wait, and how many are before it."""
@@ -2790,17 +2771,15 @@ class Record:
         seconds, route = time.monotonic() - self._started_at, self._labels["route"]
         self._metrics.add("cc2api_requests_total", **self._labels, status=str(status))
         if self.has_turn:
-            self._metrics.observe("cc2api_request_seconds", seconds, route=route)
-        for name, count in self.usage.items():
+            self._metrics.add("cc2api_request_seconds", seconds, route=route)
+        for name, count in self._usage.items():
             labels = {"kind": _TOKEN_KINDS[name], "caller": self._labels["caller"]}
             self._metrics.add("cc2api_tokens_total", count, **labels)
-        notes = {**self._notes, **self.usage, "status": status, "ms": round(seconds * 1000)}
-        pairs = " ".join(f"{name}={value}" for name, value in notes.items())
+        self.note(**self._usage, status=status, ms=round(seconds * 1000))
+        pairs = " ".join(f"{name}={value}" for name, value in self._notes.items())
         # those that watch the gateway itself come every few seconds
         is_watching = route in ("status", "healthz", "metrics") and status == 200
-        log.log(
-            logging.DEBUG if is_watching else logging.INFO, "event=done %s %s", self._begun, pairs
-        )
+        log.log(logging.DEBUG if is_watching else logging.INFO, "event=done %s", pairs)
 
 
 # ====================================================================== Service
@@ -2915,9 +2894,8 @@ class Service:
         last: list[Event] = []
         while not last:
             with self._sessions.lend(demand) as session:
-                record.note_process(
-                    "new" if session.is_new else "kept" if session.turns else "spare"
-                )
+                used = "kept" if session.turns else "spare"
+                record.note(process="new" if session.is_new else used)
                 session.bring(demand)
                 session.ask(demand.patience)
                 try:
@@ -3068,94 +3046,80 @@ PAGE: Final = """<!doctype html>
 <style>
  :root { color-scheme: light dark }
  body { font: 16px/1.5 system-ui, sans-serif; max-width: 50em; margin: 2em auto; padding: 0 1em }
- pre, textarea, input, select { border: 1px solid #8886; border-radius: 6px; padding: .6em }
- pre { white-space: pre-wrap; overflow-wrap: anywhere; background: #8881 }
- textarea, input, select, button { font: inherit; box-sizing: border-box; max-width: 100% }
- textarea { width: 100% }
- button { background: #a84a28; color: #fff; border: 0; border-radius: 6px; padding: .6em 1.5em }
- button:disabled { opacity: .5 }
- #end { opacity: .7; font-size: 90% }
+ pre { white-space: pre-wrap; overflow-wrap: anywhere; background: #8881; padding: .6em }
+ pre:empty { display: none }
+ textarea, input, select, button { font: inherit; padding: .5em; max-width: 100% }
+ textarea { width: 100%; box-sizing: border-box }
  .error { color: #d33 }
 </style>
 <h1>cc2api</h1>
 <pre id="status">…</pre>
-<form id="ask">
- <p><textarea id="prompt" rows="3" aria-label="prompt"
-     placeholder="Try a prompt; Ctrl-Enter sends it"></textarea>
- <p><select id="model" aria-label="model"><option>claude-code</option></select>
-    <input id="key" type="password" aria-label="API key" placeholder="API key" hidden>
-    <button id="send">Send</button> <button id="stop" type="button" hidden>Stop</button>
-</form>
-<pre id="answer" hidden></pre><p id="end"></p>
-<script>
-const at = id => document.getElementById(id)
-at("key").value = sessionStorage.getItem("key") ?? ""
-at("key").oninput = () => { sessionStorage.setItem("key", at("key").value); models() }
-const call = (path, more) => {
-  const headers = {accept: "text/plain"}
-  if (at("key").value) headers["x-api-key"] = at("key").value
-  return fetch(path, {...more, headers})
+<p><textarea id="prompt" rows="3" placeholder="Try a prompt; Ctrl-Enter sends it"></textarea>
+<p><select id="model" aria-label="model"><option>claude-code</option></select>
+ <input id="key" type="password" placeholder="API key" hidden>
+ <button id="send">Send</button> <button id="stop" disabled>Stop</button>
+<pre id="answer"></pre><p id="end"></p>
+<script type="module">
+const named = [...document.querySelectorAll("[id]")].map(element => [element.id, element])
+const {status, prompt, model, key, send, stop, answer, end} = Object.fromEntries(named)
+
+async function call(path, more) {
+  const got = await fetch(path, {...more, headers: {accept: "text/plain", "x-api-key": key.value}})
+  if (got.status == 401) key.hidden = false
+  if (!got.ok) throw (await got.json()).error.message
+  return got
 }
 async function refresh() {
-  try {
-    const got = await call("/")
-    at("key").hidden = at("key").hidden && got.status != 401
-    at("status").textContent = got.ok ? await got.text() : (await got.json()).error.message
-  } catch (problem) { at("status").textContent = "cc2api does not answer: " + problem }
+  status.textContent = await call("/").then(got => got.text(), problem => "no status: " + problem)
   setTimeout(refresh, 2000)
 }
-async function models() {
-  const got = await call("/v1/models")
-  for (const model of got.ok ? (await got.json()).data : [])
-    if (![...at("model").options].some(option => option.value == model.id))
-      at("model").add(new Option(model.display_name, model.id))
+async function list() {
+  const {data} = await call("/v1/models").then(got => got.json(), () => ({data: []}))
+  model.length = 1
+  for (const {id, display_name} of data) model.add(new Option(display_name, id))
 }
-async function ask(stopping) {
-  const messages = [{role: "user", content: at("prompt").value}]
-  const body = {model: at("model").value, max_tokens: 4000, stream: true, messages}
-  const more = {method: "POST", body: JSON.stringify(body), signal: stopping.signal}
-  const got = await call("/v1/messages", more)
-  if (!got.ok) throw (await got.json()).error.message
-  const reader = got.body.pipeThrough(new TextDecoderStream()).getReader()
-  let reason, tokens
-  for (let text = "", part; !(part = await reader.read()).done;) {
-    const frames = (text + part.value).split("\\n\\n")
-    text = frames.pop()
-    for (const frame of frames) {
-      const data = frame.split("\\n").find(line => line.startsWith("data: "))
-      const event = data ? JSON.parse(data.slice(6)) : {}
-      if (event.error) throw event.error.message
-      at("answer").textContent += event.delta?.text ?? ""
-      reason = event.delta?.stop_reason ?? reason
-      tokens = event.usage?.output_tokens ?? tokens
-    }
+send.onclick = async () => {
+  const messages = [{role: "user", content: prompt.value}], stopping = new AbortController()
+  const body = JSON.stringify({model: model.value, max_tokens: 4000, stream: true, messages})
+  const began = Date.now(), last = {}
+  const tell = (text, kind = "") => {
+    end.textContent = `${text} ${((Date.now() - began) / 1000).toFixed(1)} s`
+    end.className = kind
   }
-  return `${reason}, ${tokens} tokens`
-}
-at("ask").onsubmit = async event => {
-  event.preventDefault()
-  if (at("send").disabled) return
-  const began = Date.now(), stopping = new AbortController()
-  const seconds = () => ((Date.now() - began) / 1000).toFixed(1) + " s"
-  const timer = setInterval(() => at("end").textContent = "… " + seconds(), 100)
-  at("send").disabled = true
-  at("answer").hidden = at("stop").hidden = false
-  at("stop").onclick = () => stopping.abort()
-  at("answer").textContent = at("end").className = ""
-  try { at("end").textContent = await ask(stopping) + ", " + seconds() }
-  catch (problem) {
-    at("end").textContent = stopping.signal.aborted ? "stopped after " + seconds() : problem
-    at("end").className = stopping.signal.aborted ? "" : "error"
+  const timer = setInterval(tell, 100, "…")
+  stop.onclick = () => stopping.abort()
+  send.disabled = true
+  stop.disabled = false
+  answer.textContent = ""
+  try {
+    const got = await call("/v1/messages", {method: "POST", body, signal: stopping.signal})
+    const reader = got.body.pipeThrough(new TextDecoderStream()).getReader()
+    for (let text = "", part; !(part = await reader.read()).done;) {
+      const lines = (text + part.value).split("\\n")
+      text = lines.pop()
+      for (const line of lines.filter(line => line.startsWith("data: "))) {
+        const event = JSON.parse(line.slice(6))
+        if (event.error) throw event.error.message
+        answer.textContent += event.delta?.text ?? ""
+        Object.assign(last, event.delta, event.usage)
+      }
+    }
+    tell(`${last.stop_reason}, ${last.output_tokens} tokens,`)
+  } catch (problem) {
+    if (stopping.signal.aborted) tell("stopped after")
+    else tell(problem + ",", "error")
   }
   clearInterval(timer)
-  at("send").disabled = false
-  at("stop").hidden = true
+  send.disabled = false
+  stop.disabled = true
 }
-at("prompt").onkeydown = event => {
-  if (event.key == "Enter" && (event.ctrlKey || event.metaKey)) at("ask").requestSubmit()
+prompt.onkeydown = event => {
+  if (event.key == "Enter" && (event.ctrlKey || event.metaKey)) send.click()
 }
+key.value = sessionStorage.apiKey ?? ""
+key.oninput = () => { sessionStorage.apiKey = key.value; list() }
 refresh()
-models()
+list()
 </script></html>
 """
 
@@ -3165,12 +3129,14 @@ models()
 # differently could be made to smuggle requests in. No response header is built from client text.
 # Knows nothing of what is asked.
 
+# None of these may try one byte in two ways: hostile input would take minutes.
 _REQUEST_LINE: Final = re.compile(rb"([A-Z]{1,20}) (/[\x21-\x7e]*) HTTP/1\.([01])")
-_HEADER_LINE: Final = re.compile(
-    rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([\t\x20-\x7e\x80-\xff]*?)[ \t]*"
-)
+_HEADER_LINE: Final = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([\t\x20-\x7e\x80-\xff]*)")
 _CHUNK_LINE: Final = re.compile(rb"([0-9A-Fa-f]{1,8})[ \t]*(?:;[\t\x20-\x7e\x80-\xff]*)?")
+_LINE_END: Final = re.compile(rb"\n")
+_HEAD_END: Final = re.compile(rb"[^\r\n]\r?\n\r?\n")  # not an empty line before the request
 _HANGUP: Final = getattr(select, "POLLRDHUP", 0) | select.POLLHUP | select.POLLERR
+_TOO_LARGE: Final = f"Request exceeds the maximum size of {MAX_BODY_BYTES} bytes"
 
 
 class Head(NamedTuple):
@@ -3182,15 +3148,11 @@ class Head(NamedTuple):
     headers: tuple[tuple[str, str], ...]
 
     def all(self, name: str) -> list[str]:
-        """Return every value of a header."""
         return [value for key, value in self.headers if key == name]
 
     def get(self, name: str) -> str:
-        """Return a header's first value, "" where it is absent."""
-        return next(iter(self.all(name)), "")
-
-
-_TOO_LARGE: Final = f"Request exceeds the maximum size of {MAX_BODY_BYTES} bytes"
+        """Return a header's values as one, "" where it is absent."""
+        return ",".join(self.all(name))
 
 
 class BadFraming(ApiError):
@@ -3199,15 +3161,22 @@ class BadFraming(ApiError):
     status = 400
 
 
-def parse_head(lines: Sequence[bytes]) -> Head:
-    """Parse a request line and header lines, each without its line end. Raises BadFraming."""
-    if (request := _REQUEST_LINE.fullmatch(lines[0])) is None:
+def parse_head(raw: bytes) -> Head:
+    """Parse a head up to the blank line at its end. Raises BadFraming.
+
+    Lines end with CR LF alone; before the first one RFC 9112 lets empty lines pass.
+    """
+    first, *lines = filter(None, raw.split(b"\r\n"))
+    if (request := _REQUEST_LINE.fullmatch(first)) is None:
         raise BadFraming("malformed request line")
+    if len(lines) > MAX_HEADERS:
+        raise BadFraming(f"over {MAX_HEADERS} headers", status=431)
     headers = []
-    for line in lines[1:]:
+    for line in lines:
         if (header := _HEADER_LINE.fullmatch(line)) is None:
             raise BadFraming("malformed header line")
-        headers.append((header[1].decode("ascii").lower(), header[2].decode("latin-1")))
+        name, value = header[1].decode("ascii").lower(), header[2].strip(b" \t")
+        headers.append((name, value.decode("latin-1")))
     path = urllib.parse.unquote(request[2].decode("ascii").partition("?")[0])
     head = Head(request[1].decode("ascii"), path, request[3] == b"1", tuple(headers))
     if len(head.all("host")) != 1 and (head.is_http_11 or head.all("host")):
@@ -3222,52 +3191,51 @@ def body_length(head: Head) -> int | None:
         if lengths or not head.is_http_11 or [c.lower() for c in codings] != ["chunked"]:
             raise BadFraming("Transfer-Encoding must be chunked, without a Content-Length")
         return None
-    if not lengths:
-        return 0
-    if len(lengths) > 1 or not re.fullmatch("[0-9]+", lengths[0]):
+    length = ",".join(lengths or ["0"])
+    if not re.fullmatch("[0-9]+", length):
         raise BadFraming("Content-Length must be given once, as a decimal number")
-    if len(lengths[0]) > len(str(MAX_BODY_BYTES)) or int(lengths[0]) > MAX_BODY_BYTES:
+    if len(length) > len(str(MAX_BODY_BYTES)) or int(length) > MAX_BODY_BYTES:
         raise BadFraming(_TOO_LARGE, status=413)
-    return int(lengths[0])
+    return int(length)
 
 
 class ClientStream:
     """The client's end of a connection; it raises ClientGone, and BadFraming (408) at a deadline.
 
-    Deadlines are in seconds of `time.monotonic()`.
+    Deadlines are in seconds of `time.monotonic()`. A client may read nothing for `patience_s`.
     """
 
-    def __init__(self, sock: socket.socket) -> None:
-        self._sock = sock
+    def __init__(self, sock: socket.socket, patience_s: float) -> None:
+        self.body_length: int | None = 0  # of what is still to be read; None: nobody knows
+        self._sock, self._patience_s = sock, patience_s
         self._buffer = bytearray()
         self._watch = select.poll()
         self._watch.register(sock, select.POLLIN | _HANGUP)
 
     def read_head(self, idle_s: float) -> Head:
         """Read the next request's head, waiting up to `idle_s` for its first byte."""
+        self.body_length = None
         if not self._buffer:
             self._fill(time.monotonic() + idle_s)
         deadline = time.monotonic() + HEAD_TIMEOUT_S
-        lines: list[bytes] = []
-        left = MAX_HEAD_BYTES
-        while True:
-            line = self.read_line(left, deadline)
-            left -= len(line) + 2
-            if line:
-                lines.append(line)
-            elif lines:  # else an empty line before the request, which RFC 9112 lets pass
-                return parse_head(lines)
-            if len(lines) > MAX_HEADERS + 1:
-                raise BadFraming(f"over {MAX_HEADERS} headers", status=431)
+        head = parse_head(self._read_to(_HEAD_END, MAX_HEAD_BYTES, deadline))
+        self.body_length = body_length(head)
+        return head
 
-    def read_body(self, length: int | None) -> bytes:
-        """Read a body of a known length, or in chunks."""
+    def read_body(self) -> bytes:
+        """Read the body that follows the head."""
         deadline = time.monotonic() + BODY_TIMEOUT_S
-        if length is not None:
-            return self._read_exactly(length, deadline)
+        if self.body_length is None:
+            body = self._read_chunks(deadline)
+        else:
+            body = self._read_exactly(self.body_length, deadline)
+        self.body_length = 0
+        return body
+
+    def _read_chunks(self, deadline: float) -> bytes:
         body = bytearray()
         while True:
-            line = _CHUNK_LINE.fullmatch(self.read_line(MAX_CHUNK_LINE_BYTES, deadline))
+            line = _CHUNK_LINE.fullmatch(self._read_line(MAX_CHUNK_LINE_BYTES, deadline))
             if line is None:
                 raise BadFraming("malformed chunk")
             if (size := int(line[1], 16)) == 0:
@@ -3275,27 +3243,29 @@ class ClientStream:
             if len(body) + size > MAX_BODY_BYTES:
                 raise BadFraming(_TOO_LARGE, status=413)
             body += self._read_exactly(size, deadline)
-            if self.read_line(2, deadline):
+            if self._read_exactly(2, deadline) != b"\r\n":
                 raise BadFraming("a chunk is longer than announced")
         for _ in range(MAX_HEADERS + 1):  # trailers: read and dropped
-            if not self.read_line(MAX_HEAD_BYTES, deadline):
+            if not self._read_line(MAX_HEAD_BYTES, deadline):
                 return bytes(body)
         raise BadFraming("too many trailers", status=431)
 
-    def read_line(self, limit: int, deadline: float) -> bytes:
+    def _read_line(self, limit: int, deadline: float) -> bytes:
         """Read up to CRLF; return the line without it. A lone LF or CR is refused."""
-        searched = 0
-        while (end := self._buffer.find(b"\n", searched)) < 0:
-            if (searched := len(self._buffer)) > limit:
-                break
-            self._fill(deadline)
-        if not 0 <= end <= limit + 1:
-            raise BadFraming("line too long", status=431)
-        line = bytes(self._buffer[: end + 1])
-        del self._buffer[: end + 1]
+        line = self._read_to(_LINE_END, limit, deadline)
         if not line.endswith(b"\r\n") or line.count(b"\r") > 1:
             raise BadFraming("lines must end with CR LF")
         return line[:-2]
+
+    def _read_to(self, end: re.Pattern[bytes], limit: int, deadline: float) -> bytes:
+        """Read up to what matches `end`, and with it, at most `limit` bytes."""
+        searched = 0
+        while (found := end.search(self._buffer, searched)) is None and len(self._buffer) <= limit:
+            searched = max(0, len(self._buffer) - 4)  # what ends a head has five bytes
+            self._fill(deadline)
+        if found is None or found.end() > limit:
+            raise BadFraming("line or head too long", status=431)
+        return self._read_exactly(found.end(), deadline)
 
     def _read_exactly(self, length: int, deadline: float) -> bytes:
         while len(self._buffer) < length:
@@ -3326,9 +3296,8 @@ class ClientStream:
         except OSError:
             return True
 
-    def write(self, data: bytes, timeout_s: float) -> None:
-        """Write everything, or give the client up when it reads nothing for `timeout_s`."""
-        self._sock.settimeout(timeout_s)
+    def write(self, data: bytes) -> None:
+        self._sock.settimeout(self._patience_s)
         try:
             self._sock.sendall(data)
         except OSError as exc:
@@ -3345,24 +3314,17 @@ class ClientStream:
 
 
 class Response:
-    """The answer to one request, whole or a stream; a client may read nothing for `timeout_s`."""
+    """The answer to one request, whole or a stream."""
 
-    def __init__(self, stream: ClientStream, head: Head, request_id: str, timeout_s: float) -> None:
-        self.closes = "close" in head.get("connection").lower() or not head.is_http_11
-        self.has_begun = False  # the 200 of a stream is out
-        self.status = 0  # what was sent, or would have been
-        self._stream, self._head, self._timeout_s = stream, head, timeout_s
-        self._headers = {"request-id": request_id, "x-request-id": request_id}
-        self._life: bytes | None = None  # what shows life in a stream; None: not one
+    def __init__(self, stream: ClientStream, head: Head, headers: Mapping[str, str]) -> None:
+        self.status = 0  # what was sent, 0 while nothing was
+        self.closes = True  # the connection ends with it
+        self._stream, self._head, self._headers = stream, head, dict(headers)
+        self._life = b""  # what shows life in a stream
         self._last_write_at = time.monotonic()
 
     def add_headers(self, headers: Mapping[str, str]) -> None:
-        """Send these headers with whatever is sent."""
         self._headers |= headers
-
-    def close_after(self) -> None:
-        """Close the connection after the answer."""
-        self.closes = True
 
     def stream_with(self, life: bytes) -> None:
         """Make it a stream; `life` is written into it after KEEPALIVE_S of silence."""
@@ -3384,102 +3346,88 @@ class Response:
     def send(self, status: int, data: bytes, headers: Mapping[str, str]) -> None:
         """Write a status, headers and, but for HEAD, a body."""
         sized = headers if status == 204 else {**headers, "content-length": str(len(data))}
-        head = self._to_head(status, sized)
         body = b"" if self._head.method == "HEAD" else data
-        self._stream.write(head + body, self._timeout_s)
+        self._stream.write(self._to_head(status, sized) + body)
 
     def write_chunk(self, data: bytes, *, is_last: bool = False) -> None:
         """Write a part of a stream with one write, the first one behind its head."""
         if not data:  # an empty chunk would end the body
             return
-        chunked = {"transfer-encoding": "chunked"} if self._head.is_http_11 else {}
-        if chunked:  # else the end of the connection is the end of the body
+        headers = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache"}
+        if self._head.is_http_11:  # else the end of the connection is the end of the body
+            headers["transfer-encoding"] = "chunked"
             data = b"%x\r\n%b\r\n%b" % (len(data), data, b"0\r\n\r\n" if is_last else b"")
-        head = b""
-        if not self.has_begun:
-            self.has_begun = True
-            fixed = {
-                "content-type": "text/event-stream; charset=utf-8",
-                "cache-control": "no-cache",
-            }
-            head = self._to_head(200, {**fixed, **chunked})
-        self._stream.write(head + data, self._timeout_s)
+        if not self.status:
+            data = self._to_head(200, headers) + data
+        self._stream.write(data)
         self._last_write_at = time.monotonic()
 
     def _to_head(self, status: int, headers: Mapping[str, str]) -> bytes:
         """Return the status line and headers; all names and values are our own."""
         self.status = status
+        keeps = self._head.is_http_11 and "close" not in self._head.get("connection").lower()
+        # behind a body that was not read nobody knows where the next request begins
+        self.closes = not keeps or self._stream.body_length != 0
+        fixed = {
+            "server": f"cc2api/{__version__}",
+            "date": email.utils.formatdate(usegmt=True),
+            "connection": "close" if self.closes else "keep-alive",
+        }
         lines = [f"HTTP/1.1 {status} {http.client.responses.get(status, 'Error')}"]
-        lines += [f"server: cc2api/{__version__}", f"date: {email.utils.formatdate(usegmt=True)}"]
-        lines += [f"connection: {'close' if self.closes else 'keep-alive'}"]
-        lines += [f"{key}: {value}" for key, value in {**self._headers, **headers}.items()]
+        lines += [f"{key}: {value}" for key, value in {**fixed, **self._headers, **headers}.items()]
         return "\r\n".join([*lines, "", ""]).encode("ascii")
 
 
 class Server(ThreadingHTTPServer):
     """The listening socket; every connection gets a thread that runs the handler it is given."""
 
-    daemon_threads = True
+    allow_reuse_port = False  # some Pythons would let a second gateway listen on the same port
     request_queue_size = LISTEN_BACKLOG
+    server_bind = TCPServer.server_bind  # HTTPServer's asks DNS for our own name
 
     def __init__(self, address: tuple[str, int], handler: type[BaseRequestHandler]) -> None:
         """Bind and listen. Raises OSError. `serve` before `serve_forever`."""
         self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
         self.service: Any = None  # what the handlers serve
         self.is_stopping = False
-        self._idle = threading.Condition()
-        self._answering = 0  # guarded by _idle, as the next one
-        self._connections = 0
+        self._changed = threading.Condition()
+        self._running = collections.Counter[str]()  # connections and answers; guarded by _changed
         super().__init__(address, handler)
+        self.server_port: int = self.server_address[1]
 
     def serve(self, service: object) -> None:
-        """Have the handlers serve this."""
         self.service = service
 
-    def server_bind(self) -> None:
-        """Bind without asking DNS for our own name, as HTTPServer would."""
-        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        self.socket.bind(self.server_address)
-        self.server_address = self.socket.getsockname()
-        self.server_port = self.server_address[1]
+    @contextlib.contextmanager
+    def running(self, what: str) -> Iterator[int]:
+        """Count a connection or an answer as running; yield how many are."""
+        with self._changed:
+            self._running[what] += 1
+            count = self._running[what]
+        try:
+            yield count
+        finally:
+            with self._changed:
+                self._running[what] -= 1
+                self._changed.notify_all()
 
-    def verify_request(self, request: Any, client_address: Any) -> bool:
-        """Count a connection; beyond MAX_CONNECTIONS it is closed at once."""
-        with self._idle:
-            self._connections += 1
-            has_place = self._connections <= MAX_CONNECTIONS
-        if not has_place:
-            log.warning("over %d connections: one was turned away", MAX_CONNECTIONS)
-        return has_place
-
-    def shutdown_request(self, request: Any) -> None:
-        """End a connection, and count it no more; socketserver calls it once for each."""
-        super().shutdown_request(request)
-        with self._idle:
-            self._connections -= 1
+    def finish_request(self, request: Any, client_address: Any) -> None:
+        """Run a connection's handler; beyond MAX_CONNECTIONS it is closed at once."""
+        with self.running("connections") as count:
+            if count <= MAX_CONNECTIONS:
+                super().finish_request(request, client_address)
+            else:
+                log.warning("over %d connections: one was turned away", MAX_CONNECTIONS)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Log what escaped a handler; a connection that broke is no news."""
-        if not isinstance(sys.exc_info()[1], OSError):
+        if not isinstance(sys.exc_info()[1], OSError):  # a connection that broke is no news
             log.exception("connection from %s failed", client_address)
 
-    @contextlib.contextmanager
-    def answering(self) -> Iterator[None]:
-        """Count a request as running, for `drain`."""
-        with self._idle:
-            self._answering += 1
-        try:
-            yield
-        finally:
-            with self._idle:
-                self._answering -= 1
-                self._idle.notify_all()
-
     def drain(self, seconds: float) -> int:
-        """Wait until no request is running, or for so long; return how many still are."""
-        with self._idle:
-            self._idle.wait_for(lambda: self._answering == 0, seconds)
-            return self._answering
+        """Wait until no answer is running, or for so long; return how many still are."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._running["answers"], seconds)
+            return self._running["answers"]
 
     def stop(self) -> None:
         """Accept no more connections, and answer no more requests."""
@@ -3490,7 +3438,8 @@ class Server(ThreadingHTTPServer):
 
 # ======================================================================= Routes
 # Which path does what, who may call it, and the one place where errors become answers. One thread
-# for each connection. A new route is a row in ROUTES and a function of a Handler.
+# for each connection. A new route is a row in ROUTES and a function of a Handler; a new API that
+# asks a model is a Dialect.
 
 CORS_HEADERS: Final = {
     "access-control-allow-methods": "GET, POST, OPTIONS",
@@ -3498,16 +3447,17 @@ CORS_HEADERS: Final = {
     "access-control-expose-headers": "request-id, x-request-id, retry-after",
     "access-control-max-age": "600",
 }
-
-
-def to_frame(event: Event) -> bytes:
-    """Return an event as an SSE frame; ASCII, since some clients split lines at U+2028."""
-    return f"event: {event.get('type')}\n".encode("ascii") + to_data(event)
+COMMENT: Final = b": waiting\n\n"  # which clients skip; some are confused by an event so early
 
 
 def to_data(chunk: JsonObject) -> bytes:
-    """Return a chat completion chunk as an SSE frame, which has no name."""
+    """Return an SSE frame without a name; ASCII, since some clients split lines at U+2028."""
     return b"data: %b\n\n" % json.dumps(chunk).encode("ascii")
+
+
+def to_frame(event: Event) -> bytes:
+    """Return an event as an SSE frame with its name."""
+    return f"event: {event.get('type')}\n".encode("ascii") + to_data(event)
 
 
 def to_anthropic_error(error: ApiError) -> tuple[int, JsonObject]:
@@ -3516,41 +3466,38 @@ def to_anthropic_error(error: ApiError) -> tuple[int, JsonObject]:
     return error.status, {"type": "error", "error": without_nulls(inner)}
 
 
-class Dialect(NamedTuple):
-    """How an API writes what the APIs have in common."""
+# What is asked, how an event of its answer is written, and the finished message.
+Asked = tuple[Turn, Callable[[Event], bytes], Callable[[JsonObject], JsonObject]]
 
+
+def ask_messages(body: JsonObject, betas: str, is_login: bool) -> Asked:
+    """Read a Messages API request."""
+    return parse_messages_request(body, betas, is_login=is_login), to_frame, dict
+
+
+def ask_chat(body: JsonObject, betas: str, is_login: bool) -> Asked:
+    """Read a chat completions request."""
+    turn, style = parse_chat_request(body, int(time.time()), is_login=is_login)
+    chunks = ChunkWriter(style)
+
+    def encode(event: Event) -> bytes:
+        end = b"data: [DONE]\n\n" if event["type"] == "message_stop" else b""
+        return b"".join(map(to_data, chunks.feed(event))) + end
+
+    return turn, encode, lambda message: to_completion(message, style)
+
+
+class Dialect(NamedTuple):
+    """An API that asks a model: how it is read and written."""
+
+    read: Callable[[JsonObject, str, bool], Asked]  # a body, anthropic-beta, Service.is_login
     to_error: Callable[[ApiError], tuple[int, JsonObject]]
-    to_frame: Callable[[JsonObject], bytes]
+    to_frame: Callable[[JsonObject], bytes]  # of an error in a stream
     life: bytes  # shows life in a stream that has begun
 
 
-COMMENT: Final = b": waiting\n\n"  # which clients skip; some are confused by an event so early
-ANTHROPIC: Final = Dialect(to_anthropic_error, to_frame, to_frame({"type": "ping"}))
-OPENAI: Final = Dialect(to_openai_error, to_data, COMMENT)
-
-
-class Route(NamedTuple):
-    """What a path does: a method and the name of the Handler's function that does it."""
-
-    method: str
-    name: str
-    dialect: Dialect = ANTHROPIC
-    needs_key: bool = True
-
-
-# Without their /v1: a base URL is configured with it or without, and some clients add one.
-ROUTES: Final = {
-    "/": Route("GET", "status"),
-    "/healthz": Route("GET", "healthz", needs_key=False),
-    "/metrics": Route("GET", "metrics"),
-    "/api/hello": Route("GET", "hello"),  # Claude Code's own probe
-    "/messages": Route("POST", "messages"),
-    "/messages/count_tokens": Route("POST", "count_tokens"),
-    "/chat/completions": Route("POST", "chat_completions", OPENAI),
-    "/models": Route("GET", "models"),
-    "/models/": Route("GET", "model"),
-}
-NO_ROUTE: Final = Route("GET", "none", needs_key=False)
+ANTHROPIC: Final = Dialect(ask_messages, to_anthropic_error, to_frame, to_frame({"type": "ping"}))
+OPENAI: Final = Dialect(ask_chat, to_openai_error, to_data, COMMENT)
 
 
 def cors_headers(head: Head, settings: Settings) -> dict[str, str]:
@@ -3571,12 +3518,12 @@ def admit(head: Head, keys: KeyFile, settings: Settings, *, needs_key: bool) -> 
     if keys.is_open(loaded):
         origin, host = head.get("origin"), head.get("host")
         name = re.sub(r":\d*\Z", "", host).strip("[]").lower()
-        own, problem = ("", f"http://{host}", f"https://{host}"), ""
         if name and not is_own_name(name, settings):
             problem = f"Host {quoted(name, 100)} is not served; see --allowed-host"
-        elif origin not in own and not cors_headers(head, settings):
+            raise ApiError(problem, status=403)
+        is_own = origin in ("", f"http://{host}", f"https://{host}")
+        if not is_own and not cors_headers(head, settings):
             problem = f"pages of {quoted(origin, 100)} may not call; see --cors-origin"
-        if problem:
             raise ApiError(problem, status=403)
     if not needs_key:
         return NOBODY
@@ -3591,21 +3538,6 @@ def is_own_name(name: str, settings: Settings) -> bool:
     return False
 
 
-def send_error(out: Response, record: Record, dialect: Dialect, error: ApiError) -> None:
-    """Answer with an error: JSON with its status, or an event where a stream has begun."""
-    record.note_error(error)
-    status, body = dialect.to_error(error)
-    if dialect is ANTHROPIC:
-        body["request_id"] = record.request_id
-    if out.has_begun:
-        out.write_chunk(dialect.to_frame(body), is_last=True)
-        return
-    should_retry = False if (error.status, status) == (402, 429) else error.should_retry
-    told = {"retry-after": error.retry_after_s, "x-should-retry": should_retry}
-    out.add_headers({name: str(value).lower() for name, value in without_nulls(told).items()})
-    out.send_json(status, body)
-
-
 class Handler(BaseRequestHandler):
     """One connection: reads requests one after the other and routes each."""
 
@@ -3616,72 +3548,83 @@ class Handler(BaseRequestHandler):
         """Answer requests until either side ends the connection."""
         # an event must not wait for the ACK of the one before
         self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._stream = ClientStream(self.request)
         self._service: Service = self.server.service
+        self._stream = ClientStream(self.request, self._service.settings.timeout)
         idle_s = HEAD_TIMEOUT_S
-        while not self.server.is_stopping:
-            try:
+        try:
+            while not self.server.is_stopping:
                 head = self._stream.read_head(idle_s)
-            except ClientGone:
-                return
-            except BadFraming as error:
-                if error.status != 408:  # to a connection that stayed silent nothing is said
-                    self._answer(Head("-", "-", True, ()), error)
-                break
-            with self.server.answering():
-                self._answer(head)
-            if self._out.closes:
-                break
-            idle_s = KEEP_ALIVE_S
+                with self.server.running("answers"):
+                    self._answer(head)
+                if self._out.closes:
+                    break
+                idle_s = KEEP_ALIVE_S
+        except ClientGone:
+            return
+        except BadFraming as error:
+            if error.status != 408:  # to a connection that stayed silent nothing is said
+                self._answer(Head("-", "-", True, ()), error)
         self._stream.linger()
 
     def _answer(self, head: Head, failure: ApiError | None = None) -> None:
-        """Run a route; whatever it raises is answered here and nowhere else."""
-        client, timeout_s = str(self.client_address[0]), self._service.settings.timeout
+        """Run a route; whatever it raises is answered here and nowhere else. Raises ClientGone."""
+        client = str(self.client_address[0])
         self._record = Record(self._service.metrics, head.method, head.path, client)
-        self._out = Response(self._stream, head, self._record.request_id, timeout_s)
+        headers = dict.fromkeys(("request-id", "x-request-id"), self._record.request_id)
+        headers |= cors_headers(head, self._service.settings)
+        self._out = Response(self._stream, head, headers)
         self._head, self._dialect = head, ANTHROPIC
-        self._body_length: int | None = 0  # of what is still to be read; None in chunks
-        status = 0
         try:
             if failure:
                 raise failure
             self._route(head)
+            status = self._out.status
         except ClientGone:
-            status = 499  # nginx's code for it; nobody is sent it
-            self._out.close_after()
-        except Exception as exc:
-            error = exc if isinstance(exc, ApiError) else ApiError("internal error")
-            if error is not exc:
-                log.exception("id=%s failed", self._record.request_id)
-            status = error.status  # though the client of a stream has had a 200
-            if isinstance(error, BadFraming) or self._body_length != 0:
-                self._out.close_after()  # it is not known where the next request begins
-            if self._record.has_turn:
-                self._out.add_headers(self._service.rate_limits)
-            with contextlib.suppress(ClientGone):
-                send_error(self._out, self._record, self._dialect, error)
-        self._record.close(status or self._out.status)
+            self._record.close(499)  # nginx's code for it; nobody is sent it
+            raise
+        except ApiError as error:
+            status = self._fail(error)
+        except Exception:
+            log.exception("id=%s failed", self._record.request_id)
+            status = self._fail(ApiError("internal error"))
+        self._record.close(status)
+
+    def _fail(self, error: ApiError) -> int:
+        """Answer with an error: JSON with its status, or an event where a stream has begun."""
+        self._record.note(error=error.kind)
+        if error.status != 400:  # its message may quote the prompt
+            self._record.note(msg=json.dumps(str(error)[:200], ensure_ascii=False))
+        self._record.debug("error", str(error).encode())
+        status, body = self._dialect.to_error(error)
+        if self._dialect is ANTHROPIC:
+            body["request_id"] = self._record.request_id
+        if self._record.has_turn:
+            self._out.add_headers(self._service.rate_limits)
+        should_retry = False if (error.status, status) == (402, 429) else error.should_retry
+        told = without_nulls({"retry-after": error.retry_after_s, "x-should-retry": should_retry})
+        self._out.add_headers({name: str(value).lower() for name, value in told.items()})
+        with contextlib.suppress(ClientGone):
+            if self._out.status:
+                self._out.write_chunk(self._dialect.to_frame(body), is_last=True)
+            else:
+                self._out.send_json(status, body)
+        return error.status  # though the client of a stream has had a 200
 
     def _route(self, head: Head) -> None:
         if self.server.is_stopping:
             raise CliFailed("the gateway is shutting down", status=503)
-        self._body_length = body_length(head)
-        if self._body_length != 0 and head.method != "POST":
-            self._out.close_after()  # nobody will read it
         path = re.sub(r"\A(/v1)+(?=/)", "", head.path)
-        self._model_name = path.partition("/models/")[2]
-        route = ROUTES.get("/models/" if self._model_name else path, NO_ROUTE)
-        self._record.note_route(route.name)
+        route = ROUTES.get("/models/" if path.startswith("/models/") else path, NO_ROUTE)
+        if path == "/" and "text/html" in head.get("accept"):
+            route = PAGE_ROUTE
+        self._record.note({"route": route.name})
         self._dialect = route.dialect
-        settings, is_preflight = self._service.settings, head.method == "OPTIONS"
-        self._out.add_headers(cors_headers(head, settings))
-        self._is_page = path == "/" and "text/html" in head.get("accept")
-        needs_key = route.needs_key and not is_preflight and not self._is_page
+        needs_key = route.needs_key and head.method != "OPTIONS"
         if route.name != "healthz":
-            self._caller = admit(head, self._service.keys, settings, needs_key=needs_key)
+            keys, settings = self._service.keys, self._service.settings
+            self._caller = admit(head, keys, settings, needs_key=needs_key)
         allow = {"allow": f"{route.method}, OPTIONS"}
-        if is_preflight:
+        if head.method == "OPTIONS":
             self._out.send(204, b"", allow)
             return
         if route is NO_ROUTE:
@@ -3690,23 +3633,31 @@ class Handler(BaseRequestHandler):
             self._out.add_headers(allow)
             raise ApiError(f"{head.method} is not allowed here, {route.method} is", status=405)
         if needs_key:
-            self._record.note_caller(self._caller.name)
-        getattr(self, route.name)()
+            self._record.note({"caller": self._caller.name}, key=self._caller.name)
+        route.run(self)
 
     def hello(self) -> None:
-        """Answer a probe."""
         self._out.send_json(200, {"service": "cc2api", "version": __version__})
 
     def status(self) -> None:
-        """Answer a browser with a page, and others with the text that it shows."""
         url = f"http://{quoted(self._head.get('host'), 200)}"
+        self._send_text("text/plain", status_text(self._service, url))
+
+    def page(self) -> None:
+        """Send a browser the page, which asks for the status itself."""
+        self._send_text("text/html", PAGE)
+
+    def metrics(self) -> None:
+        text = self._service.metrics.render(self._service.gauges())
+        self._send_text("text/plain; version=0.0.4", text)
+
+    def _send_text(self, kind: str, text: str) -> None:
         headers = {
-            "content-type": f"text/{'html' if self._is_page else 'plain'}; charset=utf-8",
+            "content-type": f"{kind}; charset=utf-8",
             "content-security-policy": "default-src 'self' 'unsafe-inline'; img-src data:",
             "cache-control": "no-store",
             "vary": "accept",
         }
-        text = PAGE if self._is_page else status_text(self._service, url)
         self._out.send(200, text.encode(), headers)
 
     def healthz(self) -> None:
@@ -3715,67 +3666,39 @@ class Handler(BaseRequestHandler):
             raise CliFailed(failure, status=503)
         self._out.send_json(200, {"status": "ok"})
 
-    def metrics(self) -> None:
-        """Answer Prometheus."""
-        text = self._service.metrics.render(self._service.gauges()).encode()
-        self._out.send(200, text, {"content-type": "text/plain; version=0.0.4; charset=utf-8"})
-
     def models(self) -> None:
         """Answer all models on one page, which both SDKs' paging takes, or one by id or alias."""
         models = to_model_list(self._service.models(self._caller, self._out.tick))
-        if self._model_name:
-            wanted = self._service.model_id(self._model_name)
-            body = next((model for model in models if model["id"] == wanted), None)
-            if body is None:
-                raise ApiError(f"model: {self._model_name}", status=404)
-        else:
-            ids = [model["id"] for model in models] or [None]
-            body = {"object": "list", "data": models, "has_more": False}
-            body |= {"first_id": ids[0], "last_id": ids[-1]}
-        self._out.send_json(200, body)
-
-    model = models  # the log and the metrics tell them apart
-
-    def messages(self) -> None:
-        """Answer a Messages API request."""
-        betas, is_login = ",".join(self._head.all("anthropic-beta")), self._service.is_login
-        turn = parse_messages_request(self._read_json(), betas, is_login=is_login)
-        self._run(turn, to_frame, lambda message: message)
-
-    def chat_completions(self) -> None:
-        """Answer a chat completions request."""
-        created, is_login = int(time.time()), self._service.is_login
-        turn, style = parse_chat_request(self._read_json(), created, is_login=is_login)
-        chunks = ChunkWriter(style)
-
-        def encode(event: Event) -> bytes:
-            end = b"data: [DONE]\n\n" if event["type"] == "message_stop" else b""
-            return b"".join(map(to_data, chunks.feed(event))) + end
-
-        self._run(turn, encode, lambda message: to_completion(message, style))
+        if name := self._head.path.partition("/models/")[2]:
+            wanted = self._service.model_id(name)
+            found = [model for model in models if model["id"] == wanted]
+            if not found:
+                raise ApiError(f"model: {name}", status=404)
+            self._out.send_json(200, found[0])
+            return
+        ids = [model["id"] for model in models] or [None]
+        body = {"object": "list", "data": models, "has_more": False}
+        self._out.send_json(200, {**body, "first_id": ids[0], "last_id": ids[-1]})
 
     def count_tokens(self) -> None:
-        """Answer how many input tokens a request has."""
-        turn = parse_count_request(self._read_json(), ",".join(self._head.all("anthropic-beta")))
+        turn = parse_count_request(self._read_json(), self._head.get("anthropic-beta"))
         self._record.note_turn(turn, is_known=self._service.knows(turn.model))
-        count = self._service.count_tokens(turn, self._caller, self._out.tick)
-        self._record.note_usage({"input_tokens": count})
-        self._out.send_json(200, {"input_tokens": count})
+        count = {"input_tokens": self._service.count_tokens(turn, self._caller, self._out.tick)}
+        self._record.note_usage(count)
+        self._out.send_json(200, count)
 
-    def _run(
-        self, turn: Turn, encode: Callable[[Event], bytes], finish: Callable[..., Any]
-    ) -> None:
-        """Have a turn answered; write its events as they come, or `finish` the whole message."""
-        record, out = self._record, self._out
-        record.note_turn(turn, is_known=self._service.knows(turn.model))
+    def ask(self) -> None:
+        """Have a model answer: write its events as they come, or the whole message."""
+        service, record, out = self._service, self._record, self._out
+        body, betas = self._read_json(), self._head.get("anthropic-beta")
+        turn, encode, finish = self._dialect.read(body, betas, service.is_login)
+        record.note_turn(turn, is_known=service.knows(turn.model))
         if turn.stream:
             out.stream_with(COMMENT)
         assembler = MessageAssembler()
-        answering = self._service.answer(turn, self._caller, out.tick, record)
-        with contextlib.closing(answering) as answer:
+        with contextlib.closing(service.answer(turn, self._caller, out.tick, record)) as answer:
             for batch in answer:
-                if not out.has_begun:
-                    out.add_headers(self._service.rate_limits)
+                out.add_headers(service.rate_limits)
                 with upstream_protocol():
                     for event in () if turn.stream else batch:
                         assembler.add(event)
@@ -3796,12 +3719,36 @@ class Handler(BaseRequestHandler):
             problem = "Content-Encoding: request bodies must not be encoded"
             raise InvalidRequest(problem, details=details)
         if self._head.get("expect").lower() == "100-continue":
-            go_on = b"HTTP/1.1 100 Continue\r\n\r\n"
-            self._stream.write(go_on, self._service.settings.timeout)
-        raw = self._stream.read_body(self._body_length)
-        self._body_length = 0
+            self._stream.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        raw = self._stream.read_body()
         self._record.debug("request", raw)
         return parse_json(raw)
+
+
+class Route(NamedTuple):
+    """What a path does: its name for the metrics, and the Handler's function that does it."""
+
+    method: str
+    name: str
+    run: Callable[[Handler], None]
+    dialect: Dialect = ANTHROPIC
+    needs_key: bool = True
+
+
+# Without their /v1: a base URL is configured with it or without, and some clients add one.
+ROUTES: Final = {
+    "/": Route("GET", "status", Handler.status),
+    "/healthz": Route("GET", "healthz", Handler.healthz, needs_key=False),
+    "/metrics": Route("GET", "metrics", Handler.metrics),
+    "/api/hello": Route("GET", "hello", Handler.hello),  # Claude Code's own probe
+    "/messages": Route("POST", "messages", Handler.ask),
+    "/messages/count_tokens": Route("POST", "count_tokens", Handler.count_tokens),
+    "/chat/completions": Route("POST", "chat_completions", Handler.ask, OPENAI),
+    "/models": Route("GET", "models", Handler.models),
+    "/models/": Route("GET", "model", Handler.models),
+}
+PAGE_ROUTE: Final = Route("GET", "status", Handler.page, needs_key=False)
+NO_ROUTE: Final = Route("GET", "none", Handler.hello, needs_key=False)
 
 
 # ================================================================= Command line
