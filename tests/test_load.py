@@ -109,6 +109,7 @@ def test_beyond_the_queue_it_is_529_and_the_queue_is_in_order(tmp_path: Path) ->
         assert refused.status == 529
         assert refused.json["error"]["type"] == "overloaded_error"
         assert int(refused.headers["retry-after"]) > 0
+        wait_until((tmp_path / "queries").exists)  # the first has been asked
         first.close()  # makes room
         assert b"200 OK" in second.recv(100)
         assert b"200 OK" in third.recv(100)
