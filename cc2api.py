@@ -1551,15 +1551,19 @@ class Channel:
     def settle(self, due: set[str], patience: Patience) -> None:
         """Wait until its turn has ended, or made the calls due; raise ProcessDied if it goes on."""
         short = patience.at_most(SETTLE_S, ProcessDied("claude did not settle after its answer"))
-        while (
-            self.applying
-            or self.process.take_ready()
-            or not (self.calls.keys() >= due if due else self.results_due == 0)
-        ):
-            line = self.next(short)
-            kind, has_failed = line.get("type"), bool(line.get("is_error"))
-            if (kind == "result" and (due or has_failed)) or (kind == "user" and due):
-                raise ProcessDied("claude did not keep its conversation")
+        while not self.is_settled(due):
+            self._note_rest(self.next(short), due)
+
+    def is_settled(self, due: set[str]) -> bool:
+        """Say whether `settle` would not wait."""
+        while line := self.next_ready():
+            self._note_rest(line, due)
+        return not self.applying and (self.calls.keys() >= due if due else self.results_due == 0)
+
+    def _note_rest(self, line: JsonObject, due: set[str]) -> None:
+        kind, has_failed = line.get("type"), bool(line.get("is_error"))
+        if (kind == "result" and (due or has_failed)) or (kind == "user" and due):
+            raise ProcessDied("claude did not keep its conversation")
 
     def _ask(self, subtype: str, **fields: Any) -> str:
         request_id = f"{subtype} {next(self._requests)}"
@@ -1946,8 +1950,12 @@ class Session:
         if not (reader.can_go_on and reader.tool_names <= names):
             return not channel.applying  # it would ask again: certain not to, or killed
         conversation.add_answer(reader)
-        if not (conversation.calls_due or channel.applying):
-            channel.apply(self._told["settings"])  # likely those of the next turn too
+        try:
+            due = set(conversation.calls_due)
+            if not channel.applying and (not due or channel.is_settled(due)):
+                channel.apply(self._told["settings"])  # likely those of the next turn too
+        except (ProcessDied, CliFailed):
+            return False
         return True
 
 
