@@ -25,10 +25,6 @@ Rules that hold throughout:
  5. A stream's 200 goes out with the first event, so that a failure keeps its true status; only
     after KEEPALIVE_S of silence does it go out before.
 
-Where a streaming request passes: HTTP (its head) > Routes (who, what) > HTTP (its body) > Requests
-> Service > Pool > Conversation > Lines > Process; and back: Process > Conversation > Events >
-Service > Routes > HTTP, with Metrics told at its first delta and its end.
-
 Facts about the CLI were seen on 2.1.300 to 2.1.331 talking to a scripted API; each one relied on is
 pinned by a test in tests/. Sections, each using only what stands above it: Settings, Errors, API
 keys, Requests, Lines, Events, Finding the CLI, Process, Conversation, Pool, Chat completions,
@@ -59,7 +55,6 @@ import select
 import shutil
 import signal
 import socket
-import stat
 import subprocess
 import sys
 import tempfile
@@ -74,7 +69,7 @@ from dataclasses import dataclass, field
 from http.server import ThreadingHTTPServer
 from pathlib import Path
 from socketserver import BaseRequestHandler
-from typing import Any, Final, Literal, NamedTuple, NoReturn, TypeVar, cast
+from typing import Any, Final, NamedTuple, NoReturn, TypeVar, cast
 
 __version__ = "0.1.0"
 
@@ -95,8 +90,9 @@ MAX_LINE_BYTES: Final = 16 * 1024 * 1024  # of the CLI's output; 128k tokens are
 READ_BYTES: Final = 64 * 1024  # a Linux pipe's capacity
 STDERR_TAIL_BYTES: Final = 2000  # enough for a stack trace's first lines in an error message
 
-CLI_PROBE_TIMEOUT_S: Final = 20.0  # `claude --version` takes 0.01 s, `claude auth status` 0.2 s
-CONTROL_TIMEOUT_S: Final = 15.0  # a CLI answers its control requests within 0.1 s, starting in 1 s
+CONTROL_TIMEOUT_S: Final = (
+    15.0  # a CLI answers within 0.1 s, starting in 1 s, `auth status` in 0.2 s
+)
 CHANGE_TIMEOUT_S: Final = 5.0  # for a cut, prompt or tools; they take 0.005 s
 SETUP_ATTEMPTS: Final = 2  # a new process that dies before the query has cost nothing: once more
 COUNT_ATTEMPTS: Final = 10  # the tools that the CLI was just given may take it a moment
@@ -139,41 +135,31 @@ LISTEN_BACKLOG: Final = 128  # socketserver's 5 refuses a burst of parallel clie
 # defaults; the command line is built from these fields, so help and code cannot differ.
 
 
-def _option(default: Any, text: str, metavar: str | None = None, low: float = 0) -> Any:
-    return field(default=default, metadata={"help": text, "metavar": metavar, "low": low})
+def _option(default: Any, text: str, low: float = 0) -> Any:
+    return field(default=default, metadata={"help": text, "low": low})
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
     """What the user can choose; one field, one flag, one CC2API_ variable."""
 
-    host: str = _option("127.0.0.1", "address to listen on", "ADDR")
-    port: int = _option(8080, "port to listen on; 0 picks a free one", "N")
-    claude: str | None = _option(None, "the claude executable (default: searched for)", "PATH")
-    keys: str = _option("apikeys.txt", "file of API keys, one a line, re-read every time", "FILE")
+    host: str = _option("127.0.0.1", "address to listen on")
+    port: int = _option(8080, "port to listen on; 0 picks a free one")
+    claude: str | None = _option(None, "the claude executable (default: searched for)")
+    keys: str = _option("apikeys.txt", "file of API keys, one a line, re-read every time")
     allow_open: bool = _option(False, "listen on other addresses than loopback without any key")
-    cors_origin: tuple[str, ...] = _option(
-        (), "origin of a web page that may call, * for any; repeatable", "ORIGIN"
-    )
-    allowed_host: tuple[str, ...] = _option(
-        (), "host name that clients may call this server by; repeatable", "NAME"
-    )
-    model_map: tuple[str, ...] = _option(
-        (), "serve the model name NAME with MODEL; repeatable", "NAME=MODEL"
-    )
-    processes: int = _option(
-        4, "claude processes kept ready when idle, one of them blank; 0 keeps none", "N"
-    )
-    max_concurrency: int = _option(8, "requests answered at once", "N", low=1)
-    max_queue: int = _option(64, "requests that may wait for their turn", "N")
-    timeout: float = _option(600.0, "seconds for a whole answer", "S", low=1)
-    drain: float = _option(30.0, "seconds that running answers get at the end", "S")
+    cors_origin: tuple[str, ...] = _option((), "web origin that may call, * for any; repeatable")
+    allowed_host: tuple[str, ...] = _option((), "another host name of this server; repeatable")
+    model_map: tuple[str, ...] = _option((), "NAME=MODEL: serve model NAME with MODEL; repeatable")
+    processes: int = _option(4, "claude processes kept when idle, one of them blank; 0 keeps none")
+    max_concurrency: int = _option(8, "requests answered at once", low=1)
+    max_queue: int = _option(64, "requests that may wait for their turn")
+    timeout: float = _option(600.0, "seconds for a whole answer", low=1)
+    drain: float = _option(30.0, "seconds that running answers get at the end")
     bare: bool | None = _option(
         None, "run claude with --bare (default: when an API key or a cloud provider is configured)"
     )
-    setting_sources: str = _option(
-        "", "settings the CLI loads: any of user,project,local (default: none)", "LIST"
-    )
+    setting_sources: str = _option("", "settings to load: user,project,local (default: none)")
     check: bool = _option(False, "check the CLI, sign-in, keys, port and a start, then end")
     debug: bool = _option(False, "log requests and responses whole, prompts included")
 
@@ -191,45 +177,35 @@ STATUS_BY_TYPE: Final = {  # messages-api.md section 5
 TYPE_BY_STATUS: Final = {status: kind for kind, status in STATUS_BY_TYPE.items()}
 
 
+@dataclass(eq=False)
 class ApiError(Exception):
-    """An error the client is shown: `status`, Anthropic `type`, message, optional `details`."""
+    """An error the client is shown."""
 
-    status = 500
+    message: str
+    status: int = 500
+    kind: str = ""  # Anthropic's `type`; else the status tells it
+    details: JsonObject | None = None
+    retry_after_s: int | None = None
+    should_retry: bool | None = None  # False: SDKs would only pay for the same again
 
-    def __init__(
-        self,
-        message: str,
-        *,
-        status: int | None = None,
-        kind: str | None = None,
-        details: JsonObject | None = None,
-        retry_after_s: int | None = None,
-        should_retry: bool | None = None,
-    ) -> None:
-        super().__init__(message)
-        self.status = status or self.status
+    def __post_init__(self) -> None:
+        super().__init__(self.message)
         fallback = "api_error" if self.status >= 500 else "invalid_request_error"
-        self.kind = kind or TYPE_BY_STATUS.get(self.status, fallback)
-        self.details, self.retry_after_s = details, retry_after_s
-        self.should_retry = should_retry  # False: SDKs would only pay for the same again
+        self.kind = self.kind or TYPE_BY_STATUS.get(self.status, fallback)
 
 
+@dataclass(eq=False)
 class InvalidRequest(ApiError):
     """The request is at fault; the message starts with the path of the field."""
 
-    status = 400
+    status: int = 400
 
 
-class NotAuthenticated(ApiError):
-    """No valid gateway key, or the CLI is not signed in."""
-
-    status = 401
-
-
+@dataclass(eq=False)
 class CliFailed(ApiError):
     """The CLI could not be started, died, or broke its protocol."""
 
-    status = 502
+    status: int = 502
 
 
 class ClientGone(Exception):
@@ -244,8 +220,7 @@ OPEN: Final = "open"  # the caller's name where no key is asked for
 MIN_NAMED_KEY: Final = 12  # characters; of a shorter key four would tell too much
 
 
-@dataclass(frozen=True, slots=True)
-class Caller:
+class Caller(NamedTuple):
     """Who makes a request."""
 
     name: str  # for the log and the metrics
@@ -267,20 +242,14 @@ class KeyFile:
 
     def load(self) -> dict[str, str] | None:
         """Return the keys with their names; None where there is a file that cannot be read."""
-        text = ""
         try:
-            # not blocking: a pipe would keep the request waiting, and is read but once
-            with open(
-                self.path, "rb", opener=lambda p, how: os.open(p, how | os.O_NONBLOCK)
-            ) as file:
-                if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                    raise ValueError("it is not a regular file")
-                text = file.read().decode("utf-8-sig")
+            if self.path.exists() and not self.path.is_file():  # reading a pipe would block
+                raise OSError(errno.EINVAL, "it is not a regular file")
+            text = self.path.read_text("utf-8-sig")
         except FileNotFoundError:
-            pass
-        except (OSError, ValueError) as exc:
-            problem = getattr(exc, "strerror", None) or str(exc)
-            problem = "it is not UTF-8" if isinstance(exc, UnicodeDecodeError) else problem
+            text = ""
+        except (OSError, UnicodeDecodeError) as exc:
+            problem = getattr(exc, "strerror", "it is not UTF-8")
             if problem != self.problem:
                 log.error("key file %s cannot be read, nobody is let in: %s", self.path, problem)
             self.problem = problem
@@ -290,14 +259,13 @@ class KeyFile:
             self._gone_at = self._gone_at or time.monotonic()
             if time.monotonic() - self._gone_at < KEYS_GONE_S:
                 return self._last
-        keys = {}
-        for line in re.split("[\r\n]+", text):
+        self._last, self._gone_at = {}, None
+        for line in text.split("\n"):
             key, *words = line.split() or ["#"]
             tail = key[-4:] if len(key) >= MIN_NAMED_KEY else ""
             if not key.startswith("#"):
-                keys[key] = re.sub(r"[^\w.@-]+", "_", " ".join(words)) or f"…{tail}"
-        self._last, self._gone_at = keys, None
-        return keys
+                self._last[key] = re.sub(r"[^\w.@-]+", "_", " ".join(words)) or f"…{tail}"
+        return self._last
 
     def is_open(self, keys: Mapping[str, str] | None) -> bool:
         """Say whether anybody may call, with these keys."""
@@ -306,20 +274,18 @@ class KeyFile:
     def check(self, keys: Mapping[str, str] | None, api_key: str, authorization: str) -> Caller:
         """Return who calls, by `x-api-key`, which wins as on the public API, or Bearer token."""
         if keys is None:
-            raise NotAuthenticated("the gateway's key file cannot be read")
+            raise ApiError("the gateway's key file cannot be read", status=401)
         scheme, _, token = authorization.strip().partition(" ")
         given = api_key.strip() or (token.strip() if scheme.lower() == "bearer" else "")
         raw = given.encode("latin-1", "replace")  # as it came over the wire
-        identity = hashlib.sha256(raw).digest()
-        if self.is_open(keys):
-            return Caller(OPEN, identity)
-        if not given:
-            raise NotAuthenticated("x-api-key header or Authorization: Bearer is required")
         # Every key is compared, in constant time: neither a prefix nor a position can be timed.
         names = [name for key, name in keys.items() if hmac.compare_digest(raw, key.encode())]
+        if self.is_open(keys):
+            names = [OPEN]
         if not names:
-            raise NotAuthenticated("invalid x-api-key or bearer token")
-        return Caller(names[0], identity)
+            missing = "x-api-key header or Authorization: Bearer is required"
+            raise ApiError("invalid x-api-key or bearer token" if given else missing, status=401)
+        return Caller(names[0], hashlib.sha256(raw).digest())
 
     def describe(self) -> str:
         """Say in a few words who may call."""
@@ -345,32 +311,15 @@ def needs_keys(settings: Settings) -> bool:
 # would silently repair, drop or choke on, and what the code itself walks into; all else goes
 # upstream, whose own 400 comes back.
 
-Role = Literal["user", "assistant"]
-Placed = tuple[str, JsonObject]  # a block, with the path under which the client sent it
-_Marks = list[JsonObject | None]  # the cache breakpoint of each block, or tool
+Placed = tuple[str, JsonObject]  # an object, with the path under which the client sent it
+Mark = tuple[JsonObject, Any]  # a block or tool that the client gave a breakpoint, and its ttl
 
 
 class Message(NamedTuple):
-    """One message as it goes to the CLI, its blocks verbatim but for cache breakpoints."""
+    """One message, its blocks as the client sent them but for cache breakpoints."""
 
-    role: Role
+    role: str  # "user" or "assistant"; "system" only until it is merged
     content: list[JsonObject]
-
-
-class Entry(NamedTuple):
-    """One entry of a client's `messages`, before merging."""
-
-    role: Role
-    path: str
-    blocks: list[Placed]
-    is_folded: bool = False  # it was a system entry
-
-
-class Breakpoint(NamedTuple):
-    """The one cache breakpoint of the client's that goes upstream: on a block, or on a tool."""
-
-    message: int | None  # None: it is on a tool
-    at: int  # which block of the message, or which tool
 
 
 @dataclass(frozen=True, slots=True)
@@ -383,12 +332,10 @@ class Turn:
     messages: tuple[Message, ...]  # roles alternating; the last one is the user's
     digests: tuple[bytes, ...]  # one a message, alike where the model is told the same
     tools: list[JsonObject]
-    max_tokens: int | None  # None: the CLI's own default
-    thinking: JsonObject | None  # None: off, as far as the model can
     effort: str | None
     extra_body: JsonObject  # merged by the CLI into the top level of its request
     betas: tuple[str, ...]
-    breakpoint: Breakpoint | None
+    marked: JsonObject | None  # the very block or tool that goes with a cache breakpoint
     cache_ttl: str  # "5m" or "1h", for every cache breakpoint of the request
     is_login: bool  # the CLI runs on a claude.ai login
 
@@ -401,17 +348,16 @@ _OURS: Final = (
     *("model", "messages", "system", "stream", "tools", "thinking", "output_config"),
     *("output_format", "effort", "metadata", "cache_control", "thread"),
 )
-_IMAGE_MAGIC: Final = {
-    **{"image/png": b"\x89PNG\r\n\x1a\n", "image/jpeg": b"\xff\xd8\xff"},
-    **{"image/gif": b"GIF8", "image/webp": b"RIFF"},
-}
+_IMAGES: Final = (  # how their bytes begin
+    *(("image/png", b"\x89PNG\r\n\x1a\n"), ("image/jpeg", b"\xff\xd8\xff")),
+    *(("image/gif", b"GIF8"), ("image/webp", b"RIFF")),
+)
 _BETA: Final = re.compile(r"(?!claude-code-|oauth-)[A-Za-z0-9][A-Za-z0-9_.-]*\Z")  # not the CLI's
 
 
 def parse_json(raw: bytes) -> JsonObject:
     """Parse a request body: a JSON object in UTF-8 that every later step can carry.
 
-    Okay: {"a": [1, 2.5, "\\u00e9", null]}
     Okay: {"a": "\\ud83d\\ude00"}
     400: {"a": 1e999}
     400: {"a": "\\ud83d"}
@@ -477,38 +423,40 @@ def without_nulls(owner: JsonObject) -> JsonObject:
 
 
 def as_blocks(content: Any) -> Any:
-    """Return content as a list of blocks, a string as one text block."""
-    return [{"type": "text", "text": content}] if isinstance(content, str) else content
+    """Return content as a list of blocks: for a string one text block, or none."""
+    if not isinstance(content, str):
+        return content
+    return [{"type": "text", "text": content}] if content else []
 
 
-def parse_count_request(body: JsonObject, betas: str = "") -> Turn:
-    """Check a count_tokens request, which needs no max_tokens, and return it as a Turn."""
-    system, entries = _parse_system(body), _parse_entries(body)
-    return to_turn(body, system, entries, betas, is_login=False, is_count=True)
-
-
-def parse_messages_request(body: JsonObject, betas: str = "", *, is_login: bool = False) -> Turn:
+def parse_messages_request(
+    body: JsonObject, betas: str = "", *, is_login: bool = False, is_count: bool = False
+) -> Turn:
     """Check a Messages API request, with the anthropic-beta header, and return it as a Turn.
 
+    One to count may lack max_tokens and end with an answer; its system prompt becomes a message.
+
     Okay: {"model": "m", "max_tokens": 8, "messages": [{"role": "user", "content": "hi"}]}
-    400 model: {"max_tokens": 8, "messages": [{"role": "user", "content": "hi"}]}
     400 max_tokens: {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
     400 messages: {"model": "m", "max_tokens": 8, "messages": []}
-    400 messages.0.role: {"model": "m", "max_tokens": 8, "messages": [{"role": "bot"}]}
     """
     if body.get("thread") is not None:
         # The SDKs' tool runners then resend the whole history (messages-api.md section 9).
         problem = "thread: message threads are not supported; send the whole history"
         raise InvalidRequest(problem, details={"error_code": "thread_unsupported_request"})
-    if body.get("max_tokens") is None:  # the CLI would put a number of its own
+    system, messages = _parse_system(body), _parse_messages(body)
+    if is_count:  # joined to the first message: the CLI would count it as one of its own
+        told = as_blocks("\n\n".join(block["text"] for block in system))
+        system, messages = [], [Message("user", told)] * bool(told) + messages
+    elif body.get("max_tokens") is None:  # the CLI would put a number of its own
         raise InvalidRequest("max_tokens: Field required")
-    return to_turn(body, _parse_system(body), _parse_entries(body), betas, is_login=is_login)
+    return to_turn(body, system, messages, betas, is_login=is_login, is_count=is_count)
 
 
 def to_turn(
     body: JsonObject,
     system: Sequence[JsonObject],
-    entries: Sequence[Entry],
+    messages: Sequence[Message],
     betas: str = "",
     *,
     is_login: bool,
@@ -519,7 +467,7 @@ def to_turn(
         raise InvalidRequest("model: String should have at least 1 character")
     output_config = dict(optional(body, "output_config", dict) or {})
     effort = output_config.pop("effort", None) or body.get("effort")
-    if effort is not None and effort not in EFFORTS:  # the CLI would leave it out
+    if effort not in (None, *EFFORTS):  # the CLI would leave it out
         raise InvalidRequest(f"effort: Input should be {' or '.join(map(repr, EFFORTS))}")
     if output_config.get("format") is None:  # output_format is its older form
         output_config["format"] = body.get("output_format")
@@ -531,27 +479,34 @@ def to_turn(
         thinking = {"type": "disabled"} if is_alone else None
     passed = {name: value for name, value in body.items() if name not in _OURS}
     passed |= {"thinking": thinking, "output_config": without_nulls(output_config) or None}
-    messages, marks = _merge(entries, is_count=is_count)
-    tools, tool_marks = take_marks([tool for _, tool in objects(body, "tools")])
-    every = [*take_marks(system)[1], *tool_marks, *itertools.chain(*marks)]
-    asks_1h = any(_object(mark).get("ttl") == "1h" for mark in (*every, body.get("cache_control")))
-    max_tokens = body.get("max_tokens")
+    marks: list[Mark] = []
+    tools = [unmarked(tool, marks) for _, tool in objects(body, "tools")]
+    merged = _merge(messages, is_count=is_count)
+    merged = [Message(role, [unmarked(block, marks) for block in its]) for role, its in merged]
+    # The API takes four breakpoints, and the CLI sets three: on two system blocks and the last of
+    # the messages (seen, 2.1.330). The fourth is the client's latest.
+    last = merged[-1].content[-1]
+    marked = next((block for block, _ in reversed(marks) if block is not last), None)
+    if is_login and len(merged) > 1:
+        # its reminders move with the last user message: the block before keeps the history cached
+        blocks = [block for block in merged[-2].content if "thinking" not in block["type"]]
+        marked = blocks[-1]  # thinking blocks take none
+    for owner in (body, *system):  # the CLI marks these itself
+        unmarked(owner, marks)
     return Turn(
         model=body["model"],
         stream=bool(optional(body, "stream", bool)),
         system="\n\n".join(block["text"] for block in system),
-        messages=tuple(messages),
-        digests=tuple(map(digest_message, messages)),
+        messages=tuple(merged),
+        digests=tuple(map(digest_message, merged)),
         tools=tools,
-        max_tokens=max_tokens if isinstance(max_tokens, int) else None,
-        thinking=thinking,
         effort=effort,
         extra_body=without_nulls(passed),
         betas=tuple(dict.fromkeys(filter(_BETA.match, map(str.strip, betas.split(","))))),
-        breakpoint=_breakpoint(messages, marks, tool_marks, is_login=is_login),
+        marked=marked,
         # The API refuses a 1h breakpoint after a 5m one, and the CLI sets its own before and after
         # the client's, so all have one ttl. With a login the CLI itself uses 1h (seen, 2.1.330).
-        cache_ttl="1h" if is_login or asks_1h else "5m",
+        cache_ttl="1h" if is_login or "1h" in [ttl for _, ttl in marks] else "5m",
         is_login=is_login,
     )
 
@@ -566,30 +521,26 @@ def _parse_system(body: JsonObject) -> list[JsonObject]:
     return [block for _, block in placed]
 
 
-def _parse_entries(body: JsonObject) -> list[Entry]:
-    """Check `messages`; `system` ones become user text: a line of that role ends the CLI."""
+def _parse_messages(body: JsonObject) -> list[Message]:
+    """Check `messages`; `system` ones get user text: a line of that role ends the CLI."""
     require(body, "messages", list)
-    entries = []
+    messages = []
     for path, entry in objects(body, "messages"):
-        role, content = entry.get("role"), entry.get("content")
-        if role not in ("user", "assistant", "system"):
+        if (role := entry.get("role")) not in ("user", "assistant", "system"):
             raise InvalidRequest(f"{path}.role: Input should be 'user' or 'assistant'")
-        if content is None:
-            raise InvalidRequest(f"{path}.content: Field required")
-        if content in ("", []):
-            problem = "must have non-empty content except for the optional final assistant message"
-            raise InvalidRequest(f"{path}: all messages {problem}")
-        if not isinstance(content, (str, list)):
-            raise InvalidRequest(f"{path}.content: Input should be a valid string or list")
-        blocks = list(objects({"content": as_blocks(content)}, "content", path))
+        given = {"content": as_blocks(entry.get("content"))}
+        if not require(given, "content", list, path):
+            raise InvalidRequest(f"{path}: all messages must have non-empty content")
+        blocks = list(objects(given, "content", path))
         for placed in blocks:
             check_block(*placed)
-        if is_folded := role == "system":
+        content = [block for _, block in blocks]
+        if role == "system":
             texts = [require(block, "text", str, place) for place, block in blocks]
             told = [f"<system-reminder>\n{text}\n</system-reminder>" for text in texts]
-            blocks = [(path, block) for text in told for block in as_blocks(text)]
-        entries.append(Entry("user" if is_folded else role, path, blocks, is_folded))
-    return entries
+            content = [block for text in told for block in as_blocks(text)]
+        messages.append(Message(role, content))
+    return messages
 
 
 def check_block(path: str, block: JsonObject) -> None:
@@ -597,8 +548,7 @@ def check_block(path: str, block: JsonObject) -> None:
     kind = require(block, "type", str, path)
     inside = f"{path}.{kind}"  # as the API names what is in a block
     if kind == "text" and not require(block, "text", str, inside).strip():
-        problem = "contain non-whitespace text" if block["text"] else "be non-empty"
-        raise InvalidRequest(f"{path}: text content blocks must {problem}")
+        raise InvalidRequest(f"{path}: text content blocks must be non-empty")
     if kind == "image":
         check_image(f"{inside}.source", require(block, "source", dict, inside))
     if kind in ("tool_use", "server_tool_use"):
@@ -618,133 +568,98 @@ def check_image(path: str, source: JsonObject) -> None:
     """Check an image's bytes: what is no image the CLI would turn into a text note."""
     if source.get("type") != "base64":
         return
-    media_type, path = source.get("media_type"), f"{path}.base64"
-    try:
-        head = base64.b64decode(require(source, "data", str, path), validate=True)[:16]
-    except ValueError:
-        raise InvalidRequest(f"{path}.data: Input should be valid base64") from None
-    found = [media for media, magic in _IMAGE_MAGIC.items() if head.startswith(magic)]
-    if media_type not in found:
-        problem = f"the image appears to be a {found[0]} image" if found else "it is no image"
-        raise InvalidRequest(
-            f"{path}.data: Could not process image: the image was specified using the"
-            f" {media_type} media type, but {problem}"
-        )
+    media_type, data = source.get("media_type"), require(source, "data", str, f"{path}.base64")
+    problem = f"Could not process image: this is no base64 of {media_type}"
+    with contextlib.suppress(ValueError):
+        head = base64.b64decode(data, validate=True)[:16]
+        if any(head.startswith(magic) for name, magic in _IMAGES if name == media_type):
+            return
+    raise InvalidRequest(f"{path}.base64.data: {problem}")
 
 
-def _merge(entries: Sequence[Entry], *, is_count: bool) -> tuple[list[Message], list[_Marks]]:
+def _merge(messages: Sequence[Message], *, is_count: bool) -> list[Message]:
     """Join the messages of one role, as the API does (the CLI would itself, but add a newline)."""
-    if not entries:
-        raise InvalidRequest("messages: at least one message is required")
-    messages, marks, placed = [], [], []
-    for role, group in itertools.groupby(entries, key=lambda entry: entry.role):
+    merged: list[Message] = []
+    for is_answer, group in itertools.groupby(
+        messages, lambda message: message.role == "assistant"
+    ):
         parts = list(group)
-        blocks = [block for part in parts for block in part.blocks]
-        if any(part.is_folded for part in parts):  # tool results must stay in front
-            blocks.sort(key=lambda block: block[1]["type"] != "tool_result")
-        if all("thinking" in block["type"] for _, block in blocks):  # the CLI would drop it
+        blocks = [block for part in parts for block in part.content]
+        if any(part.role == "system" for part in parts):  # tool results must stay in front
+            blocks.sort(key=lambda block: block["type"] != "tool_result")
+        if all("thinking" in block["type"] for block in blocks):  # the CLI would drop it
             problem = "The final block in an assistant message cannot be `thinking`."
-            raise InvalidRequest(f"{parts[-1].path}: {problem}")
-        clean, taken = take_marks([block for _, block in blocks])
-        messages.append(Message(role, clean))
-        marks.append(taken)
-        placed.append((parts[-1].path, blocks))
-    if messages[-1].role != "user" and not is_count:
+            raise InvalidRequest(f"messages.{len(merged)}: {problem}")
+        merged.append(Message("assistant" if is_answer else "user", blocks))
+    if not merged:
+        raise InvalidRequest("messages: at least one message is required")
+    if merged[-1].role == "assistant" and not is_count:
         problem = "This gateway does not support assistant message prefill."
         raise InvalidRequest(f"messages: {problem} The conversation must end with a user message.")
-    _check_tool_pairs(placed)
-    return messages, marks
+    _check_tool_pairs(merged)
+    return merged
 
 
-def _check_tool_pairs(messages: Iterable[tuple[str, list[Placed]]]) -> None:
+def _check_tool_pairs(messages: Iterable[Message]) -> None:
     """Refuse calls without results and the reverse: the CLI would invent and blank, silently."""
     seen: set[str] = set()
-    asked: dict[str, str] = {}  # ids of the message before, with the path of that message
-    for message_path, blocks in messages:
-        here = {block.get("tool_use_id") for _, block in blocks}  # where server tools are answered
-        now: dict[str, str] = {}
-        for path, block in blocks:
-            kind, tool_id = block["type"], block.get("id")
-            if kind == "server_tool_use" and tool_id not in here:
-                raise InvalidRequest(
-                    f"{path}: `{block['name']}` tool use with id `{tool_id}` was found without"
-                    f" a corresponding `{block['name']}_tool_result` block"
-                )
-            if kind == "tool_result" and asked.pop(block["tool_use_id"], None) is None:
-                raise InvalidRequest(
-                    f"{path}: unexpected `tool_use_id` found in `tool_result` blocks:"
-                    f" {block['tool_use_id']}. Each `tool_result` block must have a corresponding"
-                    " `tool_use` block in the previous message."
-                )
+    asked: dict[str, None] = {}  # ids of the calls in the message before
+    for index, (_, content) in enumerate(messages):
+        here = {str(block.get("tool_use_id")) for block in content}  # server tools' results too
+        calls: dict[str, None] = {}
+        for at, block in enumerate(content):
+            path, kind = f"messages.{index}.content.{at}", block["type"]
+            if kind == "server_tool_use" and block["id"] not in here:
+                problem = "tool use was found without a corresponding `tool_result` block"
+                raise InvalidRequest(f"{path}: `{block['name']}` {problem}: {block['id']}")
+            if kind == "tool_result" and asked.pop(block["tool_use_id"], ...) is ...:
+                problem = "unexpected `tool_use_id` found in `tool_result` blocks"
+                raise InvalidRequest(f"{path}: {problem}: {block['tool_use_id']}")
             if kind == "tool_use":
                 if block["id"] in seen:
                     raise InvalidRequest(f"{path}.id: `tool_use` ids must be unique")
                 seen.add(block["id"])
-                now[block["id"]] = message_path
+                calls[block["id"]] = None
         if asked:
-            raise InvalidRequest(
-                f"{next(iter(asked.values()))}: `tool_use` ids were found without `tool_result`"
-                f" blocks immediately after: {', '.join(asked)}. Each `tool_use` block must have a"
-                " corresponding `tool_result` block in the next message."
-            )
-        asked = now
+            problem = "`tool_use` ids were found without `tool_result` blocks immediately after"
+            raise InvalidRequest(f"messages.{index - 1}: {problem}: {', '.join(asked)}")
+        asked = calls
 
 
-def take_marks(blocks: Sequence[JsonObject]) -> tuple[list[JsonObject], _Marks]:
-    """Take the breakpoints off blocks or tools; one inside a tool result counts as one on it."""
-    clean, marks = [], []
-    for block in blocks:
-        kept, mark = dict(block), None
-        if _object(block.get("cache_control")).get("type") == "ephemeral":
-            mark = kept.pop("cache_control")
-        if block.get("type") == "tool_result" and isinstance(block.get("content"), list):
-            kept["content"], inner = take_marks(block["content"])
-            mark = mark or next(filter(None, reversed(inner)), None)
-        clean.append(kept)
-        marks.append(mark)
-    return clean, marks
+def unmarked(block: JsonObject, marks: list[Mark]) -> JsonObject:
+    """Return a block or tool without its cache breakpoint, which joins `marks`.
 
-
-def _breakpoint(
-    messages: Sequence[Message], marks: Sequence[_Marks], tool_marks: _Marks, *, is_login: bool
-) -> Breakpoint | None:
-    """Choose the client's latest as the fourth and last breakpoint that the API takes."""
-    # The CLI sets three: two system blocks and the last message block (seen, 2.1.330).
-    if is_login and len(messages) > 1:
-        # its reminders move with the last user message: the block before keeps the history cached
-        before = messages[-2].content
-        blocks = [at for at, block in enumerate(before) if "thinking" not in block["type"]]
-        return Breakpoint(len(messages) - 2, blocks[-1])  # thinking blocks take none
-    every = [(None, tool_marks), *enumerate(marks)]
-    places = [Breakpoint(of, at) for of, its in every for at, mark in enumerate(its) if mark]
-    last = Breakpoint(len(messages) - 1, len(messages[-1].content) - 1)  # the CLI marks it itself
-    return next((place for place in reversed(places) if place != last), None)
+    One inside a tool result counts as one on it.
+    """
+    kept, found = dict(block), list[Mark]()
+    if kept.get("type") == "tool_result" and isinstance(kept.get("content"), list):
+        kept["content"] = [unmarked(part, found) for _, part in objects(kept, "content")]
+    if _object(kept.get("cache_control")).get("type") == "ephemeral":
+        found.append((kept, kept.pop("cache_control").get("ttl")))
+    marks += [(kept, ttl) for _, ttl in found]
+    return kept
 
 
 def digest_message(message: Message) -> bytes:
     """Return what two messages have in common that tell the model the same, however written."""
     try:
-        said = json.dumps([message.role, _canonical(message.content)])
+        said = json.dumps([message.role, _canonical(message.content)], sort_keys=True)
     except RecursionError:  # an answer's tool input; such a message is like no other
         said = uuid.uuid4().hex
     return hashlib.sha256(said.encode("ascii")).digest()
 
 
 def _canonical(node: Any) -> Any:
-    """Drop what makes no difference to the model, and order the rest; tool input is verbatim."""
+    """Drop what makes no difference to the model; tool input is verbatim."""
     if isinstance(node, list):
         return [_canonical(item) for item in node]
     if not isinstance(node, dict):
         return node
-    kept = {}
-    for name, value in sorted(node.items()):
-        if name == "input":
-            kept[name] = json.dumps(value, sort_keys=True)
-        elif name == "content" and node.get("type") == "tool_result":
-            kept[name] = _canonical(as_blocks(value))
-        elif value is not None and value is not False and name != "caller":  # the CLI drops it
-            kept[name] = _canonical(value)
-    return kept
+    dropped = ("caller",)  # by the CLI
+    told = {n: v for n, v in node.items() if not (v is None or v is False or n in dropped)}
+    if told.get("type") == "tool_result":
+        told["content"] = as_blocks(told.get("content") or "")
+    return {name: value if name == "input" else _canonical(value) for name, value in told.items()}
 
 
 # ======================================================================== Lines
@@ -755,30 +670,28 @@ TOOL_SERVER: Final = "t"  # the MCP server under which a request's tools are reg
 # The size in tokens from which on the CLI refuses to call upstream ("Prompt is too long").
 _NO_LIMIT: Final = {"CLAUDE_CODE_BLOCKING_LIMIT_OVERRIDE": "1000000000"}
 _NO_CALLS: Final = {"CLAUDE_CODE_BLOCKING_LIMIT_OVERRIDE": "1"}
-_SAYS_SOMETHING: Final = re.compile(r"[^\s\ufeff]")
-_BLANK_END: Final = re.compile(r"\A[\s\ufeff]|[\s\ufeff]\Z")
+# What the CLI, as JavaScript, takes for text that is not blank, and for text without blank ends.
+_SAID: Final = re.compile(r"[^\s\ufeff](?:.*[^\s\ufeff])?", re.DOTALL)
 
 
-def _marked(turn: Turn, message: int | None, items: list[JsonObject]) -> list[JsonObject]:
-    """Return a message's blocks, or the tools (None), with the turn's breakpoint if it is there."""
-    if turn.breakpoint is None or turn.breakpoint.message != message:
-        return items
+def _marked(turn: Turn, items: Iterable[JsonObject]) -> list[JsonObject]:
+    """Return blocks or tools, the one that is marked with its breakpoint."""
     mark = {"type": "ephemeral"} | ({"ttl": turn.cache_ttl} if turn.cache_ttl != "5m" else {})
-    at = turn.breakpoint.at
-    return [*items[:at], {**items[at], "cache_control": mark}, *items[at + 1 :]]
+    return [{**item, "cache_control": mark} if item is turn.marked else item for item in items]
 
 
-def to_flag_settings(turn: Turn, model: str, *, is_marked: bool = True) -> JsonObject:
+def to_flag_settings(turn: Turn, model: str) -> JsonObject:
     """Return the settings of `apply_flag_settings` for a turn; every per-request one is given."""
     # `model` is no alias: with one a later change of the system prompt is refused;
     # the CLI goes on sending tools that were taken off its list, so every body says which
-    tools = _marked(turn, None, turn.tools) if is_marked else turn.tools
     variables = {
-        "CLAUDE_CODE_EXTRA_BODY": json.dumps({**turn.extra_body, "tools": tools}),
+        "CLAUDE_CODE_EXTRA_BODY": json.dumps(
+            {**turn.extra_body, "tools": _marked(turn, turn.tools)}
+        ),
         "ANTHROPIC_BETAS": ",".join(turn.betas),
         "CLAUDE_CODE_PROMPT_CACHE_TTL": turn.cache_ttl,
         # the body's max_tokens is in extra_body; this is for the CLI's own sums
-        "CLAUDE_CODE_MAX_OUTPUT_TOKENS": str(turn.max_tokens or ""),
+        "CLAUDE_CODE_MAX_OUTPUT_TOKENS": str(turn.extra_body.get("max_tokens", "")),
         "MCP_TOOL_TIMEOUT": "100000000",  # ms; tool calls wait as long as they must
         **_NO_LIMIT,
     }
@@ -795,16 +708,12 @@ def to_name(tool: JsonObject) -> str:
     return str(tool.get("name") or tool.get("type"))
 
 
-def to_line(
-    turn: Turn, index: int, model: str, *, is_query: bool = False, is_marked: bool = True
-) -> JsonObject:
+def to_line(turn: Turn, index: int, model: str, *, is_query: bool = False) -> JsonObject:
     """Return the stdin line of a turn's message; one that `is_query` starts the call."""
     role, content = turn.messages[index]
-    message: JsonObject = {"role": role, "content": content}
+    message: JsonObject = {"role": role, "content": _marked(turn, content)}
     line: JsonObject = {"type": role, "message": message, "uuid": str(uuid.uuid4())}
     line |= {"parent_tool_use_id": None, "session_id": ""}
-    if is_marked:
-        message["content"] = _marked(turn, index, content)
     if role == "user":
         line["client_composed"] = True  # verbatim: no @paths, no commands
         return line if is_query else {**line, "shouldQuery": False}
@@ -813,11 +722,6 @@ def to_line(
     message["model"] = model.removesuffix("[1m]")  # of another the CLI would drop thinking blocks
     message["usage"] = {"input_tokens": 0, "output_tokens": 0}  # others would be counted as real
     return line
-
-
-def has_tool_results(message: Message) -> bool:
-    """Say whether a message answers tool calls."""
-    return any(block["type"] == "tool_result" for block in message.content)
 
 
 def to_tool_results(query: Message, asked: Sequence[str]) -> list[JsonObject] | None:
@@ -830,21 +734,16 @@ def to_tool_results(query: Message, asked: Sequence[str]) -> list[JsonObject] | 
     for block in query.content:
         parts = as_blocks(block.get("content") or [])
         texts = [part["text"] for part in parts if part.keys() == {"type", "text"}]
-        if not texts or len(texts) < len(parts) or not all(map(_SAYS_SOMETHING.search, texts)):
+        if not texts or len(texts) < len(parts) or not all(map(_SAID.search, texts)):
             return None
         is_error, first = bool(block.get("is_error")), texts[0]
-        is_changed = len(texts) > 1 or len(first) > MAX_TOOL_ERROR_CHARS or _BLANK_END.search(first)
-        if is_error and is_changed:
+        is_kept = len(texts) == 1 and len(first) <= MAX_TOOL_ERROR_CHARS and _SAID.fullmatch(first)
+        if is_error and not is_kept:
             return None
         size += sum(map(len, texts))
         content = [{"type": "text", "text": text} for text in texts]
         results.append({"content": content, "isError": is_error})
     return results if size <= MAX_TOOL_RESULT_CHARS else None
-
-
-def is_taken(line: JsonObject, tool_use_id: str) -> bool:
-    """Say whether a line tells that the CLI has put a tool's result into its conversation."""
-    return line.get("type") == "user" and tool_use_id in json.dumps(line.get("message"))
 
 
 def resolve_model(name: str, models: Iterable[JsonObject]) -> str:
@@ -866,37 +765,19 @@ def to_model_list(models: Iterable[JsonObject]) -> list[JsonObject]:
     return sorted(items.values(), key=lambda item: versions[item["id"]], reverse=True)
 
 
-COUNTED_TOOLS_DEDUCTION: Final = 500  # tokens that get_context_usage takes off all tools together
-COUNTED_BESIDE_TOOLS: Final = 8  # tokens of the message "foo", which the tools are counted with
-# Counted with the tools, so that their sum is never below the deduction, and by itself.
-PADDING_TOOL: Final[JsonObject] = {
-    **{"name": "cc2api_padding", "description": "word " * 1000},
-    "input_schema": {"type": "object", "properties": {}},
-}
-
-
-def as_counted(turn: Turn) -> Turn:
-    """Move the system prompt into the messages: the CLI would count it as a message of its own."""
-    messages = list(turn.messages)
-    if turn.system:
-        is_user = messages[0].role == "user"
-        rest = messages[0].content if is_user else []
-        messages[:is_user] = [Message("user", [*as_blocks(turn.system), *rest])]
-    return with_messages(turn, messages)
-
-
-def with_messages(turn: Turn, messages: Sequence[Message]) -> Turn:
-    """Return a turn with other messages, and a system prompt never counted before (`to_counts`)."""
-    digests, system = tuple(map(digest_message, messages)), " ".join(uuid.uuid4().hex)
-    return dataclasses.replace(
-        turn, system=system, messages=tuple(messages), digests=digests, breakpoint=None
-    )
+# get_context_usage takes 500 tokens off all tools together, and counts them beside a message of 8.
+COUNTED_TOOLS_DEDUCTION: Final = 492
+# Counted with the tools, so that their sum is never below the deduction, and by themselves.
+PADDING_TOOLS: Final[list[JsonObject]] = [
+    {"name": name, "description": "word " * 1000, "input_schema": {"type": "object"}}
+    for name in ("cc2api_padding", "cc2api_padding2")
+]
 
 
 def to_counts(usage: JsonObject) -> tuple[int, int]:
     """Return the tokens of messages, and of tools less COUNTED_TOOLS_DEDUCTION."""
     # Where upstream does not count, the CLI silently guesses a token for four characters; of the
-    # system prompt of `with_messages` every true count is twice that.
+    # system prompt of `count_input_tokens` every true count is twice that.
     counts = {c.get("name"): int(c.get("tokens") or 0) for c in usage.get("categories") or []}
     if counts.get("System prompt", 0) < 32:
         raise CliFailed("upstream did not count the tokens")
@@ -1046,16 +927,16 @@ def to_api_error(result: JsonObject, cli_error: str | None = None) -> ApiError:
     if not result.get("is_error"):
         return CliFailed("claude ended its turn without an answer")
     if text.startswith(("Not logged in", "Invalid API key")):
-        return NotAuthenticated(_NOT_SIGNED_IN)
+        return ApiError(_NOT_SIGNED_IN, status=401)
     if result.get("terminal_reason") == "blocking_limit":  # by `Channel.hold_calls`, too early
         return CliFailed("claude held its call back; nothing was sent upstream", status=503)
     if text.startswith("Prompt is too long"):
         return InvalidRequest("prompt is too long for the model's context window")
     if model := re.match(r"(?s)There's an issue with the selected model \((.*?)\)", text):
         return ApiError(f"model: {model.group(1)}", status=404)
-    kind = kind if isinstance(kind, str) and kind in STATUS_BY_TYPE else None
+    kind = kind if isinstance(kind, str) and kind in STATUS_BY_TYPE else ""
     if not isinstance(status, int) or not 400 <= status <= 599:
-        status = STATUS_BY_TYPE.get(kind or "") or _STATUS_BY_CLI_ERROR.get(cli_error or "", 502)
+        status = STATUS_BY_TYPE.get(kind) or _STATUS_BY_CLI_ERROR.get(cli_error or "", 502)
     decorated = _DECORATION.match(text)
     return ApiError(decorated.group("message") if decorated else text, status=status, kind=kind)
 
@@ -1213,7 +1094,7 @@ def _cli_output(path: str, args: list[str], environ: Mapping[str, str]) -> str:
             env=environ,
             stdin=subprocess.DEVNULL,
             capture_output=True,
-            timeout=CLI_PROBE_TIMEOUT_S,
+            timeout=CONTROL_TIMEOUT_S,
         )
     except (OSError, subprocess.TimeoutExpired) as exc:
         raise CliUnusable(f"{path} does not run: {exc}. {INSTALL_HINT}") from exc
@@ -1636,8 +1517,10 @@ class Channel:
         for tool_use_id, result in results.items():
             self._reply(self.calls.pop(tool_use_id), result)
             # one by one: the CLI puts results in the order in which it has dealt with them
-            while tool_use_id != last and not is_taken(self.next(short), tool_use_id):
-                pass
+            while tool_use_id != last:
+                line = self.next(short)
+                if line.get("type") == "user" and tool_use_id in json.dumps(line.get("message")):
+                    break
 
     def _serve_tools(self, line: JsonObject, message: JsonObject) -> None:
         """Reply to the CLI's message to the MCP server; a tool call waits."""
@@ -1735,7 +1618,8 @@ class Conversation:
     def add(self, turn: Turn, index: int, line: JsonObject | None) -> None:
         """Hold a turn's message, sent by this line, or None where through the tool channel."""
         brought_by = line["uuid"] if line is not None and line["type"] == "user" else None
-        is_place = brought_by is not None and not has_tool_results(turn.messages[index])
+        has_results = any(b["type"] == "tool_result" for b in turn.messages[index].content)
+        is_place = brought_by is not None and not has_results
         self._held.append(Held(turn.digests[index], brought_by, is_place))
 
     def loosen(self) -> list[str]:
@@ -1751,7 +1635,8 @@ class Conversation:
 
 def _rehearsal(**fields: Any) -> Turn:
     question = {"role": "user", "content": "rehearsal"}
-    return parse_count_request({"model": DEFAULT_MODEL_NAME, "messages": [question], **fields})
+    body = {"model": DEFAULT_MODEL_NAME, "max_tokens": 1024, "messages": [question], **fields}
+    return parse_messages_request(body)
 
 
 # Two turns of no meaning, with other system prompts and tools: what any two requests may differ in.
@@ -1779,7 +1664,6 @@ class Session:
         self._conversation = Conversation()
         self._told: JsonObject = {}  # system prompt, tools, thinking, settings: as last told
         self._turn: Turn | None = None  # the one that is served, once it may be asked
-        self._is_marked = False  # the client's cache breakpoint goes with it
 
     def claim(self, base: Base) -> None:
         """Belong to one caller from now on."""
@@ -1856,7 +1740,7 @@ class Session:
             channel.settle(set(conversation.calls_due), patience)
         # Where something is held the CLI's own breakpoints are on it: with one more of the client's
         # in each turn they would soon be over the four that the API takes.
-        self._is_marked = kept == 0
+        turn = dataclasses.replace(turn, marked=None) if kept else turn
         self._tell(turn, tools, patience)
         conversation.go_on_with(turn)
         for index in range(kept, wanted):
@@ -1892,7 +1776,7 @@ class Session:
         if tools != told["tools"]:  # first: they take the CLI a moment
             channel.change_tools(tools, patience)
         model = resolve_model(turn.model, self.models)
-        settings = to_flag_settings(turn, model, is_marked=self._is_marked)
+        settings = to_flag_settings(turn, model)
         if channel.is_held or settings != told["settings"]:
             channel.request("apply_flag_settings", patience, settings=settings)
         if turn.system != told["system"]:
@@ -1900,14 +1784,14 @@ class Session:
             change = {"model": model, "system_prompt": prompt, "only_if_model_is_current": True}
             channel.change("set_model", patience, **change)
         # null leaves thinking to the extra body; 0 turns it off where the model can be without
-        tokens = None if turn.thinking else 0
+        tokens = None if turn.extra_body.get("thinking") else 0
         if tokens != told["thinking"]:
             channel.request("set_max_thinking_tokens", patience, max_thinking_tokens=tokens)
         told |= {"system": turn.system, "tools": tools, "thinking": tokens, "settings": settings}
 
     def _append(self, turn: Turn, index: int, *, is_query: bool = False) -> None:
         model = resolve_model(turn.model, self.models)
-        line = to_line(turn, index, model, is_query=is_query, is_marked=self._is_marked)
+        line = to_line(turn, index, model, is_query=is_query)
         self._conversation.add(turn, index, line)
         self._channel.send(line)
 
@@ -2424,10 +2308,10 @@ def to_tool_choice(body: JsonObject) -> JsonObject | None:
     return without_nulls({"type": kind, "name": name, "disable_parallel_tool_use": single})
 
 
-def _chat_entries(body: JsonObject) -> tuple[list[JsonObject], list[Entry]]:
+def _chat_entries(body: JsonObject) -> tuple[list[JsonObject], list[Message]]:
     """Return system blocks, hoisted from wherever they stand, and the other messages."""
     system: list[JsonObject] = []
-    entries: list[Entry] = []
+    entries: list[Message] = []
     called: set[str] = set()
     require(body, "messages", list)
     for path, message in objects(body, "messages"):
@@ -2457,7 +2341,8 @@ def _chat_entries(body: JsonObject) -> tuple[list[JsonObject], list[Entry]]:
         for at, block in blocks:
             check_block(at, block)
         if blocks or role == "user":
-            entries.append(Entry("assistant" if role == "assistant" else "user", path, blocks))
+            content = [block for _, block in blocks]
+            entries.append(Message("assistant" if role == "assistant" else "user", content))
     return system, entries
 
 
@@ -2867,19 +2752,17 @@ def count_input_tokens(
 ) -> int:
     """Count a turn's input tokens; `usage` tells those of a turn's messages, and of tools given.
 
-    Those of PADDING_TOOL are kept in `padding`, by model.
+    Those of a padding tool are kept in `padding`, by model.
     """
-    counted = as_counted(turn)
+    # with a system prompt that was never counted before (`to_counts`)
+    turn = dataclasses.replace(turn, system=" ".join(uuid.uuid4().hex), marked=None)
     if not turn.tools:
-        return usage(counted)[0]
+        return usage(turn)[0]
     if turn.model not in padding:
-        blank = with_messages(counted, [Message("user", as_blocks("foo"))])
-        second = {**PADDING_TOOL, "name": PADDING_TOOL["name"] + "2"}
-        both, one = usage(blank, PADDING_TOOL, second)[1], usage(blank, PADDING_TOOL)[1]
+        both, one = usage(turn, *PADDING_TOOLS)[1], usage(turn, PADDING_TOOLS[0])[1]
         padding[turn.model] = both - one
-    total, in_tools = usage(counted, *turn.tools, PADDING_TOOL)
-    beside = COUNTED_BESIDE_TOOLS + padding[turn.model] - COUNTED_TOOLS_DEDUCTION
-    return total + max(0, in_tools - beside)
+    total, in_tools = usage(turn, *turn.tools, PADDING_TOOLS[0])
+    return total + max(0, in_tools + COUNTED_TOOLS_DEDUCTION - padding[turn.model])
 
 
 class Sessions:
@@ -3014,7 +2897,7 @@ class Service:
         self._cli, self._stamp = cli, cli.stamp()
         self._sign_in = "unknown"  # how the CLI says it is signed in, once it was asked
         self._model_map = dict(pair.split("=", 1) for pair in settings.model_map)
-        self._padding: dict[str, int] = {}  # tokens of PADDING_TOOL, by model
+        self._padding: dict[str, int] = {}  # tokens of a padding tool, by model
         self._sessions = Sessions(settings, cli, environ, self.metrics, bare)
         self.pool, self.rehearse = self._sessions.pool, self._sessions.rehearse
         self.close = self._sessions.close
@@ -3305,10 +3188,8 @@ class Head(NamedTuple):
 _TOO_LARGE: Final = f"Request exceeds the maximum size of {MAX_BODY_BYTES} bytes"
 
 
-class BadFraming(ApiError):
+class BadFraming(InvalidRequest):
     """What was sent is not HTTP as it should be; the connection is closed after the answer."""
-
-    status = 400
 
 
 def parse_head(lines: Sequence[bytes]) -> Head:
@@ -3868,7 +3749,8 @@ class Handler(BaseRequestHandler):
 
     def count_tokens(self) -> None:
         """Answer how many input tokens a request has."""
-        turn = parse_count_request(self._read_json(), ",".join(self._head.all("anthropic-beta")))
+        betas = ",".join(self._head.all("anthropic-beta"))
+        turn = parse_messages_request(self._read_json(), betas, is_count=True)
         self._record.note_turn(turn, is_known=self._service.knows(turn.model))
         count = self._service.count_tokens(turn, self._caller, self._out.tick)
         self._record.note_usage({"input_tokens": count})
@@ -3941,7 +3823,6 @@ def build_parser(environ: Mapping[str, str]) -> argparse.ArgumentParser:
         del more["low"]
         default: Any = environ.get("CC2API_" + option.name.upper()) or option.default
         if kind.startswith("bool"):
-            del more["metavar"]
             if isinstance(default, str):
                 default = default.lower() in ("1", "true", "yes", "on")
             more["action"] = "store_true" if kind == "bool" else argparse.BooleanOptionalAction

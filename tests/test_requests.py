@@ -100,7 +100,7 @@ BAD: list[tuple[JsonObject, str]] = [
     (in_user({"type": "text", "text": " \n"}), "messages.0.content.0: text content blocks must"),
     (in_user(RESULT), "messages.0.content.0: unexpected `tool_use_id`"),
     (in_user(image()), "messages.0.content.0.image.source.base64.data: Field required"),
-    (in_user(image(data="!!")), "messages.0.content.0.image.source.base64.data: Input should be"),
+    (in_user(image(data="!!")), "messages.0.content.0.image.source.base64.data: Could not"),
     (in_user(image(data="aGVsbG8=")), "messages.0.content.0.image.source.base64.data: Could not"),
     (in_user(image(data=PNG, media_type="image/gif")), "messages.0.content.0.image.source.base64"),
     (in_user(image(data=PNG, media_type="image/bmp")), "messages.0.content.0.image.source.base64"),
