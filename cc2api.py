@@ -259,13 +259,14 @@ class KeyFile:
             self._gone_at = self._gone_at or time.monotonic()
             if time.monotonic() - self._gone_at < KEYS_GONE_S:
                 return self._last
-        self._last, self._gone_at = {}, None
+        keys = {}
         for line in text.split("\n"):
             key, *words = line.split() or ["#"]
             tail = key[-4:] if len(key) >= MIN_NAMED_KEY else ""
             if not key.startswith("#"):
-                self._last[key] = re.sub(r"[^\w.@-]+", "_", " ".join(words)) or f"…{tail}"
-        return self._last
+                keys[key] = re.sub(r"[^\w.@-]+", "_", " ".join(words)) or f"…{tail}"
+        self._last, self._gone_at = keys, None
+        return keys
 
     def is_open(self, keys: Mapping[str, str] | None) -> bool:
         """Say whether anybody may call, with these keys."""
@@ -348,21 +349,15 @@ _OURS: Final = (
     *("model", "messages", "system", "stream", "tools", "thinking", "output_config"),
     *("output_format", "effort", "metadata", "cache_control", "thread"),
 )
-_IMAGES: Final = (  # how their bytes begin
-    *(("image/png", b"\x89PNG\r\n\x1a\n"), ("image/jpeg", b"\xff\xd8\xff")),
-    *(("image/gif", b"GIF8"), ("image/webp", b"RIFF")),
-)
+_IMAGE_MAGIC: Final = {
+    **{"image/png": b"\x89PNG\r\n\x1a\n", "image/jpeg": b"\xff\xd8\xff"},
+    **{"image/gif": b"GIF8", "image/webp": b"RIFF"},
+}
 _BETA: Final = re.compile(r"(?!claude-code-|oauth-)[A-Za-z0-9][A-Za-z0-9_.-]*\Z")  # not the CLI's
 
 
 def parse_json(raw: bytes) -> JsonObject:
-    """Parse a request body: a JSON object in UTF-8 that every later step can carry.
-
-    Okay: {"a": "\\ud83d\\ude00"}
-    400: {"a": 1e999}
-    400: {"a": "\\ud83d"}
-    400: [1]
-    """
+    """Parse a request body: a JSON object in UTF-8 that every later step can carry."""
     try:
         body = json.loads(raw.decode("utf-8"))
         json.dumps(body, ensure_ascii=False, allow_nan=False).encode("utf-8")
@@ -432,37 +427,20 @@ def as_blocks(content: Any) -> Any:
 def parse_messages_request(
     body: JsonObject, betas: str = "", *, is_login: bool = False, is_count: bool = False
 ) -> Turn:
-    """Check a Messages API request, with the anthropic-beta header, and return it as a Turn.
-
-    One to count may lack max_tokens and end with an answer; its system prompt becomes a message.
-
-    Okay: {"model": "m", "max_tokens": 8, "messages": [{"role": "user", "content": "hi"}]}
-    400 max_tokens: {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
-    400 messages: {"model": "m", "max_tokens": 8, "messages": []}
-    """
+    """Check a Messages API request, with the anthropic-beta header, and return it as a Turn."""
     if body.get("thread") is not None:
         # The SDKs' tool runners then resend the whole history (messages-api.md section 9).
         problem = "thread: message threads are not supported; send the whole history"
         raise InvalidRequest(problem, details={"error_code": "thread_unsupported_request"})
-    system, messages = _parse_system(body), _parse_messages(body)
-    if is_count:  # joined to the first message: the CLI would count it as one of its own
-        told = as_blocks("\n\n".join(block["text"] for block in system))
-        system, messages = [], [Message("user", told)] * bool(told) + messages
-    elif body.get("max_tokens") is None:  # the CLI would put a number of its own
+    if body.get("max_tokens") is None and not is_count:  # the CLI would put a number of its own
         raise InvalidRequest("max_tokens: Field required")
-    return to_turn(body, system, messages, betas, is_login=is_login, is_count=is_count)
+    return to_turn(body, betas, is_login=is_login, is_count=is_count)
 
 
 def to_turn(
-    body: JsonObject,
-    system: Sequence[JsonObject],
-    messages: Sequence[Message],
-    betas: str = "",
-    *,
-    is_login: bool,
-    is_count: bool = False,
+    body: JsonObject, betas: str = "", *, is_login: bool = False, is_count: bool = False
 ) -> Turn:
-    """Return the Turn of a system prompt, messages, and all else from `body`, checked here."""
+    """Return a request's Turn. One to count may end with an answer."""
     if not require(body, "model", str).strip():
         raise InvalidRequest("model: String should have at least 1 character")
     output_config = dict(optional(body, "output_config", dict) or {})
@@ -479,7 +457,10 @@ def to_turn(
         thinking = {"type": "disabled"} if is_alone else None
     passed = {name: value for name, value in body.items() if name not in _OURS}
     passed |= {"thinking": thinking, "output_config": without_nulls(output_config) or None}
-    marks: list[Mark] = []
+    parts, messages, marks = _parse_system(body), _parse_messages(body), list[Mark]()
+    system = "\n\n".join(part["text"] for part in parts)
+    if is_count and system:  # the CLI would count it as a message of its own
+        messages.insert(0, Message("user", as_blocks(system)))
     tools = [unmarked(tool, marks) for _, tool in objects(body, "tools")]
     merged = _merge(messages, is_count=is_count)
     merged = [Message(role, [unmarked(block, marks) for block in its]) for role, its in merged]
@@ -491,12 +472,12 @@ def to_turn(
         # its reminders move with the last user message: the block before keeps the history cached
         blocks = [block for block in merged[-2].content if "thinking" not in block["type"]]
         marked = blocks[-1]  # thinking blocks take none
-    for owner in (body, *system):  # the CLI marks these itself
+    for owner in (body, *parts):  # the CLI marks these itself
         unmarked(owner, marks)
     return Turn(
         model=body["model"],
         stream=bool(optional(body, "stream", bool)),
-        system="\n\n".join(block["text"] for block in system),
+        system=system,
         messages=tuple(merged),
         digests=tuple(map(digest_message, merged)),
         tools=tools,
@@ -569,20 +550,19 @@ def check_image(path: str, source: JsonObject) -> None:
     if source.get("type") != "base64":
         return
     media_type, data = source.get("media_type"), require(source, "data", str, f"{path}.base64")
-    problem = f"Could not process image: this is no base64 of {media_type}"
-    with contextlib.suppress(ValueError):
+    try:
         head = base64.b64decode(data, validate=True)[:16]
-        if any(head.startswith(magic) for name, magic in _IMAGES if name == media_type):
-            return
-    raise InvalidRequest(f"{path}.base64.data: {problem}")
+    except ValueError:
+        head = b""
+    if not any(kind == media_type and head.startswith(m) for kind, m in _IMAGE_MAGIC.items()):
+        problem = f"Could not process image: it is no {media_type} in base64"
+        raise InvalidRequest(f"{path}.base64.data: {problem}")
 
 
 def _merge(messages: Sequence[Message], *, is_count: bool) -> list[Message]:
     """Join the messages of one role, as the API does (the CLI would itself, but add a newline)."""
     merged: list[Message] = []
-    for is_answer, group in itertools.groupby(
-        messages, lambda message: message.role == "assistant"
-    ):
+    for is_answer, group in itertools.groupby(messages, lambda each: each.role == "assistant"):
         parts = list(group)
         blocks = [block for part in parts for block in part.content]
         if any(part.role == "system" for part in parts):  # tool results must stay in front
@@ -603,26 +583,29 @@ def _merge(messages: Sequence[Message], *, is_count: bool) -> list[Message]:
 def _check_tool_pairs(messages: Iterable[Message]) -> None:
     """Refuse calls without results and the reverse: the CLI would invent and blank, silently."""
     seen: set[str] = set()
-    asked: dict[str, None] = {}  # ids of the calls in the message before
+    asked: set[str] = set()  # ids of the calls in the message before
     for index, (_, content) in enumerate(messages):
         here = {str(block.get("tool_use_id")) for block in content}  # server tools' results too
-        calls: dict[str, None] = {}
+        calls: set[str] = set()
         for at, block in enumerate(content):
-            path, kind = f"messages.{index}.content.{at}", block["type"]
-            if kind == "server_tool_use" and block["id"] not in here:
-                problem = "tool use was found without a corresponding `tool_result` block"
-                raise InvalidRequest(f"{path}: `{block['name']}` {problem}: {block['id']}")
-            if kind == "tool_result" and asked.pop(block["tool_use_id"], ...) is ...:
-                problem = "unexpected `tool_use_id` found in `tool_result` blocks"
-                raise InvalidRequest(f"{path}: {problem}: {block['tool_use_id']}")
+            path, kind, tool_id = f"messages.{index}.content.{at}", block["type"], block.get("id")
+            if kind == "server_tool_use" and tool_id not in here:
+                problem = f"tool use with id `{tool_id}` was found without a corresponding"
+                name = block["name"]
+                raise InvalidRequest(f"{path}: `{name}` {problem} `{name}_tool_result` block")
+            if kind == "tool_result":
+                if (result_of := block["tool_use_id"]) not in asked:
+                    problem = "unexpected `tool_use_id` found in `tool_result` blocks"
+                    raise InvalidRequest(f"{path}: {problem}: {result_of}")
+                asked.remove(result_of)
             if kind == "tool_use":
-                if block["id"] in seen:
+                if tool_id in seen:
                     raise InvalidRequest(f"{path}.id: `tool_use` ids must be unique")
                 seen.add(block["id"])
-                calls[block["id"]] = None
+                calls.add(block["id"])
         if asked:
             problem = "`tool_use` ids were found without `tool_result` blocks immediately after"
-            raise InvalidRequest(f"messages.{index - 1}: {problem}: {', '.join(asked)}")
+            raise InvalidRequest(f"messages.{index - 1}: {problem}: {', '.join(sorted(asked))}")
         asked = calls
 
 
@@ -684,10 +667,9 @@ def to_flag_settings(turn: Turn, model: str) -> JsonObject:
     """Return the settings of `apply_flag_settings` for a turn; every per-request one is given."""
     # `model` is no alias: with one a later change of the system prompt is refused;
     # the CLI goes on sending tools that were taken off its list, so every body says which
+    body = {**turn.extra_body, "tools": _marked(turn, turn.tools)}
     variables = {
-        "CLAUDE_CODE_EXTRA_BODY": json.dumps(
-            {**turn.extra_body, "tools": _marked(turn, turn.tools)}
-        ),
+        "CLAUDE_CODE_EXTRA_BODY": json.dumps(body),
         "ANTHROPIC_BETAS": ",".join(turn.betas),
         "CLAUDE_CODE_PROMPT_CACHE_TTL": turn.cache_ttl,
         # the body's max_tokens is in extra_body; this is for the CLI's own sums
@@ -696,11 +678,6 @@ def to_flag_settings(turn: Turn, model: str) -> JsonObject:
         **_NO_LIMIT,
     }
     return {"env": variables, "model": model, "effortLevel": turn.effort}
-
-
-def named_tools(turn: Turn) -> list[JsonObject]:
-    """Return the tools to register: those that can be called by name."""
-    return [tool for tool in turn.tools if tool.get("name")]
 
 
 def to_name(tool: JsonObject) -> str:
@@ -1690,7 +1667,7 @@ class Session:
             return None  # the CLI counts the tool that first had a name
         kept = self._conversation.kept(turn, len(turn.messages) - 1)
         lost, is_loose = len(self._conversation) - kept, self._conversation.is_loose
-        differs = (turn.system, named_tools(turn)) != (self._told["system"], self._told["tools"])
+        differs = (turn.system, turn.tools) != (self._told["system"], self._told["tools"])
         if not may_cut and (lost or is_loose or differs):
             return None
         return len(turn.messages) - kept + lost * (lost > is_loose) * (2 if turn.is_login else 1)
@@ -1724,7 +1701,7 @@ class Session:
         self.turns += 1
         self._turn = None
         channel, conversation = self._channel, self._conversation
-        tools = named_tools(turn) if counted is None else counted
+        tools = turn.tools if counted is None else counted
         wanted = len(turn.messages) - (counted is None)
         if self.is_new:
             prompt = {"systemPrompt": [turn.system]} if turn.system else {}
@@ -2233,7 +2210,7 @@ def parse_chat_request(
     if "audio" in (optional(body, "modalities", list) or []):
         raise InvalidRequest("modalities: audio is not supported by this gateway")
     tools, custom = _chat_tools(body)
-    system, entries = _chat_entries(body)
+    system, messages = _chat_messages(body)
     output_format = _chat_format(body)
     if output_format == {}:  # one JSON object of any shape
         system.append({"type": "text", "text": _JSON_OBJECT_PROMPT})
@@ -2247,6 +2224,8 @@ def parse_chat_request(
     above_1 = isinstance(temperature, (int, float)) and 1 < temperature <= 2
     translated = {
         "model": body.get("model"),
+        "system": system,
+        "messages": messages,
         "stream": body.get("stream"),
         "max_tokens": body.get("max_completion_tokens") or body.get("max_tokens"),
         "temperature": 1 if above_1 else temperature,
@@ -2257,7 +2236,7 @@ def parse_chat_request(
         "effort": None if effort == "none" else "low" if effort == "minimal" else effort,
         "output_format": output_format or None,
     }
-    turn = to_turn(translated, system, entries, is_login=is_login)
+    turn = to_turn(translated, is_login=is_login)
     options = optional(body, "stream_options", dict) or {}
     return turn, ChatStyle(created, bool(options.get("include_usage")), custom)
 
@@ -2308,10 +2287,10 @@ def to_tool_choice(body: JsonObject) -> JsonObject | None:
     return without_nulls({"type": kind, "name": name, "disable_parallel_tool_use": single})
 
 
-def _chat_entries(body: JsonObject) -> tuple[list[JsonObject], list[Message]]:
+def _chat_messages(body: JsonObject) -> tuple[list[JsonObject], list[JsonObject]]:
     """Return system blocks, hoisted from wherever they stand, and the other messages."""
     system: list[JsonObject] = []
-    entries: list[Message] = []
+    messages: list[JsonObject] = []
     called: set[str] = set()
     require(body, "messages", list)
     for path, message in objects(body, "messages"):
@@ -2321,29 +2300,25 @@ def _chat_entries(body: JsonObject) -> tuple[list[JsonObject], list[Message]]:
             raise InvalidRequest(f"{path}.role: Input should be {roles}")
         given = _chat_blocks(message, path)
         # blank texts OpenAI takes and Anthropic does not
-        blocks = [(at, b) for at, b in given if b["type"] != "text" or b["text"].strip()]
-        content = [block for _, block in blocks]
+        content = [b for _, b in given if b["type"] != "text" or b["text"].strip()]
         if role in ("system", "developer"):
             system += content
             continue
-        if role == "user":
-            blocks = blocks or given
-        elif role == "assistant":
-            calls = list(_chat_calls(message, path))
-            called |= {call["id"] for _, call in calls}
-            blocks += calls
-        else:
+        if role == "user" and not content:
+            raise InvalidRequest(f"{path}.content: text content blocks must be non-empty")
+        if role == "assistant":
+            calls = [call for _, call in _chat_calls(message, path)]
+            called |= {call["id"] for call in calls}
+            content += calls
+        if role == "tool":
             call_id = require(message, "tool_call_id", str, path)
             if call_id not in called:
                 raise InvalidRequest(f"{path}.tool_call_id: no such tool call was made before")
-            result = {"type": "tool_result", "tool_use_id": call_id, "content": content}
-            blocks = [(path, result)]
-        for at, block in blocks:
-            check_block(at, block)
-        if blocks or role == "user":
-            content = [block for _, block in blocks]
-            entries.append(Message("assistant" if role == "assistant" else "user", content))
-    return system, entries
+            content = [{"type": "tool_result", "tool_use_id": call_id, "content": content}]
+        if content:
+            said_by = "assistant" if role == "assistant" else "user"
+            messages.append({"role": said_by, "content": content})
+    return system, messages
 
 
 def _chat_blocks(message: JsonObject, path: str) -> list[Placed]:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import json
-import re
 import time
 from typing import Any
 
@@ -36,32 +34,15 @@ def assistant(*blocks: Any) -> JsonObject:
     return {"role": "assistant", "content": list(blocks)}
 
 
-def docstring_cases(function: Any) -> list[tuple[str, str]]:
-    """Return the cases of a docstring: lines of `Okay: BODY` and `400 path: BODY`."""
-    lines = inspect.cleandoc(function.__doc__ or "").split("\n")
-    found = [re.match(r"(Okay|400)( [\w.]+)?: (.*)", line) for line in lines]
-    cases = [(f"{m.group(1)}{m.group(2) or ''}", m.group(3)) for m in found if m]
-    assert cases, f"{function.__name__} has no cases in its docstring"
-    return cases
+@pytest.mark.parametrize("body", ['{"a": [1, 2.5, "\\u00e9", null]}', '{"a": "\\ud83d\\ude00"}'])
+def test_json_is_parsed(body: str) -> None:
+    assert cc2api.parse_json(body.encode()) == json.loads(body)
 
 
-@pytest.mark.parametrize(("expected", "body"), docstring_cases(cc2api.parse_json))
-def test_the_cases_in_the_docstring_of_parse_json(expected: str, body: str) -> None:
-    if expected == "Okay":
-        assert cc2api.parse_json(body.encode()) == json.loads(body)
-    else:
-        with pytest.raises(cc2api.InvalidRequest):
-            cc2api.parse_json(body.encode())
-
-
-@pytest.mark.parametrize(("expected", "body"), docstring_cases(cc2api.parse_messages_request))
-def test_the_cases_in_the_docstring_of_parse_messages_request(expected: str, body: str) -> None:
-    parsed = cc2api.parse_json(body.encode())
-    if expected == "Okay":
-        cc2api.parse_messages_request(parsed)
-    else:
-        with pytest.raises(cc2api.InvalidRequest, match=f"^{expected.partition(' ')[2]}: "):
-            cc2api.parse_messages_request(parsed)
+@pytest.mark.parametrize("body", ['{"a": 1e999}', '{"a": "\\ud83d"}', "[1]", "{"])
+def test_json_that_a_later_step_could_not_carry_is_refused(body: str) -> None:
+    with pytest.raises(cc2api.InvalidRequest):
+        cc2api.parse_json(body.encode())
 
 
 def image(**source: Any) -> JsonObject:
@@ -73,6 +54,8 @@ def in_user(*blocks: Any) -> JsonObject:
 
 
 BAD: list[tuple[JsonObject, str]] = [
+    ({"model": None}, "model: Field required"),
+    ({"max_tokens": None}, "max_tokens: Field required"),
     ({"model": 1}, "model: Input should be a valid string"),
     ({"model": ""}, "model: "),
     ({"stream": "yes"}, "stream: Input should be a valid boolean"),
