@@ -22,8 +22,8 @@ Rules that hold throughout:
  3. Exactly one call is made upstream for one request. The CLI would make another by itself after
     some answers: it is held back from it, and where that is not certain it is ended.
  4. Prompts and keys go through pipes only: never into argv, files, an environment or the log.
- 5. A stream's 200 goes out with the first event, so that a failure keeps its true status; only
-    after KEEPALIVE_S of silence does it go out before.
+ 5. A stream's 200 goes out with its first event, so that a failure keeps its true status, or after
+    KEEPALIVE_S of silence.
 
 Facts about the CLI were seen on 2.1.300 to 2.1.331 talking to a scripted API; each one relied on is
 pinned by a test in tests/. Sections, each using only what stands above it: Settings, Errors, API
@@ -90,9 +90,7 @@ MAX_LINE_BYTES: Final = 16 * 1024 * 1024  # of the CLI's output; 128k tokens are
 READ_BYTES: Final = 64 * 1024  # a Linux pipe's capacity
 STDERR_TAIL_BYTES: Final = 2000  # enough for a stack trace's first lines in an error message
 
-CONTROL_TIMEOUT_S: Final = (
-    15.0  # a CLI answers within 0.1 s, starting in 1 s, `auth status` in 0.2 s
-)
+CONTROL_TIMEOUT_S: Final = 15.0  # of a CLI that answers within 0.1 s, and starting in 1 s
 CHANGE_TIMEOUT_S: Final = 5.0  # for a cut, prompt or tools; they take 0.005 s
 SETUP_ATTEMPTS: Final = 2  # a new process that dies before the query has cost nothing: once more
 COUNT_ATTEMPTS: Final = 10  # the tools that the CLI was just given may take it a moment
@@ -156,17 +154,14 @@ class Settings:
     max_queue: int = _option(64, "requests that may wait for their turn")
     timeout: float = _option(600.0, "seconds for a whole answer", low=1)
     drain: float = _option(30.0, "seconds that running answers get at the end")
-    bare: bool | None = _option(
-        None, "run claude with --bare (default: when an API key or a cloud provider is configured)"
-    )
+    bare: bool | None = _option(None, "run claude with --bare (default: with an API key or cloud)")
     setting_sources: str = _option("", "settings to load: user,project,local (default: none)")
     check: bool = _option(False, "check the CLI, sign-in, keys, port and a start, then end")
     debug: bool = _option(False, "log requests and responses whole, prompts included")
 
 
 # ======================================================================= Errors
-# Everything a client can be told, as exceptions: one class for a status and its Anthropic type.
-# Raised anywhere above HTTP, answered in one place there.
+# Everything a client can be told, as exceptions: raised anywhere, answered in one place in HTTP.
 
 STATUS_BY_TYPE: Final = {  # messages-api.md section 5
     **{"invalid_request_error": 400, "authentication_error": 401, "billing_error": 402},
@@ -174,7 +169,7 @@ STATUS_BY_TYPE: Final = {  # messages-api.md section 5
     **{"request_too_large": 413, "rate_limit_error": 429, "api_error": 500},
     **{"timeout_error": 504, "overloaded_error": 529},
 }
-TYPE_BY_STATUS: Final = {status: kind for kind, status in STATUS_BY_TYPE.items()}
+_TYPES: Final = {status: kind for kind, status in STATUS_BY_TYPE.items()}
 
 
 @dataclass(eq=False)
@@ -191,7 +186,7 @@ class ApiError(Exception):
     def __post_init__(self) -> None:
         super().__init__(self.message)
         fallback = "api_error" if self.status >= 500 else "invalid_request_error"
-        self.kind = self.kind or TYPE_BY_STATUS.get(self.status, fallback)
+        self.kind = self.kind or _TYPES.get(self.status, fallback)
 
 
 @dataclass(eq=False)
@@ -299,11 +294,10 @@ class KeyFile:
 
 def needs_keys(settings: Settings) -> bool:
     """Say whether nobody may call without a key: on any address but loopback."""
-    if settings.allow_open or settings.host == "localhost":
-        return False
+    is_loopback = settings.host == "localhost"
     with contextlib.suppress(ValueError):
-        return not ipaddress.ip_address(settings.host).is_loopback
-    return True
+        is_loopback = ipaddress.ip_address(settings.host).is_loopback
+    return not (is_loopback or settings.allow_open)
 
 
 # ===================================================================== Requests
@@ -361,14 +355,11 @@ def parse_json(raw: bytes) -> JsonObject:
     try:
         body = json.loads(raw.decode("utf-8"))
         json.dumps(body, ensure_ascii=False, allow_nan=False).encode("utf-8")
-    except RecursionError:
-        raise InvalidRequest("The request body is nested too deeply") from None
-    except ValueError as exc:  # bad UTF-8 or JSON, NaN, a lone surrogate, an integer of 4301 digits
+    except (RecursionError, ValueError) as exc:  # also of a lone surrogate, NaN, 4301 digits
         raise InvalidRequest(f"The request body is not valid JSON: {exc}") from None
-    if not isinstance(body, dict):
-        raise InvalidRequest("The request body must be a JSON object")
-    if is_deeper(body, MAX_JSON_DEPTH):
-        raise InvalidRequest(f"The request body is nested deeper than {MAX_JSON_DEPTH} levels")
+    if not isinstance(body, dict) or is_deeper(body, MAX_JSON_DEPTH):
+        problem = f"must be a JSON object, not nested deeper than {MAX_JSON_DEPTH} levels"
+        raise InvalidRequest(f"The request body {problem}")
     return body
 
 
@@ -443,12 +434,11 @@ def to_turn(
     """Return a request's Turn. One to count may end with an answer."""
     if not require(body, "model", str).strip():
         raise InvalidRequest("model: String should have at least 1 character")
-    output_config = dict(optional(body, "output_config", dict) or {})
+    given = without_nulls(optional(body, "output_config", dict) or {})
+    output_config = {"format": body.get("output_format"), **given}  # the first is an older form
     effort = output_config.pop("effort", None) or body.get("effort")
     if effort not in (None, *EFFORTS):  # the CLI would leave it out
         raise InvalidRequest(f"effort: Input should be {' or '.join(map(repr, EFFORTS))}")
-    if output_config.get("format") is None:  # output_format is its older form
-        output_config["format"] = body.get("output_format")
     thinking = optional(body, "thinking", dict)
     if thinking is None or thinking.get("type") == "disabled":
         # With thinking off the CLI sends temperature 1 (seen, 2.1.330), and upstream refuses that
@@ -462,16 +452,14 @@ def to_turn(
     if is_count and system:  # the CLI would count it as a message of its own
         messages.insert(0, Message("user", as_blocks(system)))
     tools = [unmarked(tool, marks) for _, tool in objects(body, "tools")]
-    merged = _merge(messages, is_count=is_count)
-    merged = [Message(role, [unmarked(block, marks) for block in its]) for role, its in merged]
+    merged = _merge(messages, marks, is_count=is_count)
     # The API takes four breakpoints, and the CLI sets three: on two system blocks and the last of
     # the messages (seen, 2.1.330). The fourth is the client's latest.
     last = merged[-1].content[-1]
     marked = next((block for block, _ in reversed(marks) if block is not last), None)
     if is_login and len(merged) > 1:
         # its reminders move with the last user message: the block before keeps the history cached
-        blocks = [block for block in merged[-2].content if "thinking" not in block["type"]]
-        marked = blocks[-1]  # thinking blocks take none
+        marked = [block for block in merged[-2].content if "thinking" not in block["type"]][-1]
     for owner in (body, *parts):  # the CLI marks these itself
         unmarked(owner, marks)
     return Turn(
@@ -512,14 +500,13 @@ def _parse_messages(body: JsonObject) -> list[Message]:
         given = {"content": as_blocks(entry.get("content"))}
         if not require(given, "content", list, path):
             raise InvalidRequest(f"{path}: all messages must have non-empty content")
-        blocks = list(objects(given, "content", path))
-        for placed in blocks:
-            check_block(*placed)
-        content = [block for _, block in blocks]
-        if role == "system":
-            texts = [require(block, "text", str, place) for place, block in blocks]
-            told = [f"<system-reminder>\n{text}\n</system-reminder>" for text in texts]
-            content = [block for text in told for block in as_blocks(text)]
+        content = []
+        for place, block in objects(given, "content", path):
+            check_block(place, block)
+            if role == "system":
+                text = require(block, "text", str, place)
+                block = {"type": "text", "text": f"<system-reminder>\n{text}\n</system-reminder>"}
+            content.append(block)
         messages.append(Message(role, content))
     return messages
 
@@ -534,7 +521,6 @@ def check_block(path: str, block: JsonObject) -> None:
         check_image(f"{inside}.source", require(block, "source", dict, inside))
     if kind in ("tool_use", "server_tool_use"):
         require(block, "id", str, inside), require(block, "name", str, inside)
-        require(block, "input", dict, inside)
     if kind == "tool_result":
         require(block, "tool_use_id", str, inside)
         if not isinstance(block.get("content"), str):
@@ -559,12 +545,12 @@ def check_image(path: str, source: JsonObject) -> None:
         raise InvalidRequest(f"{path}.base64.data: {problem}")
 
 
-def _merge(messages: Sequence[Message], *, is_count: bool) -> list[Message]:
+def _merge(messages: list[Message], marks: list[Mark], *, is_count: bool) -> list[Message]:
     """Join the messages of one role, as the API does (the CLI would itself, but add a newline)."""
     merged: list[Message] = []
     for is_answer, group in itertools.groupby(messages, lambda each: each.role == "assistant"):
         parts = list(group)
-        blocks = [block for part in parts for block in part.content]
+        blocks = [unmarked(block, marks) for part in parts for block in part.content]
         if any(part.role == "system" for part in parts):  # tool results must stay in front
             blocks.sort(key=lambda block: block["type"] != "tool_result")
         if all("thinking" in block["type"] for block in blocks):  # the CLI would drop it
@@ -718,8 +704,7 @@ def to_tool_results(query: Message, asked: Sequence[str]) -> list[JsonObject] | 
         if is_error and not is_kept:
             return None
         size += sum(map(len, texts))
-        content = [{"type": "text", "text": text} for text in texts]
-        results.append({"content": content, "isError": is_error})
+        results.append({"content": parts, "isError": is_error})
     return results if size <= MAX_TOOL_RESULT_CHARS else None
 
 

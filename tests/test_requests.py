@@ -69,7 +69,7 @@ BAD: list[tuple[JsonObject, str]] = [
     ({"messages": None}, "messages: Field required"),
     ({"messages": []}, "messages: at least one message is required"),
     ({"thinking": "on"}, "thinking: Input should be a valid dictionary"),
-    ({"messages": [assistant({**USE, "input": "x"})]}, "messages.0.content.0.tool_use.input: "),
+    ({"messages": [assistant({**USE, "name": None})]}, "messages.0.content.0.tool_use.name: "),
     ({"messages": {}}, "messages: Input should be a valid list"),
     ({"messages": ["hi"]}, "messages.0: "),
     ({"messages": [{"role": "bot", "content": "x"}]}, "messages.0.role: "),
@@ -182,6 +182,7 @@ NOT_OURS: list[JsonObject] = [
     in_user({"type": "video", "source": {"type": "tape"}}),
     in_user({"type": "document", "source": {"type": "tape"}}, {"type": "image", "source": {}}),
     in_user({**TEXT, "cache_control": {"type": "forever"}}),
+    {"messages": [assistant({**USE, "input": "x"}), user(RESULT)]},
 ]
 
 
