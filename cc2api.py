@@ -447,10 +447,11 @@ def to_turn(
         thinking = {"type": "disabled"} if is_alone else None
     passed = {name: value for name, value in body.items() if name not in _OURS}
     passed |= {"thinking": thinking, "output_config": without_nulls(output_config) or None}
-    parts, messages, marks = _parse_system(body), _parse_messages(body), list[Mark]()
+    parts, messages = _parse_system(body), _parse_messages(body)
     system = "\n\n".join(part["text"] for part in parts)
     if is_count and system:  # the CLI would count it as a message of its own
         messages.insert(0, Message("user", as_blocks(system)))
+    marks: list[Mark] = []
     tools = [unmarked(tool, marks) for _, tool in objects(body, "tools")]
     merged = _merge(messages, marks, is_count=is_count)
     # The API takes four breakpoints, and the CLI sets three: on two system blocks and the last of
@@ -492,7 +493,8 @@ def _parse_system(body: JsonObject) -> list[JsonObject]:
 
 def _parse_messages(body: JsonObject) -> list[Message]:
     """Check `messages`; `system` ones get user text: a line of that role ends the CLI."""
-    require(body, "messages", list)
+    if not require(body, "messages", list):
+        raise InvalidRequest("messages: at least one message is required")
     messages = []
     for path, entry in objects(body, "messages"):
         if (role := entry.get("role")) not in ("user", "assistant", "system"):
@@ -557,8 +559,6 @@ def _merge(messages: list[Message], marks: list[Mark], *, is_count: bool) -> lis
             problem = "The final block in an assistant message cannot be `thinking`."
             raise InvalidRequest(f"messages.{len(merged)}: {problem}")
         merged.append(Message("assistant" if is_answer else "user", blocks))
-    if not merged:
-        raise InvalidRequest("messages: at least one message is required")
     if merged[-1].role == "assistant" and not is_count:
         problem = "This gateway does not support assistant message prefill."
         raise InvalidRequest(f"messages: {problem} The conversation must end with a user message.")
@@ -574,21 +574,21 @@ def _check_tool_pairs(messages: Iterable[Message]) -> None:
         here = {str(block.get("tool_use_id")) for block in content}  # server tools' results too
         calls: set[str] = set()
         for at, block in enumerate(content):
-            path, kind, tool_id = f"messages.{index}.content.{at}", block["type"], block.get("id")
-            if kind == "server_tool_use" and tool_id not in here:
-                problem = f"tool use with id `{tool_id}` was found without a corresponding"
-                name = block["name"]
-                raise InvalidRequest(f"{path}: `{name}` {problem} `{name}_tool_result` block")
-            if kind == "tool_result":
-                if (result_of := block["tool_use_id"]) not in asked:
-                    problem = "unexpected `tool_use_id` found in `tool_result` blocks"
-                    raise InvalidRequest(f"{path}: {problem}: {result_of}")
-                asked.remove(result_of)
-            if kind == "tool_use":
-                if tool_id in seen:
-                    raise InvalidRequest(f"{path}.id: `tool_use` ids must be unique")
-                seen.add(block["id"])
-                calls.add(block["id"])
+            problem = ""
+            match block:
+                case {"type": "tool_result", "tool_use_id": call} if call in asked:
+                    asked.remove(call)
+                case {"type": "tool_result", "tool_use_id": call}:
+                    problem = f"unexpected `tool_use_id` found in `tool_result` blocks: {call}"
+                case {"type": "tool_use", "id": call} if call not in seen:
+                    seen.add(call)
+                    calls.add(call)
+                case {"type": "tool_use"}:
+                    problem = "`tool_use` ids must be unique"
+                case {"type": "server_tool_use", "id": call, "name": name} if call not in here:
+                    problem = f"`{name}` tool use with id `{call}` was found without its result"
+            if problem:
+                raise InvalidRequest(f"messages.{index}.content.{at}: {problem}")
         if asked:
             problem = "`tool_use` ids were found without `tool_result` blocks immediately after"
             raise InvalidRequest(f"messages.{index - 1}: {problem}: {', '.join(sorted(asked))}")
@@ -596,10 +596,7 @@ def _check_tool_pairs(messages: Iterable[Message]) -> None:
 
 
 def unmarked(block: JsonObject, marks: list[Mark]) -> JsonObject:
-    """Return a block or tool without its cache breakpoint, which joins `marks`.
-
-    One inside a tool result counts as one on it.
-    """
+    """Return a block or tool without breakpoints; `marks` gets those, as on the outermost."""
     kept, found = dict(block), list[Mark]()
     if kept.get("type") == "tool_result" and isinstance(kept.get("content"), list):
         kept["content"] = [unmarked(part, found) for _, part in objects(kept, "content")]
@@ -624,8 +621,8 @@ def _canonical(node: Any) -> Any:
         return [_canonical(item) for item in node]
     if not isinstance(node, dict):
         return node
-    dropped = ("caller",)  # by the CLI
-    told = {n: v for n, v in node.items() if not (v is None or v is False or n in dropped)}
+    told = {name: value for name, value in node.items() if value is not None and value is not False}
+    told.pop("caller", None)  # the CLI drops it
     if told.get("type") == "tool_result":
         told["content"] = as_blocks(told.get("content") or "")
     return {name: value if name == "input" else _canonical(value) for name, value in told.items()}
@@ -633,7 +630,6 @@ def _canonical(node: Any) -> Any:
 
 # ======================================================================== Lines
 # What a turn is in the CLI's own protocol: settings, lines, tool results. Pure: no I/O, no state.
-# Follows cli-contract.md; what is not obvious there was seen on 2.1.300 to 2.1.331.
 
 TOOL_SERVER: Final = "t"  # the MCP server under which a request's tools are registered
 # The size in tokens from which on the CLI refuses to call upstream ("Prompt is too long").

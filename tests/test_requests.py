@@ -92,7 +92,10 @@ BAD: list[tuple[JsonObject, str]] = [
         {"messages": [assistant(USE), user({"type": "text", "text": "x"})]},
         "messages.0: `tool_use` ids were found without `tool_result` blocks immediately after: t1",
     ),
-    ({"messages": [assistant(USE, USE), user(RESULT)]}, "messages.0.content.1.id: "),
+    (
+        {"messages": [assistant(USE, USE), user(RESULT)]},
+        "messages.0.content.1: `tool_use` ids must",
+    ),
     (
         {"messages": [assistant(USE), user(RESULT, RESULT)]},
         "messages.1.content.1: unexpected `tool_use_id`",
