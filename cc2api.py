@@ -22,12 +22,8 @@ Rules that hold throughout:
  3. Exactly one call is made upstream for one request. The CLI would make another by itself after
     some answers: it is held back from it, and where that is not certain it is ended.
  4. Prompts and keys go through pipes only: never into argv, files, an environment or the log.
- 5. A stream's 200 goes out with the first event, so that a failure keeps its true status; only
-    after KEEPALIVE_S of silence does it go out before.
-
-Where a streaming request passes: HTTP (its head) > Routes (who, what) > HTTP (its body) > Requests
-> Service > Pool > Conversation > Lines > Process; and back: Process > Conversation > Events >
-Service > Routes > HTTP, with Metrics told at its first delta and its end.
+ 5. A stream's 200 goes out with its first event, so that a failure keeps its true status, or after
+    KEEPALIVE_S of silence.
 
 Facts about the CLI were seen on 2.1.300 to 2.1.331 talking to a scripted API; each one relied on is
 pinned by a test in tests/. Sections, each using only what stands above it: Settings, Errors, API
@@ -58,7 +54,6 @@ import select
 import shutil
 import signal
 import socket
-import stat
 import subprocess
 import sys
 import tempfile
@@ -73,7 +68,7 @@ from dataclasses import dataclass, field
 from http.server import ThreadingHTTPServer
 from pathlib import Path
 from socketserver import BaseRequestHandler, TCPServer
-from typing import Any, Final, Literal, NamedTuple, TypeVar
+from typing import Any, Final, NamedTuple, TypeVar
 
 __version__ = "0.1.0"
 
@@ -94,8 +89,7 @@ MAX_LINE_BYTES: Final = 16 * 1024 * 1024  # of the CLI's output; 128k tokens are
 READ_BYTES: Final = 64 * 1024  # a Linux pipe's capacity
 STDERR_TAIL_BYTES: Final = 2000  # enough for a stack trace's first lines in an error message
 
-CLI_PROBE_TIMEOUT_S: Final = 20.0  # `claude --version` takes 0.01 s, `claude auth status` 0.2 s
-CONTROL_TIMEOUT_S: Final = 15.0  # a CLI answers its control requests within 0.1 s, starting in 1 s
+CONTROL_TIMEOUT_S: Final = 15.0  # of a CLI that answers within 0.1 s, and starting in 1 s
 CHANGE_TIMEOUT_S: Final = 5.0  # for a cut, prompt or tools; they take 0.005 s
 SETUP_ATTEMPTS: Final = 2  # a new process that dies before the query has cost nothing: once more
 COUNT_ATTEMPTS: Final = 10  # the tools that the CLI was just given may take it a moment
@@ -137,48 +131,35 @@ LISTEN_BACKLOG: Final = 128  # socketserver's 5 refuses a burst of parallel clie
 # defaults; the command line is built from these fields, so help and code cannot differ.
 
 
-def _option(default: Any, text: str, metavar: str | None = None, low: float = 0) -> Any:
-    return field(default=default, metadata={"help": text, "metavar": metavar, "low": low})
+def _option(default: Any, text: str, low: float = 0) -> Any:
+    return field(default=default, metadata={"help": text, "low": low})
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
     """What the user can choose; one field, one flag, one CC2API_ variable."""
 
-    host: str = _option("127.0.0.1", "address to listen on", "ADDR")
-    port: int = _option(8080, "port to listen on; 0 picks a free one", "N")
-    claude: str | None = _option(None, "the claude executable (default: searched for)", "PATH")
-    keys: str = _option("apikeys.txt", "file of API keys, one a line, re-read every time", "FILE")
+    host: str = _option("127.0.0.1", "address to listen on")
+    port: int = _option(8080, "port to listen on; 0 picks a free one")
+    claude: str | None = _option(None, "the claude executable (default: searched for)")
+    keys: str = _option("apikeys.txt", "file of API keys, one a line, re-read every time")
     allow_open: bool = _option(False, "listen on other addresses than loopback without any key")
-    cors_origin: tuple[str, ...] = _option(
-        (), "origin of a web page that may call, * for any; repeatable", "ORIGIN"
-    )
-    allowed_host: tuple[str, ...] = _option(
-        (), "host name that clients may call this server by; repeatable", "NAME"
-    )
-    model_map: tuple[str, ...] = _option(
-        (), "serve the model name NAME with MODEL; repeatable", "NAME=MODEL"
-    )
-    processes: int = _option(
-        4, "claude processes kept ready when idle, one of them blank; 0 keeps none", "N"
-    )
-    max_concurrency: int = _option(8, "requests answered at once", "N", low=1)
-    max_queue: int = _option(64, "requests that may wait for their turn", "N")
-    timeout: float = _option(600.0, "seconds for a whole answer", "S", low=1)
-    drain: float = _option(30.0, "seconds that running answers get at the end", "S")
-    bare: bool | None = _option(
-        None, "run claude with --bare (default: when an API key or a cloud provider is configured)"
-    )
-    setting_sources: str = _option(
-        "", "settings the CLI loads: any of user,project,local (default: none)", "LIST"
-    )
+    cors_origin: tuple[str, ...] = _option((), "web origin that may call, * for any; repeatable")
+    allowed_host: tuple[str, ...] = _option((), "another host name of this server; repeatable")
+    model_map: tuple[str, ...] = _option((), "NAME=MODEL: serve model NAME with MODEL; repeatable")
+    processes: int = _option(4, "claude processes kept when idle, one of them blank; 0 keeps none")
+    max_concurrency: int = _option(8, "requests answered at once", low=1)
+    max_queue: int = _option(64, "requests that may wait for their turn")
+    timeout: float = _option(600.0, "seconds for a whole answer", low=1)
+    drain: float = _option(30.0, "seconds that running answers get at the end")
+    bare: bool | None = _option(None, "run claude with --bare (default: with an API key or cloud)")
+    setting_sources: str = _option("", "settings to load: user,project,local (default: none)")
     check: bool = _option(False, "check the CLI, sign-in, keys, port and a start, then end")
     debug: bool = _option(False, "log requests and responses whole, prompts included")
 
 
 # ======================================================================= Errors
-# Everything a client can be told, as exceptions: one class for a status and its Anthropic type.
-# Raised anywhere above HTTP, answered in one place there.
+# Everything a client can be told, as exceptions: raised anywhere, answered in one place in HTTP.
 
 STATUS_BY_TYPE: Final = {  # messages-api.md section 5
     **{"invalid_request_error": 400, "authentication_error": 401, "billing_error": 402},
@@ -186,48 +167,38 @@ STATUS_BY_TYPE: Final = {  # messages-api.md section 5
     **{"request_too_large": 413, "rate_limit_error": 429, "api_error": 500},
     **{"timeout_error": 504, "overloaded_error": 529},
 }
-TYPE_BY_STATUS: Final = {status: kind for kind, status in STATUS_BY_TYPE.items()}
+_TYPES: Final = {status: kind for kind, status in STATUS_BY_TYPE.items()}
 
 
+@dataclass(eq=False)
 class ApiError(Exception):
-    """An error the client is shown: `status`, Anthropic `type`, message, optional `details`."""
+    """An error the client is shown."""
 
-    status = 500
+    message: str
+    status: int = 500
+    kind: str = ""  # Anthropic's `type`; else the status tells it
+    details: JsonObject | None = None
+    retry_after_s: int | None = None
+    should_retry: bool | None = None  # False: SDKs would only pay for the same again
 
-    def __init__(
-        self,
-        message: str,
-        *,
-        status: int | None = None,
-        kind: str | None = None,
-        details: JsonObject | None = None,
-        retry_after_s: int | None = None,
-        should_retry: bool | None = None,
-    ) -> None:
-        super().__init__(message)
-        self.status = status or self.status
+    def __post_init__(self) -> None:
+        super().__init__(self.message)
         fallback = "api_error" if self.status >= 500 else "invalid_request_error"
-        self.kind = kind or TYPE_BY_STATUS.get(self.status, fallback)
-        self.details, self.retry_after_s = details, retry_after_s
-        self.should_retry = should_retry  # False: SDKs would only pay for the same again
+        self.kind = self.kind or _TYPES.get(self.status, fallback)
 
 
+@dataclass(eq=False)
 class InvalidRequest(ApiError):
     """The request is at fault; the message starts with the path of the field."""
 
-    status = 400
+    status: int = 400
 
 
-class NotAuthenticated(ApiError):
-    """No valid gateway key, or the CLI is not signed in."""
-
-    status = 401
-
-
+@dataclass(eq=False)
 class CliFailed(ApiError):
     """The CLI could not be started, died, or broke its protocol."""
 
-    status = 502
+    status: int = 502
 
 
 class ClientGone(Exception):
@@ -242,8 +213,7 @@ OPEN: Final = "open"  # the caller's name where no key is asked for
 MIN_NAMED_KEY: Final = 12  # characters; of a shorter key four would tell too much
 
 
-@dataclass(frozen=True, slots=True)
-class Caller:
+class Caller(NamedTuple):
     """Who makes a request."""
 
     name: str  # for the log and the metrics
@@ -265,20 +235,14 @@ class KeyFile:
 
     def load(self) -> dict[str, str] | None:
         """Return the keys with their names; None where there is a file that cannot be read."""
-        text = ""
         try:
-            # not blocking: a pipe would keep the request waiting, and is read but once
-            with open(
-                self.path, "rb", opener=lambda p, how: os.open(p, how | os.O_NONBLOCK)
-            ) as file:
-                if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                    raise ValueError("it is not a regular file")
-                text = file.read().decode("utf-8-sig")
+            if self.path.exists() and not self.path.is_file():  # reading a pipe would block
+                raise OSError(0, "it is not a regular file")
+            text = self.path.read_text("utf-8-sig")
         except FileNotFoundError:
-            pass
-        except (OSError, ValueError) as exc:
-            problem = getattr(exc, "strerror", None) or str(exc)
-            problem = "it is not UTF-8" if isinstance(exc, UnicodeDecodeError) else problem
+            text = ""
+        except (OSError, UnicodeDecodeError) as exc:
+            problem = getattr(exc, "strerror", "it is not UTF-8")
             if problem != self.problem:
                 log.error("key file %s cannot be read, nobody is let in: %s", self.path, problem)
             self.problem = problem
@@ -289,7 +253,7 @@ class KeyFile:
             if time.monotonic() - self._gone_at < KEYS_GONE_S:
                 return self._last
         keys = {}
-        for line in re.split("[\r\n]+", text):
+        for line in text.split("\n"):
             key, *words = line.split() or ["#"]
             tail = key[-4:] if len(key) >= MIN_NAMED_KEY else ""
             if not key.startswith("#"):
@@ -304,20 +268,18 @@ class KeyFile:
     def check(self, keys: Mapping[str, str] | None, api_key: str, authorization: str) -> Caller:
         """Return who calls, by `x-api-key`, which wins as on the public API, or Bearer token."""
         if keys is None:
-            raise NotAuthenticated("the gateway's key file cannot be read")
+            raise ApiError("the gateway's key file cannot be read", status=401)
         scheme, _, token = authorization.strip().partition(" ")
         given = api_key.strip() or (token.strip() if scheme.lower() == "bearer" else "")
         raw = given.encode("latin-1", "replace")  # as it came over the wire
-        identity = hashlib.sha256(raw).digest()
-        if self.is_open(keys):
-            return Caller(OPEN, identity)
-        if not given:
-            raise NotAuthenticated("x-api-key header or Authorization: Bearer is required")
         # Every key is compared, in constant time: neither a prefix nor a position can be timed.
         names = [name for key, name in keys.items() if hmac.compare_digest(raw, key.encode())]
+        if self.is_open(keys):
+            names = [OPEN]
         if not names:
-            raise NotAuthenticated("invalid x-api-key or bearer token")
-        return Caller(names[0], identity)
+            missing = "x-api-key header or Authorization: Bearer is required"
+            raise ApiError("invalid x-api-key or bearer token" if given else missing, status=401)
+        return Caller(names[0], hashlib.sha256(raw).digest())
 
     def describe(self) -> str:
         """Say in a few words who may call."""
@@ -330,11 +292,10 @@ class KeyFile:
 
 def needs_keys(settings: Settings) -> bool:
     """Say whether nobody may call without a key: on any address but loopback."""
-    if settings.allow_open or settings.host == "localhost":
-        return False
+    is_loopback = settings.host == "localhost"
     with contextlib.suppress(ValueError):
-        return not ipaddress.ip_address(settings.host).is_loopback
-    return True
+        is_loopback = ipaddress.ip_address(settings.host).is_loopback
+    return not (is_loopback or settings.allow_open)
 
 
 # ===================================================================== Requests
@@ -343,32 +304,15 @@ def needs_keys(settings: Settings) -> bool:
 # would silently repair, drop or choke on, and what the code itself walks into; all else goes
 # upstream, whose own 400 comes back.
 
-Role = Literal["user", "assistant"]
-Placed = tuple[str, JsonObject]  # a block, with the path under which the client sent it
-_Marks = list[JsonObject | None]  # the cache breakpoint of each block, or tool
+Placed = tuple[str, JsonObject]  # an object, with the path under which the client sent it
+Mark = tuple[JsonObject, Any]  # a block or tool that the client gave a breakpoint, and its ttl
 
 
 class Message(NamedTuple):
-    """One message as it goes to the CLI, its blocks verbatim but for cache breakpoints."""
+    """One message, its blocks as the client sent them but for cache breakpoints."""
 
-    role: Role
+    role: str  # "user" or "assistant"; "system" only until it is merged
     content: list[JsonObject]
-
-
-class Entry(NamedTuple):
-    """One entry of a client's `messages`, before merging."""
-
-    role: Role
-    path: str
-    blocks: list[Placed]
-    is_folded: bool = False  # it was a system entry
-
-
-class Breakpoint(NamedTuple):
-    """The one cache breakpoint of the client's that goes upstream: on a block, or on a tool."""
-
-    message: int | None  # None: it is on a tool
-    at: int  # which block of the message, or which tool
 
 
 @dataclass(frozen=True, slots=True)
@@ -381,12 +325,10 @@ class Turn:
     messages: tuple[Message, ...]  # roles alternating; the last one is the user's
     digests: tuple[bytes, ...]  # one a message, alike where the model is told the same
     tools: list[JsonObject]
-    max_tokens: int | None  # None: the CLI's own default
-    thinking: JsonObject | None  # None: off, as far as the model can
     effort: str | None
     extra_body: JsonObject  # merged by the CLI into the top level of its request
     betas: tuple[str, ...]
-    breakpoint: Breakpoint | None
+    marked: JsonObject | None  # the very block or tool that goes with a cache breakpoint
     cache_ttl: str  # "5m" or "1h", for every cache breakpoint of the request
     is_login: bool  # the CLI runs on a claude.ai login
 
@@ -407,25 +349,15 @@ _BETA: Final = re.compile(r"(?!claude-code-|oauth-)[A-Za-z0-9][A-Za-z0-9_.-]*\Z"
 
 
 def parse_json(raw: bytes) -> JsonObject:
-    """Parse a request body: a JSON object in UTF-8 that every later step can carry.
-
-    Okay: {"a": [1, 2.5, "\\u00e9", null]}
-    Okay: {"a": "\\ud83d\\ude00"}
-    400: {"a": 1e999}
-    400: {"a": "\\ud83d"}
-    400: [1]
-    """
+    """Parse a request body: a JSON object in UTF-8 that every later step can carry."""
     try:
         body = json.loads(raw.decode("utf-8"))
         json.dumps(body, ensure_ascii=False, allow_nan=False).encode("utf-8")
-    except RecursionError:
-        raise InvalidRequest("The request body is nested too deeply") from None
-    except ValueError as exc:  # bad UTF-8 or JSON, NaN, a lone surrogate, an integer of 4301 digits
+    except (RecursionError, ValueError) as exc:  # also of a lone surrogate, NaN, 4301 digits
         raise InvalidRequest(f"The request body is not valid JSON: {exc}") from None
-    if not isinstance(body, dict):
-        raise InvalidRequest("The request body must be a JSON object")
-    if is_deeper(body, MAX_JSON_DEPTH):
-        raise InvalidRequest(f"The request body is nested deeper than {MAX_JSON_DEPTH} levels")
+    if not isinstance(body, dict) or is_deeper(body, MAX_JSON_DEPTH):
+        problem = f"must be a JSON object, not nested deeper than {MAX_JSON_DEPTH} levels"
+        raise InvalidRequest(f"The request body {problem}")
     return body
 
 
@@ -475,52 +407,36 @@ def without_nulls(owner: JsonObject) -> JsonObject:
 
 
 def as_blocks(content: Any) -> Any:
-    """Return content as a list of blocks, a string as one text block."""
-    return [{"type": "text", "text": content}] if isinstance(content, str) else content
+    """Return content as a list of blocks: for a string one text block, or none."""
+    if not isinstance(content, str):
+        return content
+    return [{"type": "text", "text": content}] if content else []
 
 
-def parse_count_request(body: JsonObject, betas: str = "") -> Turn:
-    """Check a count_tokens request, which needs no max_tokens, and return it as a Turn."""
-    system, entries = _parse_system(body), _parse_entries(body)
-    return to_turn(body, system, entries, betas, is_login=False, is_count=True)
-
-
-def parse_messages_request(body: JsonObject, betas: str = "", *, is_login: bool = False) -> Turn:
-    """Check a Messages API request, with the anthropic-beta header, and return it as a Turn.
-
-    Okay: {"model": "m", "max_tokens": 8, "messages": [{"role": "user", "content": "hi"}]}
-    400 model: {"max_tokens": 8, "messages": [{"role": "user", "content": "hi"}]}
-    400 max_tokens: {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
-    400 messages: {"model": "m", "max_tokens": 8, "messages": []}
-    400 messages.0.role: {"model": "m", "max_tokens": 8, "messages": [{"role": "bot"}]}
-    """
+def parse_messages_request(
+    body: JsonObject, betas: str = "", *, is_login: bool = False, is_count: bool = False
+) -> Turn:
+    """Check a Messages API request, with the anthropic-beta header, and return it as a Turn."""
     if body.get("thread") is not None:
         # The SDKs' tool runners then resend the whole history (messages-api.md section 9).
         problem = "thread: message threads are not supported; send the whole history"
         raise InvalidRequest(problem, details={"error_code": "thread_unsupported_request"})
-    if body.get("max_tokens") is None:  # the CLI would put a number of its own
+    if body.get("max_tokens") is None and not is_count:  # the CLI would put a number of its own
         raise InvalidRequest("max_tokens: Field required")
-    return to_turn(body, _parse_system(body), _parse_entries(body), betas, is_login=is_login)
+    return to_turn(body, betas, is_login=is_login, is_count=is_count)
 
 
 def to_turn(
-    body: JsonObject,
-    system: Sequence[JsonObject],
-    entries: Sequence[Entry],
-    betas: str = "",
-    *,
-    is_login: bool,
-    is_count: bool = False,
+    body: JsonObject, betas: str = "", *, is_login: bool = False, is_count: bool = False
 ) -> Turn:
-    """Return the Turn of a system prompt, messages, and all else from `body`, checked here."""
+    """Return a request's Turn. One to count may end with an answer."""
     if not require(body, "model", str).strip():
         raise InvalidRequest("model: String should have at least 1 character")
-    output_config = dict(optional(body, "output_config", dict) or {})
+    given = without_nulls(optional(body, "output_config", dict) or {})
+    output_config = {"format": body.get("output_format"), **given}  # the first is an older form
     effort = output_config.pop("effort", None) or body.get("effort")
-    if effort is not None and effort not in EFFORTS:  # the CLI would leave it out
+    if effort not in (None, *EFFORTS):  # the CLI would leave it out
         raise InvalidRequest(f"effort: Input should be {' or '.join(map(repr, EFFORTS))}")
-    if output_config.get("format") is None:  # output_format is its older form
-        output_config["format"] = body.get("output_format")
     thinking = optional(body, "thinking", dict)
     if thinking is None or thinking.get("type") == "disabled":
         # With thinking off the CLI sends temperature 1 (seen, 2.1.330), and upstream refuses that
@@ -529,27 +445,36 @@ def to_turn(
         thinking = {"type": "disabled"} if is_alone else None
     passed = {name: value for name, value in body.items() if name not in _OURS}
     passed |= {"thinking": thinking, "output_config": without_nulls(output_config) or None}
-    messages, marks = _merge(entries, is_count=is_count)
-    tools, tool_marks = take_marks([tool for _, tool in objects(body, "tools")])
-    every = [*take_marks(system)[1], *tool_marks, *itertools.chain(*marks)]
-    asks_1h = any(_object(mark).get("ttl") == "1h" for mark in (*every, body.get("cache_control")))
-    max_tokens = body.get("max_tokens")
+    parts, messages = _parse_system(body), _parse_messages(body)
+    system = "\n\n".join(part["text"] for part in parts)
+    if is_count and system:  # the CLI would count it as a message of its own
+        messages.insert(0, Message("user", as_blocks(system)))
+    marks: list[Mark] = []
+    tools = [unmarked(tool, marks) for _, tool in objects(body, "tools")]
+    merged = _merge(messages, marks, is_count=is_count)
+    # The API takes four breakpoints, and the CLI sets three: on two system blocks and the last of
+    # the messages (seen, 2.1.330). The fourth is the client's latest.
+    last = merged[-1].content[-1]
+    marked = next((block for block, _ in reversed(marks) if block is not last), None)
+    if is_login and len(merged) > 1:
+        # its reminders move with the last user message: the block before keeps the history cached
+        marked = [block for block in merged[-2].content if "thinking" not in block["type"]][-1]
+    for owner in (body, *parts):  # the CLI marks these itself
+        unmarked(owner, marks)
     return Turn(
         model=body["model"],
         stream=bool(optional(body, "stream", bool)),
-        system="\n\n".join(block["text"] for block in system),
-        messages=tuple(messages),
-        digests=tuple(map(digest_message, messages)),
+        system=system,
+        messages=tuple(merged),
+        digests=tuple(map(digest_message, merged)),
         tools=tools,
-        max_tokens=max_tokens if isinstance(max_tokens, int) else None,
-        thinking=thinking,
         effort=effort,
         extra_body=without_nulls(passed),
         betas=tuple(dict.fromkeys(filter(_BETA.match, map(str.strip, betas.split(","))))),
-        breakpoint=_breakpoint(messages, marks, tool_marks, is_login=is_login),
+        marked=marked,
         # The API refuses a 1h breakpoint after a 5m one, and the CLI sets its own before and after
         # the client's, so all have one ttl. With a login the CLI itself uses 1h (seen, 2.1.330).
-        cache_ttl="1h" if is_login or asks_1h else "5m",
+        cache_ttl="1h" if is_login or "1h" in [ttl for _, ttl in marks] else "5m",
         is_login=is_login,
     )
 
@@ -564,30 +489,26 @@ def _parse_system(body: JsonObject) -> list[JsonObject]:
     return [block for _, block in placed]
 
 
-def _parse_entries(body: JsonObject) -> list[Entry]:
-    """Check `messages`; `system` ones become user text: a line of that role ends the CLI."""
-    require(body, "messages", list)
-    entries = []
+def _parse_messages(body: JsonObject) -> list[Message]:
+    """Check `messages`; `system` ones get user text: a line of that role ends the CLI."""
+    if not require(body, "messages", list):
+        raise InvalidRequest("messages: at least one message is required")
+    messages = []
     for path, entry in objects(body, "messages"):
-        role, content = entry.get("role"), entry.get("content")
-        if role not in ("user", "assistant", "system"):
+        if (role := entry.get("role")) not in ("user", "assistant", "system"):
             raise InvalidRequest(f"{path}.role: Input should be 'user' or 'assistant'")
-        if content is None:
-            raise InvalidRequest(f"{path}.content: Field required")
-        if content in ("", []):
-            problem = "must have non-empty content except for the optional final assistant message"
-            raise InvalidRequest(f"{path}: all messages {problem}")
-        if not isinstance(content, (str, list)):
-            raise InvalidRequest(f"{path}.content: Input should be a valid string or list")
-        blocks = list(objects({"content": as_blocks(content)}, "content", path))
-        for placed in blocks:
-            check_block(*placed)
-        if is_folded := role == "system":
-            texts = [require(block, "text", str, place) for place, block in blocks]
-            told = [f"<system-reminder>\n{text}\n</system-reminder>" for text in texts]
-            blocks = [(path, block) for text in told for block in as_blocks(text)]
-        entries.append(Entry("user" if is_folded else role, path, blocks, is_folded))
-    return entries
+        given = {"content": as_blocks(entry.get("content"))}
+        if not require(given, "content", list, path):
+            raise InvalidRequest(f"{path}: all messages must have non-empty content")
+        content = []
+        for place, block in objects(given, "content", path):
+            check_block(place, block)
+            if role == "system":
+                text = require(block, "text", str, place)
+                block = {"type": "text", "text": f"<system-reminder>\n{text}\n</system-reminder>"}
+            content.append(block)
+        messages.append(Message(role, content))
+    return messages
 
 
 def check_block(path: str, block: JsonObject) -> None:
@@ -595,13 +516,11 @@ def check_block(path: str, block: JsonObject) -> None:
     kind = require(block, "type", str, path)
     inside = f"{path}.{kind}"  # as the API names what is in a block
     if kind == "text" and not require(block, "text", str, inside).strip():
-        problem = "contain non-whitespace text" if block["text"] else "be non-empty"
-        raise InvalidRequest(f"{path}: text content blocks must {problem}")
+        raise InvalidRequest(f"{path}: text content blocks must be non-empty")
     if kind == "image":
         check_image(f"{inside}.source", require(block, "source", dict, inside))
     if kind in ("tool_use", "server_tool_use"):
         require(block, "id", str, inside), require(block, "name", str, inside)
-        require(block, "input", dict, inside)
     if kind == "tool_result":
         require(block, "tool_use_id", str, inside)
         if not isinstance(block.get("content"), str):
@@ -616,176 +535,129 @@ def check_image(path: str, source: JsonObject) -> None:
     """Check an image's bytes: what is no image the CLI would turn into a text note."""
     if source.get("type") != "base64":
         return
-    media_type, path = source.get("media_type"), f"{path}.base64"
+    media_type, data = source.get("media_type"), require(source, "data", str, f"{path}.base64")
     try:
-        head = base64.b64decode(require(source, "data", str, path), validate=True)[:16]
+        head = base64.b64decode(data, validate=True)[:16]
     except ValueError:
-        raise InvalidRequest(f"{path}.data: Input should be valid base64") from None
-    found = [media for media, magic in _IMAGE_MAGIC.items() if head.startswith(magic)]
-    if media_type not in found:
-        problem = f"the image appears to be a {found[0]} image" if found else "it is no image"
-        raise InvalidRequest(
-            f"{path}.data: Could not process image: the image was specified using the"
-            f" {media_type} media type, but {problem}"
-        )
+        head = b""
+    if not any(kind == media_type and head.startswith(m) for kind, m in _IMAGE_MAGIC.items()):
+        problem = f"Could not process image: it is no {media_type} in base64"
+        raise InvalidRequest(f"{path}.base64.data: {problem}")
 
 
-def _merge(entries: Sequence[Entry], *, is_count: bool) -> tuple[list[Message], list[_Marks]]:
+def _merge(messages: list[Message], marks: list[Mark], *, is_count: bool) -> list[Message]:
     """Join the messages of one role, as the API does (the CLI would itself, but add a newline)."""
-    if not entries:
-        raise InvalidRequest("messages: at least one message is required")
-    messages, marks, placed = [], [], []
-    for role, group in itertools.groupby(entries, key=lambda entry: entry.role):
+    merged: list[Message] = []
+    for is_answer, group in itertools.groupby(messages, lambda each: each.role == "assistant"):
         parts = list(group)
-        blocks = [block for part in parts for block in part.blocks]
-        if any(part.is_folded for part in parts):  # tool results must stay in front
-            blocks.sort(key=lambda block: block[1]["type"] != "tool_result")
-        if all("thinking" in block["type"] for _, block in blocks):  # the CLI would drop it
+        blocks = [unmarked(block, marks) for part in parts for block in part.content]
+        if any(part.role == "system" for part in parts):  # tool results must stay in front
+            blocks.sort(key=lambda block: block["type"] != "tool_result")
+        if all("thinking" in block["type"] for block in blocks):  # the CLI would drop it
             problem = "The final block in an assistant message cannot be `thinking`."
-            raise InvalidRequest(f"{parts[-1].path}: {problem}")
-        clean, taken = take_marks([block for _, block in blocks])
-        messages.append(Message(role, clean))
-        marks.append(taken)
-        placed.append((parts[-1].path, blocks))
-    if messages[-1].role != "user" and not is_count:
+            raise InvalidRequest(f"messages.{len(merged)}: {problem}")
+        merged.append(Message("assistant" if is_answer else "user", blocks))
+    if merged[-1].role == "assistant" and not is_count:
         problem = "This gateway does not support assistant message prefill."
         raise InvalidRequest(f"messages: {problem} The conversation must end with a user message.")
-    _check_tool_pairs(placed)
-    return messages, marks
+    _check_tool_pairs(merged)
+    return merged
 
 
-def _check_tool_pairs(messages: Iterable[tuple[str, list[Placed]]]) -> None:
+def _check_tool_pairs(messages: Iterable[Message]) -> None:
     """Refuse calls without results and the reverse: the CLI would invent and blank, silently."""
     seen: set[str] = set()
-    asked: dict[str, str] = {}  # ids of the message before, with the path of that message
-    for message_path, blocks in messages:
-        here = {block.get("tool_use_id") for _, block in blocks}  # where server tools are answered
-        now: dict[str, str] = {}
-        for path, block in blocks:
-            kind, tool_id = block["type"], block.get("id")
-            if kind == "server_tool_use" and tool_id not in here:
-                raise InvalidRequest(
-                    f"{path}: `{block['name']}` tool use with id `{tool_id}` was found without"
-                    f" a corresponding `{block['name']}_tool_result` block"
-                )
-            if kind == "tool_result" and asked.pop(block["tool_use_id"], None) is None:
-                raise InvalidRequest(
-                    f"{path}: unexpected `tool_use_id` found in `tool_result` blocks:"
-                    f" {block['tool_use_id']}. Each `tool_result` block must have a corresponding"
-                    " `tool_use` block in the previous message."
-                )
-            if kind == "tool_use":
-                if block["id"] in seen:
-                    raise InvalidRequest(f"{path}.id: `tool_use` ids must be unique")
-                seen.add(block["id"])
-                now[block["id"]] = message_path
+    asked: set[str] = set()  # ids of the calls in the message before
+    for index, (_, content) in enumerate(messages):
+        here = {str(block.get("tool_use_id")) for block in content}  # server tools' results too
+        calls: set[str] = set()
+        for at, block in enumerate(content):
+            problem = ""
+            match block:
+                case {"type": "tool_result", "tool_use_id": call} if call in asked:
+                    asked.remove(call)
+                case {"type": "tool_result", "tool_use_id": call}:
+                    problem = f"unexpected `tool_use_id` found in `tool_result` blocks: {call}"
+                case {"type": "tool_use", "id": call} if call not in seen:
+                    seen.add(call)
+                    calls.add(call)
+                case {"type": "tool_use"}:
+                    problem = "`tool_use` ids must be unique"
+                case {"type": "server_tool_use", "id": call, "name": name} if call not in here:
+                    problem = f"`{name}` tool use with id `{call}` was found without its result"
+            if problem:
+                raise InvalidRequest(f"messages.{index}.content.{at}: {problem}")
         if asked:
-            raise InvalidRequest(
-                f"{next(iter(asked.values()))}: `tool_use` ids were found without `tool_result`"
-                f" blocks immediately after: {', '.join(asked)}. Each `tool_use` block must have a"
-                " corresponding `tool_result` block in the next message."
-            )
-        asked = now
+            problem = "`tool_use` ids were found without `tool_result` blocks immediately after"
+            raise InvalidRequest(f"messages.{index - 1}: {problem}: {', '.join(sorted(asked))}")
+        asked = calls
 
 
-def take_marks(blocks: Sequence[JsonObject]) -> tuple[list[JsonObject], _Marks]:
-    """Take the breakpoints off blocks or tools; one inside a tool result counts as one on it."""
-    clean, marks = [], []
-    for block in blocks:
-        kept, mark = dict(block), None
-        if _object(block.get("cache_control")).get("type") == "ephemeral":
-            mark = kept.pop("cache_control")
-        if block.get("type") == "tool_result" and isinstance(block.get("content"), list):
-            kept["content"], inner = take_marks(block["content"])
-            mark = mark or next(filter(None, reversed(inner)), None)
-        clean.append(kept)
-        marks.append(mark)
-    return clean, marks
-
-
-def _breakpoint(
-    messages: Sequence[Message], marks: Sequence[_Marks], tool_marks: _Marks, *, is_login: bool
-) -> Breakpoint | None:
-    """Choose the client's latest as the fourth and last breakpoint that the API takes."""
-    # The CLI sets three: two system blocks and the last message block (seen, 2.1.330).
-    if is_login and len(messages) > 1:
-        # its reminders move with the last user message: the block before keeps the history cached
-        before = messages[-2].content
-        blocks = [at for at, block in enumerate(before) if "thinking" not in block["type"]]
-        return Breakpoint(len(messages) - 2, blocks[-1])  # thinking blocks take none
-    every = [(None, tool_marks), *enumerate(marks)]
-    places = [Breakpoint(of, at) for of, its in every for at, mark in enumerate(its) if mark]
-    last = Breakpoint(len(messages) - 1, len(messages[-1].content) - 1)  # the CLI marks it itself
-    return next((place for place in reversed(places) if place != last), None)
+def unmarked(block: JsonObject, marks: list[Mark]) -> JsonObject:
+    """Return a block or tool without breakpoints; `marks` gets those, as on the outermost."""
+    kept, found = dict(block), list[Mark]()
+    if kept.get("type") == "tool_result" and isinstance(kept.get("content"), list):
+        kept["content"] = [unmarked(part, found) for _, part in objects(kept, "content")]
+    if _object(kept.get("cache_control")).get("type") == "ephemeral":
+        found.append((kept, kept.pop("cache_control").get("ttl")))
+    marks += [(kept, ttl) for _, ttl in found]
+    return kept
 
 
 def digest_message(message: Message) -> bytes:
     """Return what two messages have in common that tell the model the same, however written."""
     try:
-        said = json.dumps([message.role, _canonical(message.content)])
+        said = json.dumps([message.role, _canonical(message.content)], sort_keys=True)
     except RecursionError:  # an answer's tool input; such a message is like no other
         said = uuid.uuid4().hex
     return hashlib.sha256(said.encode("ascii")).digest()
 
 
 def _canonical(node: Any) -> Any:
-    """Drop what makes no difference to the model, and order the rest; tool input is verbatim."""
+    """Drop what makes no difference to the model; tool input is verbatim."""
     if isinstance(node, list):
         return [_canonical(item) for item in node]
     if not isinstance(node, dict):
         return node
-    kept = {}
-    for name, value in sorted(node.items()):
-        if name == "input":
-            kept[name] = json.dumps(value, sort_keys=True)
-        elif name == "content" and node.get("type") == "tool_result":
-            kept[name] = _canonical(as_blocks(value))
-        elif value is not None and value is not False and name != "caller":  # the CLI drops it
-            kept[name] = _canonical(value)
-    return kept
+    told = {name: value for name, value in node.items() if value is not None and value is not False}
+    told.pop("caller", None)  # the CLI drops it
+    if told.get("type") == "tool_result":
+        told["content"] = as_blocks(told.get("content") or "")
+    return {name: value if name == "input" else _canonical(value) for name, value in told.items()}
 
 
 # ======================================================================== Lines
 # What a turn is in the CLI's own protocol: settings, lines, tool results. Pure: no I/O, no state.
-# Follows cli-contract.md; what is not obvious there was seen on 2.1.300 to 2.1.331.
 
 TOOL_SERVER: Final = "t"  # the MCP server under which a request's tools are registered
 # The size in tokens from which on the CLI refuses to call upstream ("Prompt is too long").
 _NO_LIMIT: Final = {"CLAUDE_CODE_BLOCKING_LIMIT_OVERRIDE": "1000000000"}
 _NO_CALLS: Final = {"CLAUDE_CODE_BLOCKING_LIMIT_OVERRIDE": "1"}
-_SAYS_SOMETHING: Final = re.compile(r"[^\s\ufeff]")
-_BLANK_END: Final = re.compile(r"\A[\s\ufeff]|[\s\ufeff]\Z")
+# What the CLI, as JavaScript, takes for text that is not blank, and for text without blank ends.
+_SAID: Final = re.compile(r"[^\s\ufeff](?:.*[^\s\ufeff])?", re.DOTALL)
 
 
-def _marked(turn: Turn, message: int | None, items: list[JsonObject]) -> list[JsonObject]:
-    """Return a message's blocks, or the tools (None), with the turn's breakpoint if it is there."""
-    if turn.breakpoint is None or turn.breakpoint.message != message:
-        return items
+def _marked(turn: Turn, items: Iterable[JsonObject]) -> list[JsonObject]:
+    """Return blocks or tools, the one that is marked with its breakpoint."""
     mark = {"type": "ephemeral"} | ({"ttl": turn.cache_ttl} if turn.cache_ttl != "5m" else {})
-    at = turn.breakpoint.at
-    return [*items[:at], {**items[at], "cache_control": mark}, *items[at + 1 :]]
+    return [{**item, "cache_control": mark} if item is turn.marked else item for item in items]
 
 
-def to_flag_settings(turn: Turn, model: str, *, is_marked: bool = True) -> JsonObject:
+def to_flag_settings(turn: Turn, model: str) -> JsonObject:
     """Return the settings of `apply_flag_settings` for a turn; every per-request one is given."""
     # `model` is no alias: with one a later change of the system prompt is refused;
     # the CLI goes on sending tools that were taken off its list, so every body says which
-    tools = _marked(turn, None, turn.tools) if is_marked else turn.tools
+    body = {**turn.extra_body, "tools": _marked(turn, turn.tools)}
     variables = {
-        "CLAUDE_CODE_EXTRA_BODY": json.dumps({**turn.extra_body, "tools": tools}),
+        "CLAUDE_CODE_EXTRA_BODY": json.dumps(body),
         "ANTHROPIC_BETAS": ",".join(turn.betas),
         "CLAUDE_CODE_PROMPT_CACHE_TTL": turn.cache_ttl,
         # the body's max_tokens is in extra_body; this is for the CLI's own sums
-        "CLAUDE_CODE_MAX_OUTPUT_TOKENS": str(turn.max_tokens or ""),
+        "CLAUDE_CODE_MAX_OUTPUT_TOKENS": str(turn.extra_body.get("max_tokens", "")),
         "MCP_TOOL_TIMEOUT": "100000000",  # ms; tool calls wait as long as they must
         **_NO_LIMIT,
     }
     return {"env": variables, "model": model, "effortLevel": turn.effort}
-
-
-def named_tools(turn: Turn) -> list[JsonObject]:
-    """Return the tools to register: those that can be called by name."""
-    return [tool for tool in turn.tools if tool.get("name")]
 
 
 def to_name(tool: JsonObject) -> str:
@@ -793,16 +665,12 @@ def to_name(tool: JsonObject) -> str:
     return str(tool.get("name") or tool.get("type"))
 
 
-def to_line(
-    turn: Turn, index: int, model: str, *, is_query: bool = False, is_marked: bool = True
-) -> JsonObject:
+def to_line(turn: Turn, index: int, model: str, *, is_query: bool = False) -> JsonObject:
     """Return the stdin line of a turn's message; one that `is_query` starts the call."""
     role, content = turn.messages[index]
-    message: JsonObject = {"role": role, "content": content}
+    message: JsonObject = {"role": role, "content": _marked(turn, content)}
     line: JsonObject = {"type": role, "message": message, "uuid": str(uuid.uuid4())}
     line |= {"parent_tool_use_id": None, "session_id": ""}
-    if is_marked:
-        message["content"] = _marked(turn, index, content)
     if role == "user":
         line["client_composed"] = True  # verbatim: no @paths, no commands
         return line if is_query else {**line, "shouldQuery": False}
@@ -811,11 +679,6 @@ def to_line(
     message["model"] = model.removesuffix("[1m]")  # of another the CLI would drop thinking blocks
     message["usage"] = {"input_tokens": 0, "output_tokens": 0}  # others would be counted as real
     return line
-
-
-def has_tool_results(message: Message) -> bool:
-    """Say whether a message answers tool calls."""
-    return any(block["type"] == "tool_result" for block in message.content)
 
 
 def to_tool_results(query: Message, asked: Sequence[str]) -> list[JsonObject] | None:
@@ -828,21 +691,15 @@ def to_tool_results(query: Message, asked: Sequence[str]) -> list[JsonObject] | 
     for block in query.content:
         parts = as_blocks(block.get("content") or [])
         texts = [part["text"] for part in parts if part.keys() == {"type", "text"}]
-        if not texts or len(texts) < len(parts) or not all(map(_SAYS_SOMETHING.search, texts)):
+        if not texts or len(texts) < len(parts) or not all(map(_SAID.search, texts)):
             return None
         is_error, first = bool(block.get("is_error")), texts[0]
-        is_changed = len(texts) > 1 or len(first) > MAX_TOOL_ERROR_CHARS or _BLANK_END.search(first)
-        if is_error and is_changed:
+        is_kept = len(texts) == 1 and len(first) <= MAX_TOOL_ERROR_CHARS and _SAID.fullmatch(first)
+        if is_error and not is_kept:
             return None
         size += sum(map(len, texts))
-        content = [{"type": "text", "text": text} for text in texts]
-        results.append({"content": content, "isError": is_error})
+        results.append({"content": parts, "isError": is_error})
     return results if size <= MAX_TOOL_RESULT_CHARS else None
-
-
-def is_taken(line: JsonObject, tool_use_id: str) -> bool:
-    """Say whether a line tells that the CLI has put a tool's result into its conversation."""
-    return line.get("type") == "user" and tool_use_id in json.dumps(line.get("message"))
 
 
 def resolve_model(name: str, models: Iterable[JsonObject]) -> str:
@@ -864,37 +721,19 @@ def to_model_list(models: Iterable[JsonObject]) -> list[JsonObject]:
     return sorted(items.values(), key=lambda item: versions[item["id"]], reverse=True)
 
 
-COUNTED_TOOLS_DEDUCTION: Final = 500  # tokens that get_context_usage takes off all tools together
-COUNTED_BESIDE_TOOLS: Final = 8  # tokens of the message "foo", which the tools are counted with
-# Counted with the tools, so that their sum is never below the deduction, and by itself.
-PADDING_TOOL: Final[JsonObject] = {
-    **{"name": "cc2api_padding", "description": "word " * 1000},
-    "input_schema": {"type": "object", "properties": {}},
-}
-
-
-def as_counted(turn: Turn) -> Turn:
-    """Move the system prompt into the messages: the CLI would count it as a message of its own."""
-    messages = list(turn.messages)
-    if turn.system:
-        is_user = messages[0].role == "user"
-        rest = messages[0].content if is_user else []
-        messages[:is_user] = [Message("user", [*as_blocks(turn.system), *rest])]
-    return with_messages(turn, messages)
-
-
-def with_messages(turn: Turn, messages: Sequence[Message]) -> Turn:
-    """Return a turn with other messages, and a system prompt never counted before (`to_counts`)."""
-    digests, system = tuple(map(digest_message, messages)), " ".join(uuid.uuid4().hex)
-    return dataclasses.replace(
-        turn, system=system, messages=tuple(messages), digests=digests, breakpoint=None
-    )
+# get_context_usage takes 500 tokens off all tools together, and counts them beside a message of 8.
+COUNTED_TOOLS_DEDUCTION: Final = 492
+# Counted with the tools, so that their sum is never below the deduction, and by themselves.
+PADDING_TOOLS: Final[list[JsonObject]] = [
+    {"name": name, "description": "word " * 1000, "input_schema": {"type": "object"}}
+    for name in ("cc2api_padding", "cc2api_padding2")
+]
 
 
 def to_counts(usage: JsonObject) -> tuple[int, int]:
     """Return the tokens of messages, and of tools less COUNTED_TOOLS_DEDUCTION."""
     # Where upstream does not count, the CLI silently guesses a token for four characters; of the
-    # system prompt of `with_messages` every true count is twice that.
+    # system prompt of `count_input_tokens` every true count is twice that.
     counts = {c.get("name"): int(c.get("tokens") or 0) for c in usage.get("categories") or []}
     if counts.get("System prompt", 0) < 32:
         raise CliFailed("upstream did not count the tokens")
@@ -1044,16 +883,16 @@ def to_api_error(result: JsonObject, cli_error: str | None = None) -> ApiError:
     if not result.get("is_error"):
         return CliFailed("claude ended its turn without an answer")
     if text.startswith(("Not logged in", "Invalid API key")):
-        return NotAuthenticated(_NOT_SIGNED_IN)
+        return ApiError(_NOT_SIGNED_IN, status=401)
     if result.get("terminal_reason") == "blocking_limit":  # by `Channel.hold_calls`, too early
         return CliFailed("claude held its call back; nothing was sent upstream", status=503)
     if text.startswith("Prompt is too long"):
         return InvalidRequest("prompt is too long for the model's context window")
     if model := re.match(r"(?s)There's an issue with the selected model \((.*?)\)", text):
         return ApiError(f"model: {model.group(1)}", status=404)
-    kind = kind if isinstance(kind, str) and kind in STATUS_BY_TYPE else None
+    kind = kind if isinstance(kind, str) and kind in STATUS_BY_TYPE else ""
     if not isinstance(status, int) or not 400 <= status <= 599:
-        status = STATUS_BY_TYPE.get(kind or "") or _STATUS_BY_CLI_ERROR.get(cli_error or "", 502)
+        status = STATUS_BY_TYPE.get(kind) or _STATUS_BY_CLI_ERROR.get(cli_error or "", 502)
     decorated = _DECORATION.match(text)
     return ApiError(decorated.group("message") if decorated else text, status=status, kind=kind)
 
@@ -1205,7 +1044,7 @@ def find_cli(choice: str | None, environ: Mapping[str, str]) -> Cli:
 def _cli_output(path: str, args: list[str], environ: Mapping[str, str]) -> str:
     try:
         done = subprocess.run(
-            [path, *args], env=environ, input=b"", capture_output=True, timeout=CLI_PROBE_TIMEOUT_S
+            [path, *args], env=environ, input=b"", capture_output=True, timeout=CONTROL_TIMEOUT_S
         )
     except (OSError, subprocess.TimeoutExpired) as exc:
         raise CliUnusable(f"{path} does not run: {exc}. {INSTALL_HINT}") from exc
@@ -1613,8 +1452,10 @@ class Channel:
         for tool_use_id, result in results.items():
             self._reply(self.calls.pop(tool_use_id), result)
             # one by one: the CLI puts results in the order in which it has dealt with them
-            while tool_use_id != last and not is_taken(self.next(short), tool_use_id):
-                pass
+            while tool_use_id != last:
+                line = self.next(short)
+                if line.get("type") == "user" and tool_use_id in json.dumps(line.get("message")):
+                    break
 
     def _serve_tools(self, line: JsonObject, message: JsonObject) -> None:
         """Reply to the CLI's message to the MCP server; a tool call waits."""
@@ -1694,7 +1535,8 @@ class Conversation:
     def add(self, turn: Turn, index: int, line: JsonObject | None) -> None:
         """Hold a turn's message, sent by this line, or None where through the tool channel."""
         brought_by = line["uuid"] if line is not None and line["type"] == "user" else None
-        is_place = brought_by is not None and not has_tool_results(turn.messages[index])
+        has_results = any(b["type"] == "tool_result" for b in turn.messages[index].content)
+        is_place = brought_by is not None and not has_results
         self.held.append(Held(turn.digests[index], brought_by, is_place))
 
     def loosen(self) -> list[str]:
@@ -1709,7 +1551,8 @@ class Conversation:
 
 def _rehearsal(**fields: Any) -> Turn:
     question = {"role": "user", "content": "rehearsal"}
-    return parse_count_request({"model": DEFAULT_MODEL_NAME, "messages": [question], **fields})
+    body = {"model": DEFAULT_MODEL_NAME, "max_tokens": 1024, "messages": [question], **fields}
+    return parse_messages_request(body)
 
 
 # Two turns of no meaning, with other system prompts and tools: what any two requests may differ in.
@@ -1765,7 +1608,6 @@ class Session:
         self._conversation = Conversation()
         self._told: JsonObject = {}  # system prompt, tools, thinking, settings: as last told
         self._turn: Turn | None = None  # the one that is served; None while it is told in part
-        self._is_marked = False  # the client's cache breakpoint goes with it
         self._taken_usd = 0.0  # what of the cost was told of
 
     def claim(self, demand: Demand) -> None:
@@ -1788,7 +1630,7 @@ class Session:
             return None  # the CLI counts the tool that first had a name
         kept = self._conversation.kept(turn, len(turn.messages) - 1)
         lost, is_loose = len(self._conversation.held) - kept, self._conversation.is_loose
-        differs = (turn.system, named_tools(turn)) != (self._told["system"], self._told["tools"])
+        differs = (turn.system, turn.tools) != (self._told["system"], self._told["tools"])
         if not may_cut and (lost or is_loose or differs):
             return None
         return len(turn.messages) - kept + lost * (lost > is_loose) * (2 if turn.is_login else 1)
@@ -1830,7 +1672,7 @@ class Session:
         self._turn = None
         turn, patience, counted = demand.turn, demand.patience, demand.counted
         channel, conversation = self._channel, self._conversation
-        tools = named_tools(turn) if counted is None else counted
+        tools = turn.tools if counted is None else counted
         wanted = len(turn.messages) - (counted is None)
         if self.is_new:
             prompt = {"systemPrompt": [turn.system]} if turn.system else {}
@@ -1845,7 +1687,7 @@ class Session:
             channel.settle(set(conversation.calls_due), patience)
         # Where something is held the CLI's own breakpoints are on it: with one more of the client's
         # in each turn they would soon be over the four that the API takes.
-        self._is_marked = kept == 0
+        turn = dataclasses.replace(turn, marked=None) if kept else turn
         self._tell(turn, tools, patience)
         conversation.go_on_with(turn)
         for index in range(kept, wanted):
@@ -1884,7 +1726,7 @@ class Session:
         if tools != told["tools"]:  # first: they take the CLI a moment
             channel.change_tools(tools, patience)
         model = resolve_model(turn.model, self.models)
-        settings = to_flag_settings(turn, model, is_marked=self._is_marked)
+        settings = to_flag_settings(turn, model)
         if channel.is_held or settings != told["settings"]:
             channel.request("apply_flag_settings", patience, settings=settings)
         if turn.system != told["system"]:
@@ -1892,14 +1734,14 @@ class Session:
             change = {"model": model, "system_prompt": prompt, "only_if_model_is_current": True}
             channel.request("set_model", patience, **change)
         # null leaves thinking to the extra body; 0 turns it off where the model can be without
-        tokens = None if turn.thinking else 0
+        tokens = None if turn.extra_body.get("thinking") else 0
         if tokens != told["thinking"]:
             channel.request("set_max_thinking_tokens", patience, max_thinking_tokens=tokens)
         told |= {"system": turn.system, "tools": tools, "thinking": tokens, "settings": settings}
 
     def _append(self, turn: Turn, index: int, *, is_query: bool = False) -> None:
         model = resolve_model(turn.model, self.models)
-        line = to_line(turn, index, model, is_query=is_query, is_marked=self._is_marked)
+        line = to_line(turn, index, model, is_query=is_query)
         self._conversation.add(turn, index, line)
         self._channel.send(line)
 
@@ -2303,7 +2145,7 @@ def parse_chat_request(
     if "audio" in (optional(body, "modalities", list) or []):
         raise InvalidRequest("modalities: audio is not supported by this gateway")
     tools, custom = _chat_tools(body)
-    system, entries = _chat_entries(body)
+    system, messages = _chat_messages(body)
     output_format = _chat_format(body)
     if output_format == {}:  # one JSON object of any shape
         system.append({"type": "text", "text": _JSON_OBJECT_PROMPT})
@@ -2317,6 +2159,8 @@ def parse_chat_request(
     above_1 = isinstance(temperature, (int, float)) and 1 < temperature <= 2
     translated = {
         "model": body.get("model"),
+        "system": system,
+        "messages": messages,
         "stream": body.get("stream"),
         "max_tokens": body.get("max_completion_tokens") or body.get("max_tokens"),
         "temperature": 1 if above_1 else temperature,
@@ -2327,7 +2171,7 @@ def parse_chat_request(
         "effort": None if effort == "none" else "low" if effort == "minimal" else effort,
         "output_format": output_format or None,
     }
-    turn = to_turn(translated, system, entries, is_login=is_login)
+    turn = to_turn(translated, is_login=is_login)
     options = optional(body, "stream_options", dict) or {}
     return turn, ChatStyle(created, bool(options.get("include_usage")), custom)
 
@@ -2378,10 +2222,10 @@ def to_tool_choice(body: JsonObject) -> JsonObject | None:
     return without_nulls({"type": kind, "name": name, "disable_parallel_tool_use": single})
 
 
-def _chat_entries(body: JsonObject) -> tuple[list[JsonObject], list[Entry]]:
+def _chat_messages(body: JsonObject) -> tuple[list[JsonObject], list[JsonObject]]:
     """Return system blocks, hoisted from wherever they stand, and the other messages."""
     system: list[JsonObject] = []
-    entries: list[Entry] = []
+    messages: list[JsonObject] = []
     called: set[str] = set()
     require(body, "messages", list)
     for path, message in objects(body, "messages"):
@@ -2391,28 +2235,25 @@ def _chat_entries(body: JsonObject) -> tuple[list[JsonObject], list[Entry]]:
             raise InvalidRequest(f"{path}.role: Input should be {roles}")
         given = _chat_blocks(message, path)
         # blank texts OpenAI takes and Anthropic does not
-        blocks = [(at, b) for at, b in given if b["type"] != "text" or b["text"].strip()]
-        content = [block for _, block in blocks]
+        content = [b for _, b in given if b["type"] != "text" or b["text"].strip()]
         if role in ("system", "developer"):
             system += content
             continue
-        if role == "user":
-            blocks = blocks or given
-        elif role == "assistant":
-            calls = list(_chat_calls(message, path))
-            called |= {call["id"] for _, call in calls}
-            blocks += calls
-        else:
+        if role == "user" and not content:
+            raise InvalidRequest(f"{path}.content: text content blocks must be non-empty")
+        if role == "assistant":
+            calls = [call for _, call in _chat_calls(message, path)]
+            called |= {call["id"] for call in calls}
+            content += calls
+        if role == "tool":
             call_id = require(message, "tool_call_id", str, path)
             if call_id not in called:
                 raise InvalidRequest(f"{path}.tool_call_id: no such tool call was made before")
-            result = {"type": "tool_result", "tool_use_id": call_id, "content": content}
-            blocks = [(path, result)]
-        for at, block in blocks:
-            check_block(at, block)
-        if blocks or role == "user":
-            entries.append(Entry("assistant" if role == "assistant" else "user", path, blocks))
-    return system, entries
+            content = [{"type": "tool_result", "tool_use_id": call_id, "content": content}]
+        if content:
+            said_by = "assistant" if role == "assistant" else "user"
+            messages.append({"role": said_by, "content": content})
+    return system, messages
 
 
 def _chat_blocks(message: JsonObject, path: str) -> list[Placed]:
@@ -2800,19 +2641,17 @@ def count_input_tokens(
 ) -> int:
     """Count a turn's input tokens; `usage` tells those of a turn's messages, and of tools given.
 
-    Those of PADDING_TOOL are kept in `padding`, by model.
+    Those of a padding tool are kept in `padding`, by model.
     """
-    counted = as_counted(turn)
+    # with a system prompt that was never counted before (`to_counts`)
+    turn = dataclasses.replace(turn, system=" ".join(uuid.uuid4().hex), marked=None)
     if not turn.tools:
-        return usage(counted)[0]
+        return usage(turn)[0]
     if turn.model not in padding:
-        blank = with_messages(counted, [Message("user", as_blocks("foo"))])
-        second = {**PADDING_TOOL, "name": PADDING_TOOL["name"] + "2"}
-        both, one = usage(blank, PADDING_TOOL, second)[1], usage(blank, PADDING_TOOL)[1]
+        both, one = usage(turn, *PADDING_TOOLS)[1], usage(turn, PADDING_TOOLS[0])[1]
         padding[turn.model] = both - one
-    total, in_tools = usage(counted, *turn.tools, PADDING_TOOL)
-    beside = COUNTED_BESIDE_TOOLS + padding[turn.model] - COUNTED_TOOLS_DEDUCTION
-    return total + max(0, in_tools - beside)
+    total, in_tools = usage(turn, *turn.tools, PADDING_TOOLS[0])
+    return total + max(0, in_tools + COUNTED_TOOLS_DEDUCTION - padding[turn.model])
 
 
 class Sessions:
@@ -2884,7 +2723,7 @@ class Service:
         self._cli, self._stamp = cli, cli.stamp()
         self._sign_in = "unknown"  # how the CLI says it is signed in, once it was asked
         self._model_map = dict(pair.split("=", 1) for pair in settings.model_map)
-        self._padding: dict[str, int] = {}  # tokens of PADDING_TOOL, by model
+        self._padding: dict[str, int] = {}  # tokens of a padding tool, by model
         self._sessions = Sessions(settings, cli, environ, self.metrics, bare)
         self.pool, self.close = self._sessions.pool, self._sessions.close
 
@@ -3163,10 +3002,8 @@ class Head(NamedTuple):
         return ",".join(self.all(name))
 
 
-class BadFraming(ApiError):
+class BadFraming(InvalidRequest):
     """What was sent is not HTTP as it should be; the connection is closed after the answer."""
-
-    status = 400
 
 
 def parse_head(raw: bytes) -> Head:
@@ -3689,7 +3526,9 @@ class Handler(BaseRequestHandler):
         self._out.send_json(200, {**body, "first_id": ids[0], "last_id": ids[-1]})
 
     def count_tokens(self) -> None:
-        turn = parse_count_request(self._read_json(), self._head.get("anthropic-beta"))
+        turn = parse_messages_request(
+            self._read_json(), self._head.get("anthropic-beta"), is_count=True
+        )
         self._record.note_turn(turn, is_known=self._service.knows(turn.model))
         count = {"input_tokens": self._service.count_tokens(turn, self._caller, self._out.tick)}
         self._record.note_usage(count)
@@ -3778,7 +3617,6 @@ def parse_args(argv: Sequence[str] | None, environ: Mapping[str, str]) -> Settin
         del more["low"]
         default: Any = environ.get("CC2API_" + option.name.upper()) or option.default
         if kind.startswith("bool"):
-            del more["metavar"]
             more["action"] = "store_true" if kind == "bool" else argparse.BooleanOptionalAction
             if isinstance(default, str):
                 default = default.lower() in ("1", "true", "yes", "on")

@@ -655,8 +655,8 @@ BAD_INPUT: list[tuple[bytes, str]] = [
     (b"{", "not valid JSON"),
     (b'{"a": "\xff"}', "not valid JSON"),
     (b'{"model": NaN}', "not valid JSON"),
-    (b"[" * 100_000, "nested"),
-    (b'{"a":' * 1000 + b"1" + b"}" * 1000, "nested"),
+    (b"[" * 100_000, "recursion depth"),
+    (b'{"a":' * 1000 + b"1" + b"}" * 1000, "recursion depth"),
     (b"[]", "object"),
     (b"{}", "max_tokens: Field required"),
 ]

@@ -232,7 +232,7 @@ def test_check_says_what_to_do(tmp_path: Path, start_fake: Any) -> None:
     status, said = run_check(tmp_path, "--port", port, FAKE_CLAUDE_ORDERS=str(tmp_path))
     assert status == 1
     assert said["keys"] == (
-        "FAIL NOBODY CAN CALL: apikeys.txt cannot be read (Is a directory);"
+        "FAIL NOBODY CAN CALL: apikeys.txt cannot be read (it is not a regular file);"
         " mend that, or name another with --keys"
     )
     assert said["port"] == (
