@@ -913,10 +913,6 @@ _STATUS_BY_CLI_ERROR: Final = {
     **{"authentication_failed": 401, "billing_error": 402, "oauth_org_not_allowed": 403},
     **{"invalid_request": 400, "max_output_tokens": 400, "model_not_found": 404, "rate_limit": 429},
 }
-_NOT_SIGNED_IN: Final = (
-    "claude is not signed in on the gateway's machine, or its sign-in was refused: run `claude`"
-    " there and type /login, or start the gateway with a valid ANTHROPIC_API_KEY"
-)
 # What the CLI puts around upstream's message (seen, 2.1.330 and 2.1.248).
 _DECORATION: Final = re.compile(
     r"(?s)\A(?:Failed to authenticate\. |Please run /login · )?API Error: "
@@ -974,6 +970,11 @@ class AnswerReader:
         if line.get("parent_tool_use_id") is not None or self.done:
             return []
         match line:
+            case {"type": "stream_event", "event": {"type": _} as event}:
+                # After a failure come closing events of the CLI's own making, without a stop
+                # reason, and then `result`; after a refusal the true message_delta.
+                if not self._cli_error or _object(event.get("delta")).get("stop_reason"):
+                    return self._feed_event(event)
             case {"type": "result"}:
                 self.has_failed = True
                 raise to_api_error(line, self._cli_error)
@@ -988,17 +989,14 @@ class AnswerReader:
                 self._cli_error = str(error)
             case {"type": "assistant", "message": {"content": [*blocks]}}:
                 self.content += [block for block in blocks if isinstance(block, dict)]
-            case {"type": "stream_event", "event": {"type": _} as event}:
-                # After a failure come closing events of the CLI's own making, without a stop
-                # reason, and then `result`; after a refusal the true message_delta.
-                if not self._cli_error or _object(event.get("delta")).get("stop_reason"):
-                    return self._feed_event(event)
         return []
 
     def _feed_event(self, event: Event) -> list[Event]:
         if self._started == (event["type"] == "message_start"):
             return []
         match event:
+            case {"type": "content_block_delta" | "content_block_stop"}:
+                return [event]
             case {"type": "message_start"}:
                 self._started = self.is_called = True
                 return [event]
@@ -1015,7 +1013,7 @@ class AnswerReader:
                 # without a stop reason: upstream's stream broke between two blocks, and the CLI is
                 # about to ask for the rest by a second call (seen, 2.1.330)
                 raise CliFailed("upstream's stream ended before its answer was complete")
-            case {"type": "content_block_delta" | "content_block_stop" | "message_delta"}:
+            case {"type": "message_delta"}:
                 return [event]
         return []
 
@@ -1041,7 +1039,10 @@ def to_api_error(result: JsonObject, cli_error: str | None = None) -> ApiError:
     if not result.get("is_error"):
         return CliFailed("claude ended its turn without an answer")
     if text.startswith(("Not logged in", "Invalid API key")):
-        return NotAuthenticated(_NOT_SIGNED_IN)
+        return NotAuthenticated(
+            "claude is not signed in on the gateway's machine, or its sign-in was refused: run"
+            " `claude` there and type /login, or start the gateway with a valid ANTHROPIC_API_KEY"
+        )
     if result.get("terminal_reason") == "blocking_limit":  # by `Channel.hold_calls`, too early
         return CliFailed("claude held its call back; nothing was sent upstream", status=503)
     if text.startswith("Prompt is too long"):
@@ -1079,11 +1080,10 @@ class MessageAssembler:
             case {"delta": {"type": "compaction_delta", "content": summary}}:
                 content[-1]["content"] = summary
             case {"type": "content_block_stop"} if said := "".join(self.pieces):
-                block = content[-1]
-                if block["type"] in ("text", "thinking"):
-                    block[block["type"]] += said
+                if (kind := content[-1]["type"]) in ("text", "thinking"):
+                    content[-1][kind] += said
                 else:
-                    block["input"] = parse_input(said)
+                    content[-1]["input"] = parse_input(said)
             case {"type": "message_delta", "delta": delta}:
                 extra = {"context_management": event.get("context_management")}
                 self.message |= {**delta, **without_nulls(extra)}
@@ -2338,7 +2338,7 @@ def parse_chat_request(
     form = optional(body, "response_format", dict) or {}
     if form.get("type") == "json_schema":
         form = {"type": "json_schema", **require(form, "json_schema", dict, "response_format")}
-    stop, effort = body.get("stop"), body.get("reasoning_effort")
+    effort, stop = body.get("reasoning_effort"), body.get("stop")
     stops = [stop] if isinstance(stop, str) else optional(body, "stop", list) or []
     translated = {
         **to_shared_fields(body, [to_tool(*each) for each in given]),
@@ -2365,7 +2365,7 @@ def to_shared_fields(body: JsonObject, tools: list[JsonObject]) -> JsonObject:
         "temperature": temperature,
         # 1 says nothing, and newer models refuse the two together
         "top_p": None if temperature is not None and top_p == 1 else top_p,
-        "tools": tools or None,
+        "tools": tools,
         "tool_choice": to_tool_choice(body) if tools else None,
     }
 
@@ -2463,8 +2463,8 @@ def _chat_entries(body: JsonObject) -> tuple[list[JsonObject], list[Entry]]:
         blocks = [(at, b) for at, b in parts if b["type"] != "text" or b["text"].strip()]
         match message.get("role"):
             case "system" | "developer":
-                texts = [require(block, "text", str, at) for at, block in blocks]
-                system += [{"type": "text", "text": text} for text in texts]
+                for at, block in blocks:
+                    system += as_blocks(require(block, "text", str, at))
             case "user":
                 if not blocks:
                     raise InvalidRequest(f"{path}.content: text content blocks must be non-empty")
@@ -2519,7 +2519,6 @@ def _to_answer(kind: str, message: JsonObject, style: ChatStyle, said: JsonObjec
 
 
 def _to_call(block: JsonObject, arguments: str, style: ChatStyle) -> JsonObject:
-    """Return a tool call in the style that the client knows."""
     kind, said = "function", {"arguments": arguments}
     if block["name"] in style.custom_tools:  # the model may have written anything
         kind, said = "custom", {"input": _object(block["input"]).get("input", "")}
@@ -2530,10 +2529,8 @@ def to_completion(message: JsonObject, style: ChatStyle) -> JsonObject:
     """Return a finished message as a chat completion."""
     blocks = message["content"]
     calls = [_to_call(b, json.dumps(b["input"]), style) for b in blocks if b["type"] == "tool_use"]
-    text, thinking = (
-        "".join(block[kind] for block in blocks if block["type"] == kind)
-        for kind in ("text", "thinking")
-    )
+    text = "".join(block["text"] for block in blocks if block["type"] == "text")
+    thinking = "".join(block["thinking"] for block in blocks if block["type"] == "thinking")
     reply = {
         "role": "assistant",
         "content": text or (None if calls else ""),
@@ -2553,13 +2550,12 @@ def to_chunks(event: Event, answer: MessageAssembler, style: ChatStyle) -> list[
     if delta is None:
         return []
     chunk = _to_answer("chat.completion.chunk", answer.message, style, {"delta": delta})
-    if not style.include_usage:
-        return [chunk]
-    chunk["usage"] = None
-    if event["type"] != "message_stop":
-        return [chunk]
-    usage = to_openai_usage(answer.message["usage"], "prompt", "completion")
-    return [chunk, {**chunk, "choices": [], "usage": usage}]
+    if style.include_usage:
+        chunk["usage"] = None
+        if event["type"] == "message_stop":
+            usage = to_openai_usage(answer.message["usage"], "prompt", "completion")
+            return [chunk, {**chunk, "choices": [], "usage": usage}]
+    return [chunk]
 
 
 def _to_delta(event: Event, answer: MessageAssembler, style: ChatStyle) -> JsonObject | None:
@@ -2569,14 +2565,14 @@ def _to_delta(event: Event, answer: MessageAssembler, style: ChatStyle) -> JsonO
     is_call = block.get("type") == "tool_use"
     is_custom = is_call and block["name"] in style.custom_tools
     match event:
-        case {"type": "message_start"}:
-            return {"role": "assistant", "content": ""}
-        case {"type": "message_stop"}:
-            return {}
         case {"delta": {"type": "text_delta", "text": text}} if text:
             return {"content": text}
         case {"delta": {"type": "thinking_delta", "thinking": text}} if text:
             return {"reasoning_content": text}
+        case {"type": "message_start"}:
+            return {"role": "assistant", "content": ""}
+        case {"type": "message_stop"}:
+            return {}
         case {"type": "content_block_stop"} if is_custom:  # its input is inside JSON: whole
             call = _to_call(block, "", style)
         case {"type": "content_block_start"} if is_call and not is_custom:
