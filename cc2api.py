@@ -427,9 +427,17 @@ def parse_messages_request(
 
 
 def to_turn(
-    body: JsonObject, betas: str = "", *, is_login: bool = False, is_count: bool = False
+    body: JsonObject,
+    betas: str = "",
+    *,
+    is_login: bool = False,
+    is_count: bool = False,
+    paths: Sequence[str] = (),
 ) -> Turn:
-    """Return a request's Turn. One to count may end with an answer."""
+    """Return a request's Turn. One to count may end with an answer.
+
+    `paths` are those of the messages, where the client did not send them as `body` has them.
+    """
     if not require(body, "model", str).strip():
         raise InvalidRequest("model: String should have at least 1 character")
     given = without_nulls(optional(body, "output_config", dict) or {})
@@ -445,10 +453,10 @@ def to_turn(
         thinking = {"type": "disabled"} if is_alone else None
     passed = {name: value for name, value in body.items() if name not in _OURS}
     passed |= {"thinking": thinking, "output_config": without_nulls(output_config) or None}
-    parts, messages = _parse_system(body), _parse_messages(body)
+    parts, messages = _parse_system(body), _parse_messages(body, paths)
     system = "\n\n".join(part["text"] for part in parts)
     if is_count and system:  # the CLI would count it as a message of its own
-        messages.insert(0, Message("user", as_blocks(system)))
+        messages.insert(0, ("system", Message("user", as_blocks(system))))
     marks: list[Mark] = []
     tools = [unmarked(tool, marks) for _, tool in objects(body, "tools")]
     merged = _merge(messages, marks, is_count=is_count)
@@ -489,12 +497,13 @@ def _parse_system(body: JsonObject) -> list[JsonObject]:
     return [block for _, block in placed]
 
 
-def _parse_messages(body: JsonObject) -> list[Message]:
+def _parse_messages(body: JsonObject, paths: Sequence[str]) -> list[tuple[str, Message]]:
     """Check `messages`; `system` ones get user text: a line of that role ends the CLI."""
     if not require(body, "messages", list):
         raise InvalidRequest("messages: at least one message is required")
     messages = []
-    for path, entry in objects(body, "messages"):
+    for index, (path, entry) in enumerate(objects(body, "messages")):
+        path = paths[index] if paths else path
         if (role := entry.get("role")) not in ("user", "assistant", "system"):
             raise InvalidRequest(f"{path}.role: Input should be 'user' or 'assistant'")
         given = {"content": as_blocks(entry.get("content"))}
@@ -507,7 +516,7 @@ def _parse_messages(body: JsonObject) -> list[Message]:
                 text = require(block, "text", str, place)
                 block = {"type": "text", "text": f"<system-reminder>\n{text}\n</system-reminder>"}
             content.append(block)
-        messages.append(Message(role, content))
+        messages.append((path, Message(role, content)))
     return messages
 
 
@@ -545,33 +554,43 @@ def check_image(path: str, source: JsonObject) -> None:
         raise InvalidRequest(f"{path}.base64.data: {problem}")
 
 
-def _merge(messages: list[Message], marks: list[Mark], *, is_count: bool) -> list[Message]:
+def _merge(
+    messages: list[tuple[str, Message]], marks: list[Mark], *, is_count: bool
+) -> list[Message]:
     """Join the messages of one role, as the API does (the CLI would itself, but add a newline)."""
     merged: list[Message] = []
-    for is_answer, group in itertools.groupby(messages, lambda each: each.role == "assistant"):
+    groups: list[tuple[str, list[Placed]]] = []  # for each, the path of its last part
+    for is_answer, group in itertools.groupby(messages, lambda each: each[1].role == "assistant"):
         parts = list(group)
-        blocks = [unmarked(block, marks) for part in parts for block in part.content]
-        if any(part.role == "system" for part in parts):  # tool results must stay in front
-            blocks.sort(key=lambda block: block["type"] != "tool_result")
-        if all("thinking" in block["type"] for block in blocks):  # the CLI would drop it
+        placed = [
+            (f"{path}.content.{at}", block)
+            for path, part in parts
+            for at, block in enumerate(part.content)
+        ]
+        if any(part.role == "system" for _, part in parts):  # tool results must stay in front
+            placed.sort(key=lambda each: each[1]["type"] != "tool_result")
+        if all("thinking" in block["type"] for _, block in placed):  # the CLI would drop it
             problem = "The final block in an assistant message cannot be `thinking`."
-            raise InvalidRequest(f"messages.{len(merged)}: {problem}")
+            raise InvalidRequest(f"{parts[-1][0]}: {problem}")
+        groups.append((parts[-1][0], placed))
+        blocks = [unmarked(block, marks) for _, block in placed]
         merged.append(Message("assistant" if is_answer else "user", blocks))
     if merged[-1].role == "assistant" and not is_count:
         problem = "This gateway does not support assistant message prefill."
         raise InvalidRequest(f"messages: {problem} The conversation must end with a user message.")
-    _check_tool_pairs(merged)
+    _check_tool_pairs(groups)
     return merged
 
 
-def _check_tool_pairs(messages: Iterable[Message]) -> None:
+def _check_tool_pairs(messages: Iterable[tuple[str, list[Placed]]]) -> None:
     """Refuse calls without results and the reverse: the CLI would invent and blank, silently."""
     seen: set[str] = set()
     asked: set[str] = set()  # ids of the calls in the message before
-    for index, (_, content) in enumerate(messages):
-        here = {str(block.get("tool_use_id")) for block in content}  # server tools' results too
+    asked_at = ""  # the path of that message
+    for message_path, placed in messages:
+        here = {str(block.get("tool_use_id")) for _, block in placed}  # server tools' results too
         calls: set[str] = set()
-        for at, block in enumerate(content):
+        for path, block in placed:
             problem = ""
             match block:
                 case {"type": "tool_result", "tool_use_id": call} if call in asked:
@@ -586,11 +605,11 @@ def _check_tool_pairs(messages: Iterable[Message]) -> None:
                 case {"type": "server_tool_use", "id": call, "name": name} if call not in here:
                     problem = f"`{name}` tool use with id `{call}` was found without its result"
             if problem:
-                raise InvalidRequest(f"messages.{index}.content.{at}: {problem}")
+                raise InvalidRequest(f"{path}: {problem}")
         if asked:
             problem = "`tool_use` ids were found without `tool_result` blocks immediately after"
-            raise InvalidRequest(f"messages.{index - 1}: {problem}: {', '.join(sorted(asked))}")
-        asked = calls
+            raise InvalidRequest(f"{asked_at}: {problem}: {', '.join(sorted(asked))}")
+        asked, asked_at = calls, message_path
 
 
 def unmarked(block: JsonObject, marks: list[Mark]) -> JsonObject:
@@ -750,18 +769,12 @@ _STATUS_BY_CLI_ERROR: Final = {
     **{"authentication_failed": 401, "billing_error": 402, "oauth_org_not_allowed": 403},
     **{"invalid_request": 400, "max_output_tokens": 400, "model_not_found": 404, "rate_limit": 429},
 }
-_NOT_SIGNED_IN: Final = (
-    "claude is not signed in on the gateway's machine, or its sign-in was refused: run `claude`"
-    " there and type /login, or start the gateway with a valid ANTHROPIC_API_KEY"
-)
 # What the CLI puts around upstream's message (seen, 2.1.330 and 2.1.248).
 _DECORATION: Final = re.compile(
-    r"(?:Failed to authenticate\. |Please run /login · )?API Error: "
+    r"(?s)\A(?:Failed to authenticate\. |Please run /login · )?API Error: "
     r"(?:(?:Request rejected|Server is temporarily limiting requests) \([^)]*\) · |\d{3} )?"
-    r"(?P<message>.*?)(?:\. This is a server-side issue, usually temporary.*)?\Z",
-    re.DOTALL,
+    r"|\. This is a server-side issue, usually temporary.*"
 )
-_HANDED_ON: Final = re.compile(r"(message_(start|delta)|content_block_(start|delta|stop))\Z")
 _BLOCK_DEFAULTS: Final[dict[str, JsonObject]] = {
     **{"text": {"text": ""}, "thinking": {"thinking": "", "signature": ""}},
     "tool_use": {"input": {}},
@@ -797,69 +810,68 @@ class AnswerReader:
         # After any other stop reason (max_tokens, refusal, model_context_window_exceeded), and
         # after an empty answer, it asks upstream again by itself (seen, 2.1.330).
         says = any(str(block.get("text") or "").strip() for block in self.content)
-        has_calls = self._stop_reason == "tool_use"
-        is_quiet = has_calls or (says and self._stop_reason in ("end_turn", "stop_sequence"))
+        ends = says and not self.calls
+        is_quiet = {"tool_use": bool(self.calls), "end_turn": ends, "stop_sequence": ends}
         is_whole = len(self.content) == self._blocks
-        return self.done and is_quiet and is_whole and has_calls == bool(self.tool_use_ids)
+        return is_whole and is_quiet.get(str(self._stop_reason), False)
 
     @property
-    def tool_use_ids(self) -> list[str]:
-        """The ids of the answer's tool calls, in order."""
-        return [str(b.get("id")) for b in self.content if b.get("type") == "tool_use"]
-
-    @property
-    def tool_names(self) -> set[str]:
-        """The names of the tools that the answer calls."""
-        return {str(b.get("name")) for b in self.content if b.get("type") == "tool_use"}
+    def calls(self) -> dict[str, str]:
+        """The ids of the answer's tool calls in order, each with the tool's name."""
+        calls = (block for block in self.content if block.get("type") == "tool_use")
+        return {str(call.get("id")): str(call.get("name")) for call in calls}
 
     def feed(self, line: JsonObject) -> list[Event]:
         """Return the events that a line brings. Raises the ApiError that a failure line means."""
-        kind = line.get("type")
         if line.get("parent_tool_use_id") is not None or self.done:
             return []
-        if kind == "result":
-            self.has_failed = True
-            raise to_api_error(line, self._cli_error)
-        if line.get("status") == "requesting":
-            self.is_called = True
-        if kind == "rate_limit_event":
-            self.rate_limits = to_rate_limit_headers(line.get("rate_limit_info"))
-        if line.get("subtype") == "api_retry":
-            details = {name: line.get(name) for name in ("attempt", "error_status", "error")}
-            log.warning("claude retries by itself: %s", details)
-        if kind == "assistant" and line.get("error"):
-            # A failure: what still comes are closing events of the CLI's own making, without a stop
-            # reason, and then `result`. After a refusal the true message_delta comes.
-            self._cli_error = str(line["error"])
-        elif kind == "assistant":
-            blocks = _object(line.get("message")).get("content") or []
-            self.content += [block for block in blocks if isinstance(block, dict)]
-        event = _object(line.get("event"))
-        is_told = not self._cli_error or _object(event.get("delta")).get("stop_reason")
-        return self._feed_event(event) if kind == "stream_event" and is_told else []
+        match line:
+            case {"type": "stream_event", "event": {"type": _} as event}:
+                # After a failure come closing events of the CLI's own making, without a stop
+                # reason, and then `result`; after a refusal the true message_delta.
+                if not self._cli_error or _object(event.get("delta")).get("stop_reason"):
+                    return self._feed_event(event)
+            case {"type": "result"}:
+                self.has_failed = True
+                raise to_api_error(line, self._cli_error)
+            case {"status": "requesting"}:
+                self.is_called = True
+            case {"type": "rate_limit_event"}:
+                self.rate_limits = to_rate_limit_headers(line.get("rate_limit_info"))
+            case {"subtype": "api_retry"}:
+                details = {name: line.get(name) for name in ("attempt", "error_status", "error")}
+                log.warning("claude retries by itself: %s", details)
+            case {"type": "assistant", "error": error} if error:
+                self._cli_error = str(error)
+            case {"type": "assistant", "message": {"content": [*blocks]}}:
+                self.content += [block for block in blocks if isinstance(block, dict)]
+        return []
 
     def _feed_event(self, event: Event) -> list[Event]:
-        kind, delta = event.get("type"), event.get("delta") or {}
-        if kind == "message_stop" and self._started:
-            # without a stop reason: upstream's stream broke between two blocks, and the CLI is
-            # about to ask for the rest by a second call (seen, 2.1.330)
-            raise CliFailed("upstream's stream ended before its answer was complete")
-        if not _HANDED_ON.match(str(kind)) or self._started == (kind == "message_start"):
+        if self._started == (event["type"] == "message_start"):
             return []
-        if kind == "message_start":
-            self._started = self.is_called = True
-        elif kind == "content_block_start":
-            self._blocks += 1
-            # some Anthropic-compatible upstreams leave these out, and SDKs stumble over that
-            block = event.get("content_block") or {}
-            defaults = _BLOCK_DEFAULTS.get(str(block.get("type")), {})
-            return [{**event, "content_block": {**block, **defaults, **block}}]
-        elif kind == "message_delta" and delta.get("stop_reason") is not None:
-            self._stop_reason = str(delta["stop_reason"])
-            self.done = True
-            # it always follows; made here, the process can be stopped before it goes on by itself
-            return [event, {"type": "message_stop"}]
-        return [event]
+        match event:
+            case {"type": "content_block_delta" | "content_block_stop"}:
+                return [event]
+            case {"type": "message_start"}:
+                self._started = self.is_called = True
+                return [event]
+            case {"type": "content_block_start", "content_block": {"type": kind, **said}}:
+                self._blocks += 1
+                # some Anthropic-compatible upstreams leave these out, and SDKs stumble over that
+                block = {"type": kind} | _BLOCK_DEFAULTS.get(str(kind), {}) | said
+                return [{**event, "content_block": block}]
+            case {"type": "message_delta", "delta": {"stop_reason": str(reason)}}:
+                self._stop_reason, self.done = reason, True
+                # it always follows; made here, the process can be stopped before it goes on
+                return [event, {"type": "message_stop"}]
+            case {"type": "message_stop"}:
+                # without a stop reason: upstream's stream broke between two blocks, and the CLI is
+                # about to ask for the rest by a second call (seen, 2.1.330)
+                raise CliFailed("upstream's stream ended before its answer was complete")
+            case {"type": "message_delta"}:
+                return [event]
+        return []
 
 
 def to_rate_limit_headers(info: Any) -> dict[str, str]:
@@ -883,65 +895,62 @@ def to_api_error(result: JsonObject, cli_error: str | None = None) -> ApiError:
     if not result.get("is_error"):
         return CliFailed("claude ended its turn without an answer")
     if text.startswith(("Not logged in", "Invalid API key")):
-        return ApiError(_NOT_SIGNED_IN, status=401)
+        return ApiError(
+            "claude is not signed in on the gateway's machine, or its sign-in was refused: run"
+            " `claude` there and type /login, or start the gateway with a valid ANTHROPIC_API_KEY",
+            status=401,
+        )
     if result.get("terminal_reason") == "blocking_limit":  # by `Channel.hold_calls`, too early
         return CliFailed("claude held its call back; nothing was sent upstream", status=503)
     if text.startswith("Prompt is too long"):
         return InvalidRequest("prompt is too long for the model's context window")
     if model := re.match(r"(?s)There's an issue with the selected model \((.*?)\)", text):
         return ApiError(f"model: {model.group(1)}", status=404)
-    kind = kind if isinstance(kind, str) and kind in STATUS_BY_TYPE else ""
     if not isinstance(status, int) or not 400 <= status <= 599:
-        status = STATUS_BY_TYPE.get(kind) or _STATUS_BY_CLI_ERROR.get(cli_error or "", 502)
-    decorated = _DECORATION.match(text)
-    return ApiError(decorated.group("message") if decorated else text, status=status, kind=kind)
+        status = STATUS_BY_TYPE.get(str(kind)) or _STATUS_BY_CLI_ERROR.get(str(cli_error), 502)
+    kind = str(kind) if str(kind) in STATUS_BY_TYPE else ""
+    return ApiError(_DECORATION.sub("", text), status=status, kind=kind)
 
 
 class MessageAssembler:
-    """Put the events of one answer together to the message of a non-streaming answer."""
+    """Put the events of one answer together to its message, as far as they have come."""
 
     def __init__(self) -> None:
         self.message: JsonObject = {}
-        self._json: list[str] = []  # of the tool_use block that is open
+        self.pieces: list[str] = []  # what the deltas of the latest block say; it gets them whole
 
     def add(self, event: Event) -> None:
         """Take the next event that an AnswerReader gave out."""
-        match event["type"]:
-            case "message_start":
-                usage = dict(event["message"]["usage"])
-                self.message = {**event["message"], "content": [], "usage": usage}
-            case "content_block_start":
-                self.message["content"].append(dict(event["content_block"]))
-                self._json = []
-            case "content_block_delta":
-                self._add_delta(self.message["content"][-1], event["delta"])
-            case "content_block_stop" if self._json:
-                self.message["content"][-1]["input"] = parse_input("".join(self._json))
-            case "message_delta":
-                self.message.update(event["delta"])
-                self.message["usage"].update(without_nulls(event["usage"]))
-                if event.get("context_management") is not None:
-                    self.message["context_management"] = event["context_management"]
-
-    def _add_delta(self, block: JsonObject, delta: JsonObject) -> None:
-        match delta["type"]:
-            case "text_delta" | "thinking_delta" as kind:
-                name = kind.removesuffix("_delta")
-                block[name] = block.get(name, "") + delta[name]
-            case "signature_delta":
-                block["signature"] = delta["signature"]
-            case "input_json_delta":
-                self._json.append(delta["partial_json"])
-            case "citations_delta":
-                block["citations"] = [*(block.get("citations") or []), delta.get("citation")]
-            case "compaction_delta":
-                block["content"] = delta.get("content")
+        content = self.message.get("content", [])
+        match event:
+            case {"type": "message_start", "message": message}:
+                self.message = {**message, "content": [], "usage": dict(message["usage"])}
+            case {"type": "content_block_start", "content_block": block}:
+                content.append(dict(block))
+                self.pieces = []
+            case {"delta": {"text": piece} | {"thinking": piece} | {"partial_json": piece}}:
+                self.pieces.append(piece)
+            case {"delta": {"signature": signature}}:
+                content[-1]["signature"] = signature
+            case {"delta": {"citation": citation}}:
+                content[-1]["citations"] = [*(content[-1].get("citations") or []), citation]
+            case {"delta": {"type": "compaction_delta", "content": summary}}:
+                content[-1]["content"] = summary
+            case {"type": "content_block_stop"} if said := "".join(self.pieces):
+                if (kind := content[-1]["type"]) in ("text", "thinking"):
+                    content[-1][kind] += said
+                else:
+                    content[-1]["input"] = parse_input(said)
+            case {"type": "message_delta", "delta": delta}:
+                extra = {"context_management": event.get("context_management")}
+                self.message |= {**delta, **without_nulls(extra)}
+                self.message["usage"] |= without_nulls(event.get("usage") or {})
 
 
 def parse_input(text: str) -> Any:
-    """Parse a tool's input; {} where it was cut short, is not there, or is nested too deeply."""
+    """Parse a tool's input; {} where it was cut short or is nested too deeply."""
     try:
-        value = json.loads(text) if text else {}
+        value = json.loads(text)
     except (ValueError, RecursionError):
         return {}
     return {} if is_deeper([value], MAX_INPUT_DEPTH) else value
@@ -1546,7 +1555,7 @@ class Conversation:
 
     def add_answer(self, reader: AnswerReader) -> None:
         self.held.append(Held(digest_message(Message("assistant", reader.content))))
-        self.is_loose, self.calls_due = False, reader.tool_use_ids
+        self.is_loose, self.calls_due = False, list(reader.calls)
 
 
 def _rehearsal(**fields: Any) -> Turn:
@@ -1789,7 +1798,7 @@ class Session:
         if not reader.done:
             return reader.has_failed or (reader.is_called and channel.interrupt())
         names = {tool.get("name") for tool in self._told["tools"]}
-        if not (reader.can_go_on and reader.tool_names <= names):
+        if not (reader.can_go_on and names.issuperset(reader.calls.values())):
             return not channel.applying  # it would ask again: certain not to, or killed
         conversation.add_answer(reader)
         try:
@@ -2106,26 +2115,26 @@ class Pool:
 
 # ============================================================= Chat completions
 # OpenAI chat completions to a Turn and back: a translation, not a second pipeline. Pure. What
-# Anthropic's own OpenAI layer ignores is ignored.
+# Anthropic's own OpenAI layer ignores is ignored. Parts, tools and calls are of a form that the
+# Responses API shares, given the object that says what they are.
 
 _DATA_URL: Final = re.compile(r"data:([\w.+-]+/[\w.+-]+)(?:;[\w=-]+)*;base64,(.*)\Z", re.DOTALL)
-_INPUT: Final = {"input": {"type": "string"}}
-_DEFAULT_SCHEMAS: Final[dict[str, JsonObject]] = {
-    "function": {"type": "object", "properties": {}},
-    "custom": {"type": "object", "properties": _INPUT, "required": ["input"]},
+_NO_INPUT: Final = {"type": "object", "properties": {}}
+_RAW_INPUT: Final = {"properties": {"input": {"type": "string"}}, "required": ["input"]}
+_OPENAI_EFFORTS: Final = {"none": None, "minimal": "low"}  # the others are Anthropic's
+# What ignoring would give another answer than was asked for, and the value that asks for no more.
+_ONLY: Final = {
+    **{"n": 1, "modalities": ["text"], "audio": None, "functions": None, "function_call": None},
+    **{"logprobs": None, "top_logprobs": None},
 }
-_TOOL_CHOICES: Final = {"none": "none", "auto": "auto", "required": "any"}
 _JSON_OBJECT_PROMPT: Final = "Answer with one bare JSON object and nothing else: no code fences."
-_FINISH_REASONS: Final = {
-    "tool_use": "tool_calls",
-    "max_tokens": "length",
-    "model_context_window_exceeded": "length",
-    "refusal": "content_filter",
-}  # any other: stop
+_FINISH_REASONS: Final = {  # any other: stop
+    **{"tool_use": "tool_calls", "refusal": "content_filter"},
+    **{"max_tokens": "length", "model_context_window_exceeded": "length"},
+}
 
 
-@dataclass(frozen=True, slots=True)
-class ChatStyle:
+class ChatStyle(NamedTuple):
     """How the client wants its chat completion, beyond what a Turn says."""
 
     created: int  # Unix seconds
@@ -2137,343 +2146,274 @@ def parse_chat_request(
     body: JsonObject, created: int, *, is_login: bool = False
 ) -> tuple[Turn, ChatStyle]:
     """Check a request; return the Turn, and the style of the answer. Raises InvalidRequest."""
-    for name in ("audio", "logprobs", "top_logprobs", "functions", "function_call"):
-        if body.get(name):
-            raise InvalidRequest(f"{name}: not supported by this gateway")
-    if body.get("n") not in (None, 1):
-        raise InvalidRequest("n: Input should be 1")
-    if "audio" in (optional(body, "modalities", list) or []):
-        raise InvalidRequest("modalities: audio is not supported by this gateway")
-    tools, custom = _chat_tools(body)
-    system, messages = _chat_messages(body)
-    output_format = _chat_format(body)
-    if output_format == {}:  # one JSON object of any shape
-        system.append({"type": "text", "text": _JSON_OBJECT_PROMPT})
-    stop, effort = body.get("stop"), body.get("reasoning_effort")
-    if isinstance(stop, (str, list)):  # blank ones OpenAI takes and Anthropic does not
-        stops = [stop] if isinstance(stop, str) else stop
-        stop = [text for text in stops if not isinstance(text, str) or text.strip()] or None
-    temperature, top_p = body.get("temperature"), body.get("top_p")
-    if temperature is not None and top_p == 1:
-        top_p = None  # it says nothing, and newer models refuse the two together
-    above_1 = isinstance(temperature, (int, float)) and 1 < temperature <= 2
+    for name, only in _ONLY.items():
+        if body.get(name) and body[name] != only:
+            raise InvalidRequest(f"{name}: this value is not supported by this gateway")
+    system, messages, paths = _chat_messages(body)
+    given = [_unwrapped(tool, path) for path, tool in objects(body, "tools")]
+    form = optional(body, "response_format", dict) or {}
+    if form.get("type") == "json_schema":
+        form = {"type": "json_schema", **require(form, "json_schema", dict, "response_format")}
+    effort, stop = body.get("reasoning_effort"), body.get("stop")
+    stops = [stop] if isinstance(stop, str) else optional(body, "stop", list) or []
     translated = {
-        "model": body.get("model"),
-        "system": system,
-        "messages": messages,
-        "stream": body.get("stream"),
+        **to_shared_fields(body, [to_tool(*each) for each in given]),
+        **{"system": system, "messages": messages},
         "max_tokens": body.get("max_completion_tokens") or body.get("max_tokens"),
-        "temperature": 1 if above_1 else temperature,
-        "top_p": top_p,
-        "stop_sequences": stop,
-        "tools": tools or None,
-        "tool_choice": to_tool_choice(body) if tools else None,
-        "effort": None if effort == "none" else "low" if effort == "minimal" else effort,
-        "output_format": output_format or None,
+        # blank ones OpenAI takes and Anthropic does not
+        "stop_sequences": [text for text in stops if str(text).strip()] or None,
+        "effort": _OPENAI_EFFORTS.get(str(effort), effort),
+        "output_format": to_output_format(form, system),
     }
-    turn = to_turn(translated, is_login=is_login)
-    options = optional(body, "stream_options", dict) or {}
-    return turn, ChatStyle(created, bool(options.get("include_usage")), custom)
+    turn = to_turn(translated, is_login=is_login, paths=paths)
+    include_usage = bool(_object(body.get("stream_options")).get("include_usage"))
+    custom = frozenset(tool["name"] for kind, tool, _ in given if kind == "custom")
+    return turn, ChatStyle(created, include_usage, custom)
 
 
-def _chat_format(body: JsonObject) -> JsonObject | None:
-    """Return response_format as an output_format; {} for a JSON object without a schema."""
-    form = optional(body, "response_format", dict) or {"type": "text"}
-    kind = form.get("type")
-    if kind not in ("text", "json_object", "json_schema"):
-        problem = "Input should be 'text' or 'json_object' or 'json_schema'"
-        raise InvalidRequest(f"response_format.type: {problem}")
-    if kind != "json_schema":
-        return {} if kind == "json_object" else None
-    schema = require(form, kind, dict, "response_format").get("schema")
-    return {} if schema is None else {"type": kind, "schema": schema}
+def to_shared_fields(body: JsonObject, tools: list[JsonObject]) -> JsonObject:
+    """Return what OpenAI's APIs call by the same names, in Anthropic's form."""
+    temperature, top_p = body.get("temperature"), body.get("top_p")
+    if isinstance(temperature, (int, float)) and 1 < temperature <= 2:
+        temperature = 1
+    return {
+        "model": body.get("model"),
+        "stream": body.get("stream"),
+        "temperature": temperature,
+        # 1 says nothing, and newer models refuse the two together
+        "top_p": None if temperature is not None and top_p == 1 else top_p,
+        "tools": tools,
+        "tool_choice": to_tool_choice(body) if tools else None,
+    }
 
 
-def _chat_tools(body: JsonObject) -> tuple[list[JsonObject], frozenset[str]]:
-    """Return the tools in Anthropic's form, and the names of those that are `custom`."""
-    tools, custom = [], set()
-    for path, tool in objects(body, "tools"):
-        kind = tool.get("type")
-        if kind not in ("function", "custom"):
-            raise InvalidRequest(f"{path}.type: Input should be 'function' or 'custom'")
-        inner = require(tool, kind, dict, path)
-        name = require(inner, "name", str, f"{path}.{kind}")
-        if kind == "custom":
-            custom.add(name)
-        fields = {"description": inner.get("description"), "strict": inner.get("strict")}
-        schema = inner.get("parameters") or _DEFAULT_SCHEMAS[kind]
-        tools.append({"name": name, **without_nulls(fields), "input_schema": schema})
-    return tools, frozenset(custom)
+def to_output_format(form: JsonObject, system: list[JsonObject]) -> JsonObject | None:
+    """Return a format of text as an output_format; JSON of any shape is asked for in `system`."""
+    kind, schema = form.get("type", "text"), form.get("schema")
+    if kind == "json_object" or (kind == "json_schema" and schema is None):
+        system += as_blocks(_JSON_OBJECT_PROMPT)
+    elif kind != "text":
+        return {"type": kind, "schema": schema}
+    return None
 
 
-def to_tool_choice(body: JsonObject) -> JsonObject | None:
+def _unwrapped(owner: JsonObject, path: str) -> tuple[str, JsonObject, str]:
+    """Return of a tool, or of a call of one, its kind, the object of that name, and its path."""
+    kind = "function" if owner.get("custom") is None else "custom"
+    return kind, require(owner, kind, dict, path), f"{path}.{kind}"
+
+
+def to_tool(kind: str, tool: JsonObject, path: str) -> JsonObject:
+    """Return a function or custom tool in Anthropic's form."""
+    said = {"name": require(tool, "name", str, path), "description": tool.get("description")}
+    schema = tool.get("parameters") or _NO_INPUT
+    if kind == "custom":
+        schema = _NO_INPUT | _RAW_INPUT
+    return without_nulls({**said, "strict": tool.get("strict"), "input_schema": schema})
+
+
+def to_tool_choice(body: JsonObject) -> JsonObject:
     """Return tool_choice and parallel_tool_calls in Anthropic's form."""
-    choice, is_single = body.get("tool_choice"), body.get("parallel_tool_calls") is False
-    if choice is None and not is_single:
-        return None
-    kind, name = _TOOL_CHOICES.get(str("auto" if choice is None else choice)), None
-    if isinstance(choice, dict):
-        named = choice if "name" in choice else choice.get(str(choice.get("type")))
-        name = named.get("name") if isinstance(named, dict) else None
-        kind = "tool" if isinstance(name, str) else None
-    if kind is None:
-        raise InvalidRequest("tool_choice: Input should be none, auto, required or name a tool")
-    single = True if is_single and kind != "none" else None
-    return without_nulls({"type": kind, "name": name, "disable_parallel_tool_use": single})
+    choice = body.get("tool_choice") or "auto"
+    translated: JsonObject = {"type": "any" if choice == "required" else choice}
+    if isinstance(choice, dict):  # of the Responses API it names the tool itself
+        named = choice.get(str(choice.get("type"))) or choice
+        translated = {"type": "tool", "name": _object(named).get("name")}
+    if body.get("parallel_tool_calls") is False and choice != "none":
+        translated["disable_parallel_tool_use"] = True
+    return translated
 
 
-def _chat_messages(body: JsonObject) -> tuple[list[JsonObject], list[JsonObject]]:
-    """Return system blocks, hoisted from wherever they stand, and the other messages."""
+def to_tool_use(call_id: str, kind: str, call: JsonObject, path: str) -> JsonObject:
+    """Return a call of a function or custom tool as a tool_use block."""
+    name = require(call, "name", str, path)
+    if kind == "custom":
+        given = {"input": require(call, "input", str, path)}
+    else:
+        try:
+            given = parse_json((optional(call, "arguments", str, path) or "{}").encode())
+        except InvalidRequest:
+            problem = "Input should be a JSON object in a string"
+            raise InvalidRequest(f"{path}.arguments: {problem}") from None
+    return {"type": "tool_use", "id": call_id, "name": name, "input": given}
+
+
+def to_block(part: JsonObject, path: str) -> JsonObject:
+    """Return a part of a message's content as a block."""
+    match part.get("type"):
+        case "text" | "refusal" as kind:
+            return {"type": "text", "text": require(part, kind, str, path)}
+        case "image_url":
+            image, path = require(part, "image_url", dict, path), f"{path}.image_url"
+            source = to_source(require(image, "url", str, path))
+            check_image(f"{path}.url", source)
+            return {"type": "image", "source": source}
+        case "file":
+            file, path = require(part, "file", dict, path), f"{path}.file"
+            data, title = require(file, "file_data", str, path), file.get("filename") or None
+            url = data if data.startswith("data:") else f"data:application/pdf;base64,{data}"
+            return without_nulls({"type": "document", "title": title, "source": to_source(url)})
+    raise InvalidRequest(f"{path}.type: Input should be 'text', 'image_url' or 'file'")
+
+
+def to_source(url: str) -> JsonObject:
+    """Return an http or data URL as the source of an image or document."""
+    data = _DATA_URL.match(url)
+    if data is None:
+        return {"type": "url", "url": url}
+    media_type, encoded = data[1].replace("image/jpg", "image/jpeg"), data[2]
+    if not media_type.startswith(("image/", "application/pdf")):
+        with contextlib.suppress(ValueError):  # what is no text upstream refuses
+            text = base64.b64decode(encoded, validate=True).decode("utf-8")
+            return {"type": "text", "media_type": "text/plain", "data": text}
+    return {"type": "base64", "media_type": media_type, "data": encoded}
+
+
+def _chat_messages(body: JsonObject) -> tuple[list[JsonObject], list[JsonObject], list[str]]:
+    """Return system blocks, hoisted from wherever they stand, the other messages, their paths."""
     system: list[JsonObject] = []
     messages: list[JsonObject] = []
+    paths: list[str] = []
     called: set[str] = set()
-    require(body, "messages", list)
     for path, message in objects(body, "messages"):
-        role = message.get("role")
-        if role not in ("system", "developer", "user", "assistant", "tool"):
-            roles = "'system', 'developer', 'user', 'assistant' or 'tool'"
-            raise InvalidRequest(f"{path}.role: Input should be {roles}")
-        given = _chat_blocks(message, path)
+        said = {"content": as_blocks(message.get("content") or message.get("refusal"))}
+        parts = [to_block(part, place) for place, part in objects(said, "content", path)]
         # blank texts OpenAI takes and Anthropic does not
-        content = [b for _, b in given if b["type"] != "text" or b["text"].strip()]
-        if role in ("system", "developer"):
-            system += content
-            continue
-        if role == "user" and not content:
-            raise InvalidRequest(f"{path}.content: text content blocks must be non-empty")
-        if role == "assistant":
-            calls = [call for _, call in _chat_calls(message, path)]
-            called |= {call["id"] for call in calls}
-            content += calls
-        if role == "tool":
-            call_id = require(message, "tool_call_id", str, path)
-            if call_id not in called:
-                raise InvalidRequest(f"{path}.tool_call_id: no such tool call was made before")
-            content = [{"type": "tool_result", "tool_use_id": call_id, "content": content}]
-        if content:
-            said_by = "assistant" if role == "assistant" else "user"
-            messages.append({"role": said_by, "content": content})
-    return system, messages
-
-
-def _chat_blocks(message: JsonObject, path: str) -> list[Placed]:
-    """Return a chat message's content as Anthropic blocks."""
-    content, role = message.get("content"), message["role"]
-    if content is None and role in ("assistant", "tool"):
-        content = message.get("refusal") or ""
-    if isinstance(content, str):
-        return [(f"{path}.content", {"type": "text", "text": content})]
-    if not isinstance(content, list):
-        raise InvalidRequest(f"{path}.content: Input should be a valid string or list")
-    blocks = []
-    for place, part in objects(message, "content", path):
-        kind = part.get("type")
-        if kind in ("image_url", "file") and role != "user":
-            raise InvalidRequest(f"{place}.type: only text is taken in {role} messages")
-        match kind:
-            case "text" | "refusal":
-                block = {"type": "text", "text": require(part, kind, str, place)}
-            case "image_url":
-                block = to_image(require(part, kind, dict, place), f"{place}.image_url")
-            case "file":
-                block = to_document(require(part, kind, dict, place), f"{place}.file")
+        blocks = [b for b in parts if b["type"] != "text" or b["text"].strip()]
+        role = message.get("role")
+        match role:
+            case "system" | "developer":
+                for block in blocks:
+                    system += as_blocks(require(block, "text", str, f"{path}.content"))
+                continue
+            case "user":
+                if not blocks:
+                    raise InvalidRequest(f"{path}.content: text content blocks must be non-empty")
+            case "assistant":
+                for place, call in objects(message, "tool_calls", path):
+                    call_id = require(call, "id", str, place)
+                    blocks.append(to_tool_use(call_id, *_unwrapped(call, place)))
+                    called.add(call_id)
+            case "tool":
+                role, call_id = "user", require(message, "tool_call_id", str, path)
+                if call_id not in called:
+                    raise InvalidRequest(f"{path}.tool_call_id: no such tool call was made before")
+                result = {"type": "tool_result", "tool_use_id": call_id, "content": blocks}
+                blocks = [result]
             case _:
-                problem = "Input should be 'text', 'image_url' or 'file'"
-                raise InvalidRequest(f"{place}.type: {problem}")
-        blocks.append((place, block))
-    return blocks
-
-
-def to_image(image: JsonObject, path: str) -> JsonObject:
-    """Return an http or data URL as an image block."""
-    url = require(image, "url", str, path)
-    source = {"type": "url", "url": url}
-    if data := _DATA_URL.match(url):
-        media_type = data[1].replace("image/jpg", "image/jpeg")
-        source = {"type": "base64", "media_type": media_type, "data": data[2]}
-        check_image(f"{path}.url", source)
-    elif not url.startswith(("http://", "https://")):
-        raise InvalidRequest(f"{path}.url: Input should be an http or data URL")
-    return {"type": "image", "source": source}
-
-
-def to_document(file: JsonObject, path: str) -> JsonObject:
-    """Return an OpenAI file, a PDF or a text, as a document block."""
-    given = require(file, "file_data", str, path)
-    data = _DATA_URL.match(given)
-    media_type, encoded = (data[1], data[2]) if data else ("application/pdf", given)
-    source = {"type": "base64", "media_type": media_type, "data": encoded}
-    try:
-        raw = base64.b64decode(encoded, validate=True)
-        if media_type != "application/pdf":
-            source = {"type": "text", "media_type": "text/plain", "data": raw.decode("utf-8")}
-    except ValueError:
-        raise InvalidRequest(f"{path}.file_data: neither a PDF nor text") from None
-    title = file.get("filename") or None
-    return without_nulls({"type": "document", "title": title, "source": source})
-
-
-def _chat_calls(message: JsonObject, path: str) -> Iterator[Placed]:
-    """Yield an assistant message's tool calls as tool_use blocks."""
-    for place, call in objects(message, "tool_calls", path):
-        kind = "custom" if call.get("custom") else "function"
-        inner, where = require(call, kind, dict, place), f"{place}.{kind}"
-        if kind == "custom":
-            given = {"input": require(inner, "input", str, where)}
-        else:
-            try:
-                given = parse_json(expect(inner.get("arguments") or "{}", str, where).encode())
-            except (InvalidRequest, UnicodeError):
-                problem = "Input should be a JSON object in a string"
-                raise InvalidRequest(f"{where}.arguments: {problem}") from None
-        call_id, name = require(call, "id", str, place), require(inner, "name", str, where)
-        yield where, {"type": "tool_use", "id": call_id, "name": name, "input": given}
+                roles = "'system', 'developer', 'user', 'assistant' or 'tool'"
+                raise InvalidRequest(f"{path}.role: Input should be {roles}")
+        if blocks:
+            messages.append({"role": role, "content": blocks})
+            paths.append(path)
+    return system, messages, paths
 
 
 # ---- answers
 
 
-def to_chat_usage(usage: JsonObject) -> JsonObject:
-    """Return a message's usage as OpenAI counts it."""
+def to_openai_usage(usage: JsonObject, asked: str, said: str) -> JsonObject:
+    """Return a message's usage as OpenAI counts it, under an API's two names for tokens."""
     counts = collections.defaultdict(int, without_nulls(usage))
     cached, written = counts["cache_read_input_tokens"], counts["cache_creation_input_tokens"]
-    prompt, completion = counts["input_tokens"] + cached + written, counts["output_tokens"]
-    thinking = (usage.get("output_tokens_details") or {}).get("thinking_tokens") or 0
+    tokens_in, tokens_out = counts["input_tokens"] + cached + written, counts["output_tokens"]
+    thinking = _object(usage.get("output_tokens_details")).get("thinking_tokens") or 0
     return {
-        "prompt_tokens": prompt,
-        "completion_tokens": completion,
-        "total_tokens": prompt + completion,
-        "prompt_tokens_details": {"cached_tokens": cached, "cache_write_tokens": written},
-        "completion_tokens_details": {"reasoning_tokens": thinking},
+        f"{asked}_tokens": tokens_in,
+        f"{said}_tokens": tokens_out,
+        "total_tokens": tokens_in + tokens_out,
+        f"{asked}_tokens_details": {"cached_tokens": cached, "cache_write_tokens": written},
+        f"{said}_tokens_details": {"reasoning_tokens": thinking},
     }
 
 
-def _to_tool_call(block: JsonObject, arguments: str, style: ChatStyle) -> JsonObject:
-    """Return a tool call in the style that the client knows."""
-    kind, said = "function", {"arguments": arguments}
-    if block["name"] in style.custom_tools:
-        given = parse_input(arguments)  # the model may have written anything
-        kind, said = "custom", {"input": given.get("input", "") if isinstance(given, dict) else ""}
-    return {"id": block["id"], "type": kind, kind: {"name": block["name"], **said}}
-
-
-def _to_base(message: JsonObject, kind: str, style: ChatStyle) -> JsonObject:
-    """Return the fields around the choices that each kind of answer has."""
+def _to_answer(kind: str, message: JsonObject, style: ChatStyle, said: JsonObject) -> JsonObject:
+    """Return an answer of a kind, whole or a chunk, to which its one choice says something."""
+    stop_reason = message.get("stop_reason")
+    finish = _FINISH_REASONS.get(stop_reason, "stop") if stop_reason else None
     return {
         "id": "chatcmpl-" + str(message["id"]).removeprefix("msg_"),
         "object": kind,
         "created": style.created,
         "model": message.get("model"),
         "system_fingerprint": None,
+        "choices": [{"index": 0, **said, "logprobs": None, "finish_reason": finish}],
     }
 
 
-def _to_choice(stop_reason: str | None, **said: JsonObject) -> JsonObject:
-    """Return the one choice of an answer, or of a part of it while there is no stop_reason."""
-    finish = _FINISH_REASONS.get(stop_reason, "stop") if stop_reason is not None else None
-    return {"index": 0, **said, "logprobs": None, "finish_reason": finish}
+def _to_call(block: JsonObject, arguments: str, style: ChatStyle) -> JsonObject:
+    kind, said = "function", {"arguments": arguments}
+    if block["name"] in style.custom_tools:  # the model may have written anything
+        kind, said = "custom", {"input": _object(block["input"]).get("input", "")}
+    return {"id": block["id"], "type": kind, kind: {"name": block["name"], **said}}
 
 
 def to_completion(message: JsonObject, style: ChatStyle) -> JsonObject:
     """Return a finished message as a chat completion."""
-    blocks, stop_reason = message["content"], message["stop_reason"]
-    by_kind: dict[str, list[JsonObject]] = collections.defaultdict(list)
-    for block in blocks:
-        by_kind[block["type"]].append(block)
-    calls = [_to_tool_call(b, json.dumps(b["input"]), style) for b in by_kind["tool_use"]]
-    text = "".join(block["text"] for block in by_kind["text"])
-    details = message.get("stop_details") or {}
-    reply: JsonObject = {
+    blocks = message["content"]
+    calls = [_to_call(b, json.dumps(b["input"]), style) for b in blocks if b["type"] == "tool_use"]
+    text = "".join(block["text"] for block in blocks if block["type"] == "text")
+    thinking = "".join(block["thinking"] for block in blocks if block["type"] == "thinking")
+    reply = {
         "role": "assistant",
         "content": text or (None if calls else ""),
-        "refusal": details.get("explanation") if stop_reason == "refusal" else None,
+        "refusal": _object(message.get("stop_details")).get("explanation"),
     }
-    if thinking := "".join(block["thinking"] for block in by_kind["thinking"]):
-        reply["reasoning_content"] = thinking
-    if calls:
-        reply["tool_calls"] = calls
-    return {
-        **_to_base(message, "chat.completion", style),
-        "choices": [_to_choice(stop_reason or "", message=reply)],
-        "usage": to_chat_usage(message["usage"]),
-    }
+    reply |= without_nulls({"reasoning_content": thinking or None, "tool_calls": calls or None})
+    answer = _to_answer("chat.completion", message, style, {"message": reply})
+    return {**answer, "usage": to_openai_usage(message["usage"], "prompt", "completion")}
 
 
-class ChunkWriter:
-    """Turn the events of one answer into chat completion chunks (messages-api.md 7.3).
+def to_chunks(event: Event, answer: MessageAssembler, style: ChatStyle) -> list[JsonObject]:
+    """Return the chunks for an event that `answer` was just given (messages-api.md 7.3).
 
-    `feed` returns the chunks that an event makes; after message_stop `[DONE]` is still to be sent.
+    After those of message_stop `[DONE]` is still to be sent.
     """
-
-    def __init__(self, style: ChatStyle) -> None:
-        self._style = style
-        self._base: JsonObject = {}
-        self._usage: JsonObject = {}
-        self._stop_reason = ""
-        self._calls = 0
-        self._tool: JsonObject | None = None  # the tool_use block that is open
-        self._is_custom = False
-        self._arguments = ""  # what has been sent, or for custom tools kept, of its input
-
-    def feed(self, event: Event) -> list[JsonObject]:
-        """Return the chunks for the next event that an AnswerReader gave out."""
-        match event["type"]:
-            case "message_start":
-                self._base = _to_base(event["message"], "chat.completion.chunk", self._style)
-                self._base |= {"usage": None} if self._style.include_usage else {}
-                self._usage = without_nulls(event["message"]["usage"])
-                return [self._chunk(role="assistant", content="")]
-            case "content_block_start" if event["content_block"]["type"] == "tool_use":
-                self._tool, self._arguments = event["content_block"], ""
-                self._is_custom = self._tool["name"] in self._style.custom_tools
-                self._calls += 1
-                if not self._is_custom:  # its input is inside JSON, so it goes out whole
-                    return [self._call(**_to_tool_call(self._tool, "", self._style))]
-            case "content_block_delta":
-                return self._feed_delta(event["delta"])
-            case "content_block_stop" if self._tool is not None:
-                tool, self._tool = self._tool, None
-                whole = json.dumps(tool["input"])  # some upstreams give it with the start
-                if self._is_custom:
-                    call = _to_tool_call(tool, self._arguments or whole, self._style)
-                    return [self._call(**call)]
-                if not self._arguments:
-                    return [self._call(function={"arguments": whole})]
-            case "message_delta":
-                self._usage.update(without_nulls(event["usage"]))
-                self._stop_reason = event["delta"].get("stop_reason") or ""
-            case "message_stop":
-                end = {**self._base, "choices": [_to_choice(self._stop_reason, delta={})]}
-                usage = {**self._base, "choices": [], "usage": to_chat_usage(self._usage)}
-                return [end, usage] if self._style.include_usage else [end]
+    delta = _to_delta(event, answer, style)
+    if delta is None:
         return []
+    chunk = _to_answer("chat.completion.chunk", answer.message, style, {"delta": delta})
+    if style.include_usage:
+        chunk["usage"] = None
+        if event["type"] == "message_stop":
+            usage = to_openai_usage(answer.message["usage"], "prompt", "completion")
+            return [chunk, {**chunk, "choices": [], "usage": usage}]
+    return [chunk]
 
-    def _chunk(self, **delta: Any) -> JsonObject:
-        return {**self._base, "choices": [_to_choice(None, delta=delta)]}
 
-    def _call(self, **fields: Any) -> JsonObject:
-        """Return the chunk of a part of the current tool call."""
-        return self._chunk(tool_calls=[{"index": self._calls - 1, **fields}])
-
-    def _feed_delta(self, delta: JsonObject) -> list[JsonObject]:
-        match delta["type"]:
-            case "text_delta" if delta["text"]:
-                return [self._chunk(content=delta["text"])]
-            case "thinking_delta" if delta["thinking"]:
-                return [self._chunk(reasoning_content=delta["thinking"])]
-            case "input_json_delta" if delta["partial_json"] and self._tool:
-                self._arguments += delta["partial_json"]
-                if not self._is_custom:
-                    return [self._call(function={"arguments": delta["partial_json"]})]
-        return []
+def _to_delta(event: Event, answer: MessageAssembler, style: ChatStyle) -> JsonObject | None:
+    """Return what an event adds to the reply, None where nothing."""
+    content = answer.message["content"]
+    block = content[-1] if content else {}
+    is_call = block.get("type") == "tool_use"
+    is_custom = is_call and block["name"] in style.custom_tools
+    match event:
+        case {"delta": {"type": "text_delta", "text": text}} if text:
+            return {"content": text}
+        case {"delta": {"type": "thinking_delta", "thinking": text}} if text:
+            return {"reasoning_content": text}
+        case {"type": "message_start"}:
+            return {"role": "assistant", "content": ""}
+        case {"type": "message_stop"}:
+            return {}
+        case {"type": "content_block_stop"} if is_custom:  # its input is inside JSON: whole
+            call = _to_call(block, "", style)
+        case {"type": "content_block_start"} if is_call and not is_custom:
+            call = _to_call(block, "", style)
+        case {"delta": {"partial_json": text}} if text and is_call and not is_custom:
+            call = {"function": {"arguments": text}}
+        case {"type": "content_block_stop"} if is_call and not any(answer.pieces):
+            call = {"function": {"arguments": json.dumps(block["input"])}}
+        case _:
+            return None
+    index = sum(block["type"] == "tool_use" for block in content) - 1
+    return {"tool_calls": [{"index": index, **call}]}
 
 
 # Anthropic status to OpenAI's status, type and code (messages-api.md 7.4); others keep the status.
 _OPENAI_ERRORS: Final[dict[int, tuple[int, str, str | None]]] = {
-    400: (400, "invalid_request_error", None),
     401: (401, "invalid_request_error", "invalid_api_key"),
     402: (429, "insufficient_quota", "insufficient_quota"),
-    403: (403, "permission_error", None),
     404: (404, "invalid_request_error", "model_not_found"),
     413: (413, "invalid_request_error", None),
     429: (429, "rate_limit_error", "rate_limit_exceeded"),
@@ -3323,11 +3263,12 @@ def ask_messages(body: JsonObject, betas: str, is_login: bool) -> Asked:
 def ask_chat(body: JsonObject, betas: str, is_login: bool) -> Asked:
     """Read a chat completions request."""
     turn, style = parse_chat_request(body, int(time.time()), is_login=is_login)
-    chunks = ChunkWriter(style)
+    answer = MessageAssembler()
 
     def encode(event: Event) -> bytes:
+        answer.add(event)
         end = b"data: [DONE]\n\n" if event["type"] == "message_stop" else b""
-        return b"".join(map(to_data, chunks.feed(event))) + end
+        return b"".join(map(to_data, to_chunks(event, answer, style))) + end
 
     return turn, encode, lambda message: to_completion(message, style)
 

@@ -6,7 +6,7 @@ import asyncio
 import base64
 import copy
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 from uuid import uuid4
 
@@ -160,6 +160,17 @@ PARAMETERS: list[tuple[JsonObject, JsonObject]] = [
         {"response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": {}}}},
         {"output_config": {"format": {"type": "json_schema", "schema": {}}}},
     ),
+    ({"tools": TOOLS}, {"tool_choice": {"type": "auto"}}),
+    # what upstream refuses
+    ({"tools": TOOLS, "tool_choice": "always"}, {"tool_choice": {"type": "always"}}),
+    (
+        {"tools": TOOLS, "tool_choice": {"type": "allowed_tools", "allowed_tools": {}}},
+        {"tool_choice": {"type": "tool", "name": None}},
+    ),
+    (
+        {"response_format": {"type": "xml"}},
+        {"output_config": {"format": {"type": "xml", "schema": None}}},
+    ),
     ({"seed": 1, "logit_bias": {}, "store": False, "user": "u", "tool_choice": "auto"}, {}),
 ]
 
@@ -219,8 +230,6 @@ MISTAKES: list[tuple[JsonObject, str | None]] = [
     ({"modalities": ["text", "audio"]}, "modalities"),
     ({"audio": {"voice": "x"}}, "audio"),
     ({"tools": [{"type": "function"}]}, "tools[0].function"),
-    ({"tools": TOOLS, "tool_choice": "always"}, "tool_choice"),
-    ({"response_format": {"type": "xml"}}, "response_format.type"),
     ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
     ({"modalities": 5}, "modalities"),
     ({"functions": [{"name": "f"}]}, "functions"),
@@ -273,9 +282,17 @@ def test_statuses_are_openais(status: int, theirs: int, kind: str, code: str | N
 # ---- answers
 
 
+def to_chunks(
+    events: Iterable[JsonObject], style: cc2api.ChatStyle = STYLE
+) -> Iterator[JsonObject]:
+    answer = cc2api.MessageAssembler()
+    for event in events:
+        answer.add(event)
+        yield from cc2api.to_chunks(event, answer, style)
+
+
 def chunks_of(reply: Reply, style: cc2api.ChatStyle = STYLE) -> list[JsonObject]:
-    writer = cc2api.ChunkWriter(style)
-    return [chunk for event in reply.events("m") for chunk in writer.feed(event)]
+    return list(to_chunks(reply.events("m"), style))
 
 
 def deltas_of(reply: Reply, style: cc2api.ChatStyle = STYLE) -> list[JsonObject]:
@@ -320,10 +337,9 @@ def test_chunks_follow_the_rules() -> None:
 
 
 def test_a_call_without_arguments_gets_an_empty_object() -> None:
-    writer = cc2api.ChunkWriter(STYLE)
     events = list(Reply(blocks=[tool("f", {}, 1)]).events("m"))
     quiet = [e for e in events if e["type"] != "content_block_delta"]
-    deltas = [c["choices"][0]["delta"] for e in quiet for c in writer.feed(e)]
+    deltas = [c["choices"][0]["delta"] for c in to_chunks(quiet)]
     assert deltas[2] == {"tool_calls": [{"index": 0, "function": {"arguments": "{}"}}]}
 
 
