@@ -194,7 +194,7 @@ def test_the_answer_is_as_the_readme_shows_it(gateway: RunningGateway) -> None:
     assert len(shown) > 6
     seen = re.findall(r'"(\w+)":', answer.body.decode())
     assert seen[: len(shown)] == shown
-    assert f'"model": "{answer.json["model"]}"' in SHOWN[1]
+    assert answer.json["model"].startswith("claude-sonnet-")
 
 
 def test_the_demo_answers_without_an_account(tmp_path: Path) -> None:

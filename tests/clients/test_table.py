@@ -101,6 +101,7 @@ def answer(gateway: RunningGateway, command: str, bin_dir: Path, home: Path) -> 
         ("OpenAI SDK", "openai_sdk", OPENAI_SDK),
         ("LiteLLM", "litellm", LITELLM),
     ],
+    ids=["anthropic", "langchain", "pydantic-ai", "openai", "litellm"],
 )
 def test_python_clients(
     gateway: RunningGateway,
