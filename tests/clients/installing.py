@@ -10,7 +10,6 @@ from __future__ import annotations
 import faulthandler
 import subprocess
 import sys
-import venv
 from collections.abc import Callable
 from pathlib import Path
 
@@ -32,7 +31,7 @@ def in_venv(tmp_path_factory: pytest.TempPathFactory) -> Installer:
 
     def install(*packages: str) -> Path:
         root = tmp_path_factory.mktemp("python")
-        venv.create(root, with_pip=True)
+        run_installer([sys.executable, "-m", "venv", str(root)], root)
         python = str(root / "bin" / "python")
         run_installer([python, "-m", "pip", "install", "--quiet", *packages], root)
         return root / "bin"
