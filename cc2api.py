@@ -28,7 +28,7 @@ Rules that hold throughout:
 Facts about the CLI were seen on 2.1.300 to 2.1.331 talking to a scripted API; each one relied on is
 pinned by a test in tests/. Sections, each using only what stands above it: Settings, Errors, API
 keys, Requests, Lines, Events, Finding the CLI, Process, Conversation, Pool, Chat completions,
-Metrics, Service, Status, HTTP, Routes, Command line.
+Metrics, Service, Status, HTTP, Routes, Demo, Command line.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Se
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass, field
-from http.server import ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from socketserver import BaseRequestHandler, TCPServer
 from typing import Any, Final, NamedTuple, TypeVar
@@ -100,6 +100,7 @@ KEEPALIVE_S: Final = 10.0  # of silence before a stream shows life; proxies cut 
 MAX_SESSION_AGE_S: Final = 3600.0  # old processes may hold stale sign-ins and connections
 MAX_SESSION_TURNS: Final = 1000  # as many left time and memory flat (tests/bench/soak.py)
 IDLE_S: Final = 300.0  # after a burst, for processes beyond --processes
+SIGN_IN_S: Final = 60.0  # until the CLI is asked again how it is signed in; it takes 0.2 s
 SPARE_DELAY_S: Final = 0.1  # a new spare takes 0.45 CPU-seconds: not before the call has left
 REHEARSE_AGAIN_S: Final = 600.0  # a CLI that could not be used again may be busy, not other
 BLANK_COST: Final = 25  # messages that replay in the time that a spare's first turn takes longer
@@ -122,6 +123,7 @@ BODY_TIMEOUT_S: Final = 120.0  # for a whole body: 32 MB at 2 Mbit/s
 KEYS_GONE_S: Final = 2.0  # a key file that is written anew is empty or gone for a moment
 KEEP_ALIVE_S: Final = 120.0  # an idle connection is kept longer than proxies keep theirs (60 s)
 LINGER_S: Final = 2.0  # reading on after an early answer, or a reset would destroy it on its way
+DEMO_WORD_S: Final = 0.03  # between the words of `--demo`: as quick as a model
 ACCEPT_TICK_S: Final = 0.1  # how soon the accepting thread notices that it is to stop
 LISTEN_BACKLOG: Final = 128  # socketserver's 5 refuses a burst of parallel clients
 
@@ -131,8 +133,12 @@ LISTEN_BACKLOG: Final = 128  # socketserver's 5 refuses a burst of parallel clie
 # defaults; the command line is built from these fields, so help and code cannot differ.
 
 
-def _option(default: Any, text: str, low: float = 0) -> Any:
-    return field(default=default, metadata={"help": text, "low": low})
+def _option(default: Any, text: str, low: float = 0, form: str = ".*") -> Any:
+    return field(default=default, metadata={"help": text, "low": low, "form": form})
+
+
+_ORIGIN: Final = r"\*|null|[a-z][a-z0-9+.-]*://[^/\s]+"
+_SOURCES: Final = "((user|project|local)(,|$))*"
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,17 +150,24 @@ class Settings:
     claude: str | None = _option(None, "the claude executable (default: searched for)")
     keys: str = _option("apikeys.txt", "file of API keys, one a line, re-read every time")
     allow_open: bool = _option(False, "listen on other addresses than loopback without any key")
-    cors_origin: tuple[str, ...] = _option((), "web origin that may call, * for any; repeatable")
+    cors_origin: tuple[str, ...] = _option(
+        (), "web origin that may call, * for any; repeatable", form=_ORIGIN
+    )
     allowed_host: tuple[str, ...] = _option((), "another host name of this server; repeatable")
-    model_map: tuple[str, ...] = _option((), "NAME=MODEL: serve model NAME with MODEL; repeatable")
+    model_map: tuple[str, ...] = _option(
+        (), "NAME=MODEL: serve model NAME with MODEL; repeatable", form="[^=]+=.+"
+    )
     processes: int = _option(4, "claude processes kept when idle, one of them blank; 0 keeps none")
     max_concurrency: int = _option(8, "requests answered at once", low=1)
     max_queue: int = _option(64, "requests that may wait for their turn")
     timeout: float = _option(600.0, "seconds for a whole answer", low=1)
     drain: float = _option(30.0, "seconds that running answers get at the end")
     bare: bool | None = _option(None, "run claude with --bare (default: with an API key or cloud)")
-    setting_sources: str = _option("", "settings to load: user,project,local (default: none)")
+    setting_sources: str = _option(
+        "", "settings to load: user,project,local (default: none)", form=_SOURCES
+    )
     check: bool = _option(False, "check the CLI, sign-in, keys, port and a start, then end")
+    demo: bool = _option(False, "answer from a script, without an account")
     debug: bool = _option(False, "log requests and responses whole, prompts included")
 
 
@@ -896,8 +909,8 @@ def to_api_error(result: JsonObject, cli_error: str | None = None) -> ApiError:
         return CliFailed("claude ended its turn without an answer")
     if text.startswith(("Not logged in", "Invalid API key")):
         return ApiError(
-            "claude is not signed in on the gateway's machine, or its sign-in was refused: run"
-            " `claude` there and type /login, or start the gateway with a valid ANTHROPIC_API_KEY",
+            "claude is not signed in on the gateway's machine, or its sign-in was refused:"
+            " run `claude auth login` there",
             status=401,
         )
     if result.get("terminal_reason") == "blocking_limit":  # by `Channel.hold_calls`, too early
@@ -1060,16 +1073,51 @@ def _cli_output(path: str, args: list[str], environ: Mapping[str, str]) -> str:
     return (done.stdout or done.stderr).decode("utf-8", "replace")
 
 
-def describe_sign_in(cli: Cli, environ: Mapping[str, str]) -> str:
-    """Return in a few words, no secret, how the CLI is signed in. Raises CliUnusable: it is not."""
-    try:
-        status = json.loads(_cli_output(cli.path, ["auth", "status"], environ))
-        if status["loggedIn"]:
-            provider, method = status.get("apiProvider", "firstParty"), str(status["authMethod"])
-            return method if provider == "firstParty" else f"{method} ({provider})"
-    except (ValueError, KeyError, TypeError):
-        return "unknown (`claude auth status` gave no answer)"
-    raise CliUnusable(f"NOT SIGNED IN: run {cli.path} and type /login, or set ANTHROPIC_API_KEY")
+class SignIn(NamedTuple):
+    """Which credential the CLI will use, and who pays; no secret."""
+
+    text: str
+    is_missing: bool = False  # requests will fail
+
+
+# By `authMethod` of `claude auth status` (seen, 2.1.300 and 2.1.331).
+_PAYERS: Final = {
+    "claude.ai": "claude.ai login ({subscriptionType}): draws on the plan's limits",
+    "api_key": "API key from {apiKeySource}: billed to the API",
+    "api_key_helper": "API key from apiKeyHelper: billed to the API",
+    "ANTHROPIC_AUTH_TOKEN": "token from ANTHROPIC_AUTH_TOKEN: billed by whoever issued it",
+    "oauth_token": "token of `claude setup-token`: draws on the plan's limits",
+    "third_party": "{apiProvider}: billed by the cloud provider",
+}
+_CREDENTIALS: Final = ("ANTHROPIC_AUTH_TOKEN", "ANTHROPIC_API_KEY", "CLAUDE_CODE_OAUTH_TOKEN")
+
+
+def ask_sign_in(cli: Cli, environ: Mapping[str, str], *, bare: bool) -> SignIn:
+    """Ask the CLI how it is signed in. Raises CliUnusable where it does not run."""
+
+    def ask(environ: Mapping[str, str]) -> JsonObject:
+        try:
+            status = json.loads(_cli_output(cli.path, ["auth", "status"], environ))
+        except ValueError:
+            status = None
+        return collections.defaultdict(str, _object(status))
+
+    status, others = ask(environ), set(environ).intersection(_CREDENTIALS)
+    method = status["authMethod"]
+    if status["loggedIn"] is False:
+        how = f"run `{cli.path} auth login`"
+        return SignIn(f"NOT SIGNED IN: {how}, or try `cc2api --demo` without an account", True)
+    if method == "claude.ai" and bare:
+        return SignIn("NOT SIGNED IN: with --bare claude reads no claude.ai login", True)
+    if method == "oauth_token" and "ANTHROPIC_AUTH_TOKEN" in others:
+        method = "ANTHROPIC_AUTH_TOKEN"
+    if method not in _PAYERS:
+        return SignIn("unknown (`claude auth status` does not say)")
+    text = _PAYERS[method].format_map(status)
+    without = {name: value for name, value in environ.items() if name not in others}
+    if others and method != "claude.ai" and ask(without)["authMethod"] == "claude.ai":
+        text += "; WINS OVER the claude.ai login that is there too"
+    return SignIn(text)
 
 
 def wants_bare(choice: bool | None, environ: Mapping[str, str]) -> bool:
@@ -2658,13 +2706,14 @@ class Service:
         self.metrics = Metrics()
         self.keys = KeyFile(settings.keys, required=needs_keys(settings))
         self.rate_limits: dict[str, str] = {}  # the plan's state as headers, as last reported
-        bare = wants_bare(settings.bare, environ)
-        self.is_login = not bare
-        self._cli, self._stamp = cli, cli.stamp()
-        self._sign_in = "unknown"  # how the CLI says it is signed in, once it was asked
+        self._bare = wants_bare(settings.bare, environ)
+        self.is_login = not self._bare
+        self._cli, self._stamp, self._environ = cli, cli.stamp(), environ
+        self._sign_in = SignIn("DEMO: a script answers, no account is used")
+        self._ask_at = math.inf if settings.demo else 0.0  # monotonic; when the CLI is asked next
         self._model_map = dict(pair.split("=", 1) for pair in settings.model_map)
         self._padding: dict[str, int] = {}  # tokens of a padding tool, by model
-        self._sessions = Sessions(settings, cli, environ, self.metrics, bare)
+        self._sessions = Sessions(settings, cli, environ, self.metrics, self._bare)
         self.pool, self.close = self._sessions.pool, self._sessions.close
 
     # ---- requests
@@ -2731,39 +2780,40 @@ class Service:
 
     # ---- how things are
 
-    def version(self) -> str:
-        """Return the CLI's version, also after an update."""
+    def cli(self) -> Cli:
+        """Return the CLI as it is, also after an update."""
         if (stamp := self._cli.stamp()) not in (None, self._stamp):
             with contextlib.suppress(CliUnusable):
-                self._cli, self._stamp = find_cli(self._cli.path, os.environ), stamp
-        return self._cli.version
+                self._cli, self._stamp = find_cli(self._cli.path, self._environ), stamp
+        return self._cli
 
-    def ask_sign_in(self, environ: Mapping[str, str]) -> None:
-        """Ask the CLI how it is signed in."""
-        try:
-            self._sign_in = describe_sign_in(self._cli, environ)
-        except CliUnusable as exc:
-            self._sign_in = str(exc)
+    def sign_in(self) -> SignIn:
+        """Return how the CLI is signed in, as it said within SIGN_IN_S."""
+        if time.monotonic() >= self._ask_at:
+            self._ask_at = time.monotonic() + SIGN_IN_S
+            with contextlib.suppress(CliUnusable):
+                self._sign_in = ask_sign_in(self._cli, self._environ, bare=self._bare)
+        return self._sign_in
 
     def describe(self) -> dict[str, str]:
-        """Say what it runs on, and who may call."""
-        claude = f"{self.version()} at {self._cli.path}"
-        return {"claude": claude, "sign-in": self._sign_in, "keys": self.keys.describe()}
-
-    def cost_kind(self) -> str:
-        """Say what the cost means."""
-        return "as claude reports it"
+        """Say what it runs on, who pays and who may call."""
+        url = "" if self.settings.demo else self._environ.get("ANTHROPIC_BASE_URL", "")
+        lines = {"claude": str(self.cli()), "sign-in": self.sign_in().text, "upstream": url}
+        return {**{k: v for k, v in lines.items() if v}, "keys": self.keys.describe()}
 
     def health(self) -> str:
         """Return what is wrong, "" where nothing is."""
-        return self.pool.failure or self.pool.refusal
+        missing = self.sign_in().text if self.sign_in().is_missing else ""
+        return self.pool.failure or self.pool.refusal or missing
 
     def gauges(self) -> dict[str, dict[str, int]]:
         """Return what /metrics tells of now, by name and state."""
         now = self.pool.snapshot()
         states = ("spare", "starting", "idle", "busy", "ending")
         processes = {state: len(getattr(now, state)) for state in states}
-        return {"cc2api_processes": processes, "cc2api_waiting_requests": {"": now.waiting}}
+        signed_in = int(not self.sign_in().is_missing)
+        more = {"cc2api_waiting_requests": {"": now.waiting}, "cc2api_signed_in": {"": signed_in}}
+        return {"cc2api_processes": processes, **more}
 
     def _demand(
         self,
@@ -2812,7 +2862,7 @@ def status_text(service: Service, url: str) -> str:
         "processes": f"{len(now.spare)} spare, {len(now.idle)} idle, {len(now.busy)} busy",
         "requests": f"{asked:.0f}, {failed:.0f} failed, {now.waiting} waiting",
         "tokens": ", ".join(f"{count:.0f} {kind}" for kind, count in tokens.items()),
-        "cost": f"${cost:.4f} {service.cost_kind()}",
+        "cost": f"${cost:.4f}" + " at list price" * service.is_login,
         "health": service.health() or "ok",
         "try": try_command(url, has_keys=service.keys.load() != {}),
     }
@@ -3539,6 +3589,56 @@ PAGE_ROUTE: Final = Route("GET", "status", Handler.page, needs_key=False)
 NO_ROUTE: Final = Route("GET", "none", Handler.hello, needs_key=False)
 
 
+# ========================================================================= Demo
+# What `--demo` puts in the API's place: a script on loopback, so that all the rest can be tried.
+
+
+class DemoApi(BaseHTTPRequestHandler):
+    """Answers each call as the API would, in words that say DEMO."""
+
+    def do_POST(self) -> None:
+        """Stream an answer word by word, or count tokens."""
+        raw = self.rfile.read(int(self.headers["content-length"]))
+        body, is_count = json.loads(raw), "count_tokens" in self.path
+        self.send_response(200)
+        self.send_header("content-type", "application/json" if is_count else "text/event-stream")
+        self.end_headers()
+        if is_count:
+            self.wfile.write(json.dumps({"input_tokens": len(raw) // 2}).encode())
+            return
+        asked = [part.get("text") for part in as_blocks(body["messages"][-1]["content"])]
+        words = re.findall(r"\S+\s*", f"DEMO: no model was asked. You said: {asked[-1]}")
+        usage = {"input_tokens": len(raw) // 4, "output_tokens": len(words)}
+        message = {"id": f"msg_{uuid.uuid4().hex[:24]}", "type": "message", "role": "assistant"}
+        more = {"model": body["model"], "content": [], "stop_reason": None, "usage": usage}
+        end = {"stop_reason": "end_turn", "stop_sequence": None}
+        events: list[Event] = [{"type": "message_start", "message": {**message, **more}}]
+        events += [{"type": "content_block_start", "content_block": {"type": "text", "text": ""}}]
+        for word in words:
+            delta = {"type": "text_delta", "text": word}
+            events += [{"type": "content_block_delta", "delta": delta}]
+        events += [{"type": "content_block_stop"}]
+        events += [{"type": "message_delta", "delta": end, "usage": usage}]
+        for event in [*events, {"type": "message_stop"}]:
+            self.wfile.write(to_frame({**event, "index": 0}))
+            time.sleep(DEMO_WORD_S)
+
+    def log_message(self, *args: object) -> None:
+        """Say nothing: the gateway's own log tells."""
+
+
+def start_demo(settings: Settings, environ: Mapping[str, str]) -> tuple[Settings, dict[str, str]]:
+    """Start the script; return settings and an environment in which no account is used."""
+    server = Server(("127.0.0.1", 0), DemoApi)
+    threading.Thread(None, server.serve_forever, "cc2api-demo", daemon=True).start()
+    foreign = ("ANTHROPIC_", "CLAUDE_CODE_USE_", "CLAUDE_CODE_OAUTH_")
+    kept = {name: value for name, value in environ.items() if not name.startswith(foreign)}
+    kept |= {"ANTHROPIC_BASE_URL": f"http://127.0.0.1:{server.server_port}"}
+    kept |= {"ANTHROPIC_API_KEY": "demo", "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
+    kept |= {"CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1"}
+    return dataclasses.replace(settings, bare=True), kept
+
+
 # ================================================================= Command line
 # Options, logging, signals, and putting the parts together.
 
@@ -3554,35 +3654,46 @@ def parse_args(argv: Sequence[str] | None, environ: Mapping[str, str]) -> Settin
     parser.add_argument("--version", action="version", version=f"cc2api {__version__}")
     options = {"--" + f.name.replace("_", "-"): f for f in dataclasses.fields(Settings)}
     for flag, option in options.items():
-        kind, more = str(option.type), dict(option.metadata)
-        del more["low"]
-        default: Any = environ.get("CC2API_" + option.name.upper()) or option.default
+        kind, text = str(option.type), option.metadata["help"]
+        action: Any = "append" if kind.startswith("tuple") else "store"
         if kind.startswith("bool"):
-            more["action"] = "store_true" if kind == "bool" else argparse.BooleanOptionalAction
-            if isinstance(default, str):
-                default = default.lower() in ("1", "true", "yes", "on")
-        elif kind.startswith("tuple"):
-            more["action"], default = "append", None
-        else:
-            more["type"] = {"int": int, "float": float}.get(kind, str)
-            if option.default not in (None, ""):
-                more["help"] += " (default: %(default)s)"
-        parser.add_argument(flag, default=default, **more)
+            action = "store_true" if kind == "bool" else argparse.BooleanOptionalAction
+        elif option.default not in (None, "", ()):
+            text += f" (default: {option.default})"
+        parser.add_argument(flag, action=action, default=None, help=text)
     given = vars(parser.parse_args(argv))
     for flag, option in options.items():
-        value, low = given[option.name], option.metadata["low"]
-        if isinstance(value, (int, float)) and not low <= value < math.inf:
-            parser.error(f"{flag} must be at least {low:g}, and finite")
-        if str(option.type).startswith("tuple"):
-            listed = environ.get("CC2API_" + option.name.upper(), "").split(",")
-            given[option.name] = tuple(value or filter(None, map(str.strip, listed)))
-    if given["port"] > 65535:
-        parser.error("--port must be between 0 and 65535")
-    if not all(all(pair.partition("=")) for pair in given["model_map"]):
-        parser.error("--model-map takes NAME=MODEL")
-    if not set(filter(None, given["setting_sources"].split(","))) <= {"user", "project", "local"}:
-        parser.error("--setting-sources takes any of user,project,local")
+        name, kind, value = option.name, str(option.type), given[option.name] or None
+        variable = environ.get(said_by := "CC2API_" + name.upper())
+        said_by = said_by if value is None and variable else flag
+        if value is None and variable:
+            value = [v.strip() for v in variable.split(",")] if "tuple" in kind else variable
+        try:
+            given[name] = _to_setting(option.default if value is None else value, option)
+        except ValueError as exc:
+            parser.error(f"{said_by}: {exc}")
     return Settings(**given)
+
+
+def _to_setting(value: Any, option: dataclasses.Field[Any]) -> Any:
+    """Return a value as an option's type. Raises ValueError."""
+    kind, form, low = str(option.type), option.metadata["form"], option.metadata["low"]
+    if kind.startswith("tuple"):
+        value = tuple(filter(None, (each.rstrip("/") for each in value)))
+    elif kind.startswith("bool") and isinstance(value, str):
+        switches = {**dict.fromkeys(("1", "true", "yes", "on"), True)}
+        switches |= dict.fromkeys(("0", "false", "no", "off"), False)
+        if value.lower() not in switches:
+            raise ValueError(f"{value!r} is neither 1 nor 0")
+        return switches[value.lower()]
+    elif kind in ("int", "float"):
+        value = {"int": int, "float": float}[kind](value)
+        if not low <= value < (65536 if option.name == "port" else math.inf):
+            raise ValueError(f"{value} is not at least {low:g}, or too large")
+    for each in value if isinstance(value, tuple) else [value]:
+        if isinstance(each, str) and not re.fullmatch(form, each):
+            raise ValueError(f"{each!r} does not fit: {option.metadata['help']}")
+    return value
 
 
 class LogFormatter(logging.Formatter):
@@ -3610,26 +3721,51 @@ def check_keys(settings: Settings) -> str:
     return keys.describe()
 
 
+def is_running(settings: Settings) -> bool:
+    """Say whether a cc2api answers on the port already."""
+    there = http.client.HTTPConnection(settings.host, settings.port, timeout=LINGER_S)
+    with contextlib.suppress(OSError, http.client.HTTPException), contextlib.closing(there):
+        there.request("GET", "/healthz")
+        return (there.getresponse().getheader("server") or "").startswith("cc2api/")
+    return False
+
+
 def listen(settings: Settings) -> Server:
     """Return the server, bound to its port. Raises CliUnusable."""
     try:
         return Server((settings.host, settings.port), Handler)
     except OSError as exc:
-        where = f"{settings.host} port {settings.port}: {exc.strerror or exc}"
+        why = "a cc2api runs there already" if is_running(settings) else exc.strerror or exc
+        where = f"{settings.host} port {settings.port}: {why}"
         problem = f"cannot listen on {where}; choose another with --port or --host"
         raise CliUnusable(problem) from exc
+
+
+def check_upstream(environ: Mapping[str, str], port: int) -> str:
+    """Say which API the CLI will call. Raises CliUnusable where that is this gateway."""
+    url = environ.get("ANTHROPIC_BASE_URL", "")
+    with contextlib.suppress(OSError, ValueError):
+        parts = urllib.parse.urlsplit(url)
+        if (parts.port or 80 + 363 * (parts.scheme == "https")) == port:
+            for family, kind, _, _, address in socket.getaddrinfo(parts.hostname, 0):
+                with contextlib.suppress(OSError), socket.socket(family, kind) as probe:
+                    probe.bind(address)  # only an address of this machine can be bound
+                    problem = f"ANTHROPIC_BASE_URL={url} is this gateway, which would call itself"
+                    raise CliUnusable(f"{problem}: set it for the clients only")
+    return url or "the CLI's own choice"
 
 
 def try_start(settings: Settings, cli: Cli, environ: Mapping[str, str]) -> str:
     """Have a spare made, and say what it can. Raises CliUnusable and ApiError."""
     alone = dataclasses.replace(settings, processes=1)
     with contextlib.closing(Service(alone, cli, environ)) as service:
-        while not (service.health() or service.pool.snapshot().spare):  # CONTROL_TIMEOUT_S at most
+        pool = service.pool
+        while not (pool.failure or pool.refusal or pool.snapshot().spare):  # CONTROL_TIMEOUT_S
             time.sleep(REAP_TICK_S)
-        if refusal := service.pool.refusal:
+        if refusal := pool.refusal:
             return f"claude starts, but each new conversation takes a process of its own: {refusal}"
-        if failure := service.health():
-            raise CliUnusable(failure)
+        if pool.failure:
+            raise CliUnusable(pool.failure)
         models = service.models(NOBODY, lambda: None)
     return f"claude starts, lists {len(models)} models, and can be used again"
 
@@ -3651,13 +3787,22 @@ def run_check(settings: Settings, environ: Mapping[str, str]) -> int:
         return found
 
     def port() -> str:
+        if is_running(settings):
+            return f"a cc2api runs on {settings.host} port {settings.port} already"
         with listen(settings):
             return f"{settings.host} port {settings.port} is free"
 
+    def sign_in(cli: Cli) -> str:
+        found = ask_sign_in(cli, environ, bare=wants_bare(settings.bare, environ))
+        if found.is_missing:
+            raise CliUnusable(found.text)
+        return found.text
+
     attempt("keys", check_keys, settings)
     attempt("port", port)
+    attempt("upstream", check_upstream, environ, settings.port)
     if cli := attempt("claude", find_cli, settings.claude, environ):
-        attempt("sign-in", describe_sign_in, cli, environ)
+        attempt("sign-in", sign_in, cli)
         attempt("start", try_start, settings, cli, environ)
     return status
 
@@ -3666,6 +3811,7 @@ def serve(settings: Settings, environ: Mapping[str, str]) -> int:
     """Serve until a signal; then let running answers finish, until `--drain` or a second one."""
     check_keys(settings)
     cli, server = find_cli(settings.claude, environ), listen(settings)
+    check_upstream(environ, server.server_port)
     signals: list[int] = []
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda number, frame: signals.append(number))
@@ -3675,12 +3821,11 @@ def serve(settings: Settings, environ: Mapping[str, str]) -> int:
     threading.Thread(None, server.serve_forever, "cc2api-accept", ticks, daemon=True).start()
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     url = f"http://{host}:{server.server_port}"
-    service.ask_sign_in(environ)
     tried = try_command(url, has_keys=service.keys.load() != {})
     lines = {**service.describe(), "page": f"{url}/", "try": tried}
     listed = [f"  {name:<8} {text}" for name, text in lines.items()]
     print("\n".join([f"cc2api {__version__} listens on {url}", *listed]), flush=True)
-    log.info("event=start version=%s claude=%s url=%s", __version__, service.version(), url)
+    log.info("event=start version=%s claude=%s url=%s", __version__, cli.version, url)
     # Not by an Event: the kernel may hand a signal to any thread, and a main thread that waits for
     # a lock then never runs its handler (seen, Python 3.11). This one wakes up by itself.
     while not signals:
@@ -3705,6 +3850,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         handler.setFormatter(LogFormatter())
         level = logging.DEBUG if settings.debug else logging.INFO
         logging.basicConfig(level=level, handlers=[handler])
+        if settings.demo:
+            settings, environ = start_demo(settings, environ)
         return (run_check if settings.check else serve)(settings, environ)
     except CliUnusable as exc:
         print(f"cc2api: {exc}", file=sys.stderr)

@@ -1,23 +1,68 @@
-"""What the README says is so: its commands are run, its options are the program's."""
+"""What the README says is so: its commands are run, its options are the program's.
+
+What needs an account is run as far as it goes without one: towards the scripted API. The clients
+of its table are run by tests/clients, which installs them, and so is an installation from nothing.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import re
+import shlex
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
-from running import GATEWAY, ROOT, RunningGateway
-from scripted_api import DEFAULT_TEXT
+from running import API_KEY, GATEWAY, ROOT, RunningGateway, clean_environment, real_claude
+from scripted_api import DEFAULT_TEXT, ScriptedApi
 
 import cc2api
 
 README = (ROOT / "README.md").read_text()
-SHELL_BLOCKS = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
+GUARANTEES = (ROOT / "tests" / "GUARANTEES.md").read_text()
+BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
+SHELL_BLOCKS = [text for kind, text in BLOCKS if kind == "sh"]
 CURLS = [block for block in SHELL_BLOCKS if block.startswith("curl")]
+SHOWN = [text for kind, text in BLOCKS if kind == ""]  # what commands print
+TEST_COMMAND = "pip install -e '.[test]' && pytest"
+
+
+def block(kind: str) -> str:
+    """Return the README's only block of a kind."""
+    (text,) = (text for other, text in BLOCKS if other == kind)
+    return str(text)
+
+
+def commands() -> list[list[str]]:
+    """Return the words of every command of the README, in blocks and in the text, less curl's."""
+    code = re.sub(r"^```.*?^```$", "", README, flags=re.DOTALL | re.MULTILINE)
+    inline = re.findall(r"`([^`]+)`", code)
+    fenced = [b.replace("\\\n", " ") for b in SHELL_BLOCKS if b not in CURLS]
+    lines = [line for text in (*inline, *fenced) for line in text.splitlines()]
+    return [shlex.split(part) for line in lines for part in line.split(" && ")]
+
+
+# ---- how it reads
+
+
+def test_the_readme_is_short() -> None:
+    assert len(README.split()) <= 1300
+
+
+def test_what_the_readme_links_to_is_there() -> None:
+    headings = re.findall(r"^#+ (.*)$", README, re.MULTILINE)
+    anchors = {"#" + re.sub(r"[^\w-]", "", h.lower().replace(" ", "-")) for h in headings}
+    for target in re.findall(r"(?<!!)\[[^\]]*\]\(([^)]+)\)", README):
+        assert target in anchors or (ROOT / target).is_file(), target
+
+
+# ---- its commands
 
 
 @pytest.mark.parametrize("command", CURLS)
@@ -37,13 +82,135 @@ def test_every_curl_of_the_readme_gets_an_answer(gateway: RunningGateway, comman
     assert text == DEFAULT_TEXT
 
 
-def test_the_readme_has_one_command_to_run_and_one_to_test() -> None:
+def test_the_readmes_curls_are_a_message_a_stream_and_a_completion() -> None:
+    assert len(CURLS) == 3
+    assert '"model": "sonnet"' in CURLS[0]
+
+
+def test_the_readme_has_these_commands_to_start_and_to_test() -> None:
     others = [block.strip() for block in SHELL_BLOCKS if block not in CURLS]
-    assert others == ["pip install -e . && cc2api", "pip install -e '.[test]' && pytest"]
+    assert others[:3] == [
+        "pip install -e . && cc2api",
+        "pip install -e '.[claude]' && cc2api --demo",
+        "python3 -m venv .venv && . .venv/bin/activate",
+    ]
+    assert others[-1] == TEST_COMMAND
+    assert "`python3 cc2api.py`" in README
 
 
 def test_ci_runs_the_readmes_test_command() -> None:
-    assert "\npip install -e '.[test]' && pytest\n" in (ROOT / ".ci" / "run").read_text()
+    assert f"\n{TEST_COMMAND}\n" in (ROOT / ".ci" / "run").read_text()
+
+
+def is_ours(words: list[str]) -> bool:
+    """Say whether a command starts the gateway, by either of its names."""
+    return words[:1] == ["cc2api"] or any(word.endswith("cc2api.py") for word in words[:2])
+
+
+def starts() -> list[list[str]]:
+    """Return the arguments of every start of the gateway that the README shows."""
+    found = [words for words in commands() if is_ours(words)]
+    found.append(json.loads(block("dockerfile").rpartition("CMD ")[2]))
+    found.append(shlex.split(block("ini").partition("ExecStart=")[2].splitlines()[0]))
+    return [words[1 + (not words[0].endswith("cc2api")) :] for words in found]
+
+
+def test_every_start_that_the_readme_shows_takes_its_options() -> None:
+    shown = starts()
+    assert len(shown) >= 6
+    for arguments in shown:
+        cc2api.parse_args(arguments, {})  # ends the process where it does not know one
+
+
+def test_every_option_that_the_readme_names_is_one() -> None:
+    known = {f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(cc2api.Settings)}
+    theirs = {  # of other programs, in the same words as theirs
+        *("--system", "--create-home", "--now", "--init", "--env-file", "--add-host"),
+        *("--config", "--model"),
+    }
+    named = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", README))
+    assert named - theirs - known == set()
+    variables = set(re.findall(r"\bCC2API_[A-Z_]+", README))
+    assert {"--" + v[7:].lower().replace("_", "-") for v in variables} <= known
+
+
+def test_every_package_extra_that_the_readme_installs_is_there() -> None:
+    extras = (ROOT / "pyproject.toml").read_text().partition("[project.optional-dependencies]")[2]
+    for name in re.findall(r"'\.\[(\w+)\]'", README):
+        assert re.search(rf"^{name} = \[", extras, re.MULTILINE)
+    assert 'cc2api = "cc2api:main"' in (ROOT / "pyproject.toml").read_text()
+
+
+@contextlib.contextmanager
+def started(arguments: list[str], tmp_path: Path, **env: str) -> Iterator[str]:
+    """Start the gateway as `python3 cc2api.py` does; yield what it prints first."""
+    keys = tmp_path / "none.txt"
+    keys.touch()  # else those of the directory count, where a developer has some
+    process = subprocess.Popen(
+        [sys.executable, *arguments],
+        env={
+            **clean_environment(tmp_path),
+            **{"CC2API_PORT": "0", "CC2API_CLAUDE": real_claude(), "CC2API_KEYS": str(keys)},
+            **env,
+        },
+        cwd=ROOT,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    try:
+        assert process.stdout is not None
+        banner = []
+        for line in process.stdout:
+            banner += [line] * (not line.startswith("time="))  # the log, which is on stderr
+            if line.startswith("  try"):
+                break
+        yield "".join(banner)
+    finally:
+        process.terminate()
+        process.communicate(timeout=60)
+
+
+def test_it_starts_as_one_file_and_prints_what_the_readme_shows(
+    api: ScriptedApi, tmp_path: Path
+) -> None:
+    (command,) = re.findall(r"Without pip: `python3 ([^`]+)`", README)
+    env = {**API_KEY, "ANTHROPIC_BASE_URL": api.url}
+    with started(shlex.split(command), tmp_path, **env) as banner:
+        printed, shown = banner.splitlines(), SHOWN[0].splitlines()
+        version = re.compile(r"cc2api \S+ listens on http://127\.0\.0\.1:\d+")
+        assert version.fullmatch(printed[0])
+        assert version.fullmatch(shown[0])
+        names = [line.split()[0] for line in printed[1:]]
+        # an upstream is told of where one is configured, as here
+        assert [line.split()[0] for line in shown[1:]] == [n for n in names if n != "upstream"]
+        assert printed[-1].startswith(re.sub(r":8080/.*", "", shown[-1]))
+
+
+def test_the_answer_is_as_the_readme_shows_it(gateway: RunningGateway) -> None:
+    answer = gateway.ask("Hello!", model="sonnet")
+    shown = re.findall(r'"(\w+)":', SHOWN[1])
+    assert len(shown) > 6
+    seen = re.findall(r'"(\w+)":', answer.body.decode())
+    assert seen[: len(shown)] == shown
+    assert answer.json["model"].startswith("claude-sonnet-")
+
+
+def test_the_demo_answers_without_an_account(tmp_path: Path) -> None:
+    (arguments,) = (a for a in starts() if a == ["--demo"])
+    with started(["cc2api.py", *arguments], tmp_path) as banner:
+        assert "DEMO" in banner
+        found = re.search(r"listens on (\S+)", banner)
+        assert found
+        here = CURLS[0].replace("http://127.0.0.1:8080", found.group(1))
+        done = subprocess.run(
+            ["bash", "-c", f"{here.strip()} -sS"], capture_output=True, check=True
+        )
+        assert "DEMO" in json.loads(done.stdout)["content"][0]["text"]
+
+
+# ---- its options
 
 
 def help_text() -> str:
@@ -55,19 +222,77 @@ def help_text() -> str:
 
 
 def test_readme_help_and_settings_list_the_same_options() -> None:
-    rows = re.findall(r"^\| `--([\w-]+)` \| .*? \| (.*?) \|$", README, re.MULTILINE)
-    fields = dataclasses.fields(cc2api.Settings)
-    assert rows == [(f.name.replace("_", "-"), f.metadata["help"]) for f in fields]
-    shown = help_text()
-    for name, text in rows:
-        assert f"--{name}" in shown
-        assert text in re.sub(r"\s+", " ", shown)
+    table = README.partition("\n## Options\n")[2].partition("\n## ")[0]
+    rows = re.findall(r"^  --([\w-]+) +(.*)$", table, re.MULTILINE)
+    options = {}
+    for field in dataclasses.fields(cc2api.Settings):
+        has_default = field.default not in (None, "", (), False)
+        default = f" ({field.default:g})" if isinstance(field.default, float) else ""
+        default = default or (f" ({field.default})" if has_default else "")
+        options[field.name.replace("_", "-")] = field.metadata["help"] + default
+    assert len(rows) == len(options)
+    assert dict(rows) == options
+    shown = re.sub(r"\s+", " ", help_text())
+    for field in dataclasses.fields(cc2api.Settings):
+        assert f"--{field.name.replace('_', '-')}" in shown
+        assert field.metadata["help"] in shown
 
 
-def test_each_row_of_what_happens_when_is_a_test() -> None:
-    table = README.partition("## What happens when")[2].partition("\n## ")[0]
+# ---- its deployment
+
+
+def test_the_systemd_unit_is_valid(tmp_path: Path) -> None:
+    analyze = shutil.which("systemd-analyze")
+    if analyze is None:
+        pytest.skip("no systemd here")
+    unit = block("ini").replace("/usr/bin/python3 cc2api.py", "/bin/true")
+    file = tmp_path / "cc2api.service"
+    file.write_text(unit.replace("User=cc2api", "User=root"))
+    done = subprocess.run(
+        [analyze, "verify", "--man=no", str(file)], capture_output=True, text=True, check=False
+    )
+    mine = [line for line in done.stderr.splitlines() if "cc2api.service" in line]
+    assert mine == []
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_service_its_user_and_its_files_have_the_same_names() -> None:
+    unit = dict(re.findall(r"^(\w+)=(.*)$", block("ini"), re.MULTILINE))
+    words = [word for command in commands() for word in command]
+    assert unit["User"] in words
+    assert unit["WorkingDirectory"] in words
+    assert unit["EnvironmentFile"] in words
+    assert unit["ReadWritePaths"] == f"/home/{unit['User']}"  # made by --create-home
+    assert int(unit["TimeoutStopSec"]) > cc2api.Settings().drain
+
+
+def test_the_container_recipe_has_an_ordinary_user_and_copies_what_is_there() -> None:
+    lines = [line.split(" ", 1) for line in block("dockerfile").splitlines()]
+    assert len(lines) <= 10
+    steps = dict(lines)
+    source, target = steps["COPY"].split()
+    assert (ROOT / source).is_file()
+    assert json.loads(steps["CMD"])[1] == target + source
+    assert steps["RUN"].endswith(f"useradd --create-home {steps['USER']}")
+    run = next(words for words in commands() if words[:2] == ["docker", "run"] and "-v" in words)
+    port = cc2api.Settings().port
+    assert run[run.index("-p") + 1] == f"127.0.0.1:{port}:{port}"
+    mount = run[run.index("-v") + 1]
+    # the key file is where it is looked for: an open port of another address needs a key
+    assert mount.split(":")[1] == f"{steps['WORKDIR']}/{cc2api.Settings().keys}"
+    arguments = json.loads(steps["CMD"])[2:]
+    assert cc2api.needs_keys(cc2api.parse_args(arguments, {}))
+
+
+# ---- its guarantees
+
+
+@pytest.mark.parametrize("heading", ["What is supported", "What happens when"])
+def test_each_row_of_the_guarantees_is_a_test(heading: str) -> None:
+    table = GUARANTEES.partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
+    rows = [line for line in table.splitlines() if line.startswith("| ")]
     named = re.findall(r"\| `(test_\w+)` \|$", table, re.MULTILINE)
-    assert len(named) == len(re.findall(r"^\| (?!this|---)", table, re.MULTILINE)) > 20
+    assert len(named) == len(rows) - 2 > 20
     sources = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
     assert [name for name in named if f"def {name}(" not in sources] == []
 

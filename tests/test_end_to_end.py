@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import base64
 import json
+import random
 import struct
 import zlib
+from collections.abc import Callable
 from typing import Any
 from uuid import uuid4
 
@@ -37,7 +39,11 @@ def text(words: str, **more: Any) -> JsonObject:
     return {"type": "text", "text": words, **more}
 
 
-def png(width: int = 8, height: int = 8) -> str:
+def striped(length: int) -> bytes:
+    return bytes([length % 256, 90, 200]) * (length // 3)
+
+
+def png(width: int = 8, height: int = 8, row: Callable[[int], bytes] = striped) -> str:
     """Return a valid PNG as base64."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
@@ -45,7 +51,7 @@ def png(width: int = 8, height: int = 8) -> str:
             struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
         )
 
-    rows = b"".join(b"\0" + bytes([row % 256, 90, 200]) * width for row in range(height))
+    rows = b"".join(b"\0" + row(3 * width) for _ in range(height))
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     parts = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
     return base64.b64encode(b"\x89PNG\r\n\x1a\n" + parts).decode()
@@ -270,6 +276,56 @@ def test_consecutive_roles_are_merged_and_system_entries_folded(
             text("<system-reminder>\nbe quick\n</system-reminder>"),
         ),
     ]
+
+
+@pytest.mark.parametrize("sign_in", ["gateway", "login_gateway"])
+def test_the_clis_own_system_blocks_are_two_and_short(
+    request: pytest.FixtureRequest, api: ScriptedApi, sign_in: str
+) -> None:
+    word = marker()
+    assert request.getfixturevalue(sign_in).ask(word, system="be brief").status == 200
+    *own, last = only_call(api, word).body["system"]
+    assert last["text"] == "be brief"
+    assert len(own) == 2
+    assert all(len(block["text"]) < 200 for block in own)
+
+
+def test_numbers_beyond_2_to_the_53_are_rounded(gateway: RunningGateway, api: ScriptedApi) -> None:
+    word = marker()
+    use = {"type": "tool_use", "id": "t1", "name": "f", "input": {"n": 2**53 + 1, "m": 2**53 - 1}}
+    result = {"type": "tool_result", "tool_use_id": "t1", "content": "r"}
+    request = [user("a"), assistant(use), user(result, text(word))]
+    assert gateway.post({"messages": request}).status == 200
+    sent = seen_messages(only_call(api, word))[1]["content"][0]["input"]
+    assert sent == {"n": 2**53, "m": 2**53 - 1}
+
+
+def test_the_caller_of_a_tool_use_is_dropped(gateway: RunningGateway, api: ScriptedApi) -> None:
+    word = marker()
+    use = {"type": "tool_use", "id": "t1", "name": "f", "input": {}}
+    result = {"type": "tool_result", "tool_use_id": "t1", "content": "r"}
+    called = {**use, "caller": {"type": "direct"}}
+    request = [user("a"), assistant(called), user(result, text(word))]
+    assert gateway.post({"messages": request}).status == 200
+    assert seen_messages(only_call(api, word))[1]["content"] == [use]
+
+
+def test_the_cli_re_encodes_large_images_and_scales_wide_ones_down(
+    gateway: RunningGateway, api: ScriptedApi
+) -> None:
+    word = marker()
+    noise = png(600, 400, random.Random(1).randbytes)
+    assert len(noise) > 700_000
+    sources = [{"type": "base64", "media_type": "image/png", "data": d} for d in (png(), noise)]
+    wide = {"type": "base64", "media_type": "image/png", "data": png(2400, 30)}
+    images = [{"type": "image", "source": source} for source in (*sources, wide)]
+    assert gateway.post({"messages": [user(*images, text(word))]}).status == 200
+    sent = seen_messages(only_call(api, word))[0]["content"]
+    small, large, scaled = (block["source"] for block in sent[:3])
+    assert small == sources[0]
+    assert large["media_type"] == "image/jpeg"
+    assert struct.unpack(">II", base64.b64decode(scaled["data"])[16:24]) == (2000, 25)
+    assert "original 2400x30, displayed at 2000x25" in sent[-1]["text"]
 
 
 THINKING = [
@@ -581,6 +637,23 @@ def test_upstreams_error_keeps_its_status_type_and_message(
         assert error["message"] == f"upstream: says {status}. Really"
     assert answer.json["request_id"] == answer.headers["request-id"]
     only_call(api, word)  # the client decides about retries
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_400_about_extra_usage_is_passed_on_and_nothing_is_rewritten(
+    login_gateway: RunningGateway, api: ScriptedApi, stream: bool
+) -> None:
+    word = marker()
+    message = "Third-party apps now draw from your extra usage, not your plan limits."
+    api.on(word, Reply(status=400, message=message))
+    tools = [{"name": "mcp_search", "input_schema": {"type": "object"}}]
+    system = "You are an agent of another make."
+    answer = login_gateway.ask(word, system=system, tools=tools, stream=stream)
+    assert answer.status == 400
+    assert answer.json["error"] == {"type": "invalid_request_error", "message": message}
+    call = only_call(api, word)  # nor is it asked again in other words
+    assert call.body["system"][-1]["text"] == system
+    assert call.body["tools"] == tools
 
 
 def test_a_400_is_one_call_with_the_newest_models_too(

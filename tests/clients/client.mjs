@@ -1,11 +1,12 @@
 // The JavaScript SDKs as clients: prints one JSON object with what they understood.
-// Usage: node client.mjs GATEWAY-URL MARKER  (the scripted API answers MARKER with two tool calls)
+// Usage: node client.mjs MARKER  (the scripted API answers MARKER with two tool calls)
+// Where the gateway is, the SDKs read from ANTHROPIC_BASE_URL and OPENAI_BASE_URL.
 import Anthropic from "@anthropic-ai/sdk";
 import OpenAI from "openai";
 
-const [url, marker] = process.argv.slice(2);
-const anthropic = new Anthropic({ baseURL: url, apiKey: "any", maxRetries: 0 });
-const openai = new OpenAI({ baseURL: url + "/v1", apiKey: "any", maxRetries: 0 });
+const [marker] = process.argv.slice(2);
+const anthropic = new Anthropic({ maxRetries: 0 });
+const openai = new OpenAI({ maxRetries: 0 });
 const model = "claude-sonnet-4-6";
 const seen = {};
 

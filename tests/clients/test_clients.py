@@ -1,15 +1,10 @@
-"""Clients that are not in the test environment: JavaScript SDKs, an old SDK, Claude Code itself.
-
-Not part of the plain `pytest` run, since they are installed first: `pytest tests/clients`. Needs
-Node 20 or newer and npm; without them these tests fail.
-"""
+"""Clients in depth: the JavaScript SDKs, an old Python SDK, Claude Code's own tool loop."""
 
 from __future__ import annotations
 
 import json
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -18,8 +13,9 @@ import pytest
 from running import RunningGateway, clean_environment
 from scripted_api import DEFAULT_TEXT, Reply, ScriptedApi, text_reply
 
+pytest_plugins = "installing"
+
 HERE = Path(__file__).parent
-OLD_SDK = "anthropic==0.49.0"  # before 1.0: x-api-key, and an accumulator with its own rules
 CALLS = [{"a": 1}, {}]
 
 
@@ -53,13 +49,16 @@ def run(command: list[str], tmp_path: Path, **env: str) -> Any:
     return json.loads(done.stdout)
 
 
-def test_the_javascript_sdks(gateway: RunningGateway, marker: str, tmp_path: Path) -> None:
-    for name in ("package.json", "client.mjs"):
-        shutil.copy(HERE / name, tmp_path)
-    subprocess.run(["npm", "install", "--silent"], cwd=tmp_path, check=True, timeout=300)
+def test_the_javascript_sdks(
+    gateway: RunningGateway, marker: str, javascript_sdks: Path, tmp_path: Path
+) -> None:
+    shutil.copy(HERE / "client.mjs", javascript_sdks)
     node = shutil.which("node")
     assert node is not None
-    seen = run([node, "client.mjs", gateway.url, marker], tmp_path)
+    # set up as the README's table says
+    base = {"ANTHROPIC_BASE_URL": gateway.url, "OPENAI_BASE_URL": f"{gateway.url}/v1"}
+    keys = {"ANTHROPIC_API_KEY": "any", "OPENAI_API_KEY": "any"}
+    seen = run([node, str(javascript_sdks / "client.mjs"), marker], tmp_path, **base, **keys)
     models = seen.pop("models")
     assert models
     assert len(models) == len(set(models))
@@ -76,17 +75,13 @@ def test_the_javascript_sdks(gateway: RunningGateway, marker: str, tmp_path: Pat
     }
 
 
-def test_an_old_python_sdk(gateway: RunningGateway, marker: str, tmp_path: Path) -> None:
-    target = tmp_path / "old"
-    install = [sys.executable, "-m", "pip", "install", "--quiet", "--target", str(target), OLD_SDK]
-    subprocess.run(install, check=True, timeout=300)
-    command = [sys.executable, str(HERE / "old_client.py"), gateway.url, marker]
-    assert run(command, tmp_path, PYTHONPATH=str(target)) == {
-        "version": OLD_SDK.partition("==")[2],
-        "text": DEFAULT_TEXT,
-        "calls": CALLS,
-        "error": ["BadRequestError", 400],
-    }
+def test_an_old_python_sdk(
+    gateway: RunningGateway, marker: str, old_sdk: Path, tmp_path: Path
+) -> None:
+    command = [str(old_sdk / "python"), str(HERE / "old_client.py"), gateway.url, marker]
+    seen = run(command, tmp_path)
+    assert seen.pop("version").startswith("0.")
+    assert seen == {"text": DEFAULT_TEXT, "calls": CALLS, "error": ["BadRequestError", 400]}
 
 
 def test_claude_code_runs_a_tool_loop_through_the_gateway(

@@ -1,6 +1,7 @@
-"""The README's nginx in front of two instances, its systemd unit, and the page in a browser.
+"""The README's nginx in front of two instances, and the page in a browser.
 
-Needs nginx and Chromium, which `.ci/run` installs from Debian.
+Needs nginx and Chromium, which `.ci/run` installs from Debian. The systemd unit is tried by
+tests/test_docs.py.
 """
 
 from __future__ import annotations
@@ -14,13 +15,13 @@ import signal
 import socket
 import subprocess
 import threading
-import venv
 from pathlib import Path
 from typing import Any
 
-import pytest
 from running import ROOT, Answer, Client, RunningGateway, clean_environment, wait_until
 from scripted_api import DEFAULT_TEXT, ScriptedApi, text_reply
+
+pytest_plugins = "installing"
 
 README = (ROOT / "README.md").read_text()
 
@@ -128,21 +129,6 @@ def test_nginx_hands_tokens_on_as_they_are_made(
         connection.close()
 
 
-def test_the_systemd_unit_is_valid(tmp_path: Path) -> None:
-    analyze = shutil.which("systemd-analyze")
-    if analyze is None:
-        pytest.skip("no systemd here")
-    unit = block("ini").replace("/usr/bin/python3 /opt/cc2api/cc2api.py", "/bin/true")
-    file = tmp_path / "cc2api.service"
-    file.write_text(unit.replace("User=cc2api", "User=root"))
-    done = subprocess.run(
-        [analyze, "verify", "--man=no", str(file)], capture_output=True, text=True, check=False
-    )
-    mine = [line for line in done.stderr.splitlines() if "cc2api.service" in line]
-    assert mine == []
-    assert done.returncode == 0, done.stderr
-
-
 PAGE_SCRIPT = """
 import sys
 from playwright.sync_api import expect, sync_playwright
@@ -167,18 +153,14 @@ print(problems)
 """
 
 
-def test_a_prompt_streams_in_the_page(start: Any, tmp_path: Path) -> None:
+def test_a_prompt_streams_in_the_page(start: Any, playwright: Path, tmp_path: Path) -> None:
     """Open the page in headless Chromium, type a prompt, send it, and take a screenshot."""
     chromium = shutil.which("chromium") or shutil.which("chromium-browser")
     assert chromium, "Chromium is needed: apt-get install chromium"
     gateway = start()
-    venv.create(tmp_path / "venv", with_pip=True)
-    python = tmp_path / "venv" / "bin" / "python"
-    install = [str(python), "-m", "pip", "install", "--quiet", "playwright"]
-    subprocess.run(install, check=True, timeout=600)
     shot = Path(os.environ.get("CC2API_TEST_SCREENSHOT", tmp_path / "page.png"))
     words = [gateway.url, chromium, "Hello!", DEFAULT_TEXT, str(shot)]
-    command = [str(python), "-c", PAGE_SCRIPT, *words]
+    command = [str(playwright / "python"), "-c", PAGE_SCRIPT, *words]
     environment = clean_environment(tmp_path)
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

@@ -1,52 +1,26 @@
-"""Each client of the README's table, installed for it and answered once through the gateway.
+"""Each row of the README's table: its command is run as it stands there, but for the port.
 
-The clients run with a proxy setting that leads nowhere, so none can reach another address than
-loopback.
+What the command reads (app.py, app.mjs, config.yaml) is made here, and says nothing of an address
+unless the row does. The clients run with a proxy setting that leads nowhere, so none can reach
+another address than loopback; Claude Code is told by its variables.
 """
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
-import sys
-import venv
 from pathlib import Path
 
 import pytest
 from running import ROOT, RunningGateway, clean_environment
 from scripted_api import DEFAULT_TEXT
 
-PYTHON_CLIENTS = {  # each in an environment of its own: their requirements conflict
-    "langchain": "langchain-anthropic",
-    "pydantic-ai": "pydantic-ai-slim[anthropic]",
-    "litellm": "litellm",
-    "llm": "llm-anthropic",
-    "aider": "aider-chat",
-}
-JAVASCRIPT_CLIENTS = ["ai", "@ai-sdk/anthropic", "@continuedev/cli"]
-LANGCHAIN = """
-from langchain_anthropic import ChatAnthropic
-print(ChatAnthropic(model="sonnet", base_url="http://127.0.0.1:8080").invoke("Hello").content)
-"""
-PYDANTIC_AI = """
-from pydantic_ai import Agent
-print(Agent("anthropic:claude-sonnet-4-6").run_sync("Hello").output)
-"""
-LITELLM = """
-from litellm import completion
-messages = [{"role": "user", "content": "Hello"}]
-answer = completion(
-    model="anthropic/claude-sonnet-4-6", messages=messages, api_base="http://127.0.0.1:8080"
-)
-print(answer.choices[0].message.content)
-"""
-AI_SDK = """
-import { generateText } from "ai"
-import { createAnthropic } from "@ai-sdk/anthropic"
-const anthropic = createAnthropic({baseURL: "http://127.0.0.1:8080/v1"})
-const {text} = await generateText({model: anthropic("claude-sonnet-4-6"), prompt: "Hello"})
-console.log(text)
-"""
+pytest_plugins = "installing"
+
+TABLE = (ROOT / "README.md").read_text().partition("\n## Clients\n")[2].partition("\n## ")[0]
+ROWS = dict(re.findall(r"^\| (\w.*?) \| `(.*?)` \|$", TABLE, re.MULTILINE))
+
 ANTHROPIC_SDK = """
 from anthropic import Anthropic
 message = {"role": "user", "content": "Hello"}
@@ -58,44 +32,57 @@ message = {"role": "user", "content": "Hello"}
 answer = OpenAI().chat.completions.create(model="sonnet", messages=[message])
 print(answer.choices[0].message.content)
 """
+LANGCHAIN = """
+from langchain_anthropic import ChatAnthropic
+print(ChatAnthropic(model="sonnet").invoke("Hello").content)
+"""
+PYDANTIC_AI = """
+from pydantic_ai import Agent
+print(Agent("anthropic:claude-sonnet-4-6").run_sync("Hello").output)
+"""
+LITELLM = """
+from litellm import completion
+messages = [{"role": "user", "content": "Hello"}]
+answer = completion(model="anthropic/claude-sonnet-4-6", messages=messages)
+print(answer.choices[0].message.content)
+"""
+AI_SDK = """
+import { generateText } from "ai"
+import { anthropic } from "@ai-sdk/anthropic"
+const {text} = await generateText({model: anthropic("claude-sonnet-4-6"), prompt: "Hello"})
+console.log(text)
+"""
 CONTINUE = """
 name: mine
 version: 1.0.0
 schema: v1
 models:
   - {name: sonnet, provider: anthropic, model: claude-sonnet-4-6, apiKey: any, roles: [chat],
-     apiBase: "http://127.0.0.1:8080/v1"}
+     %s"}
 """
+AIDER = "--message Hello --no-git --yes-always --no-analytics --no-check-update"
+AIDER += " --no-show-model-warnings"
 
 
-@pytest.fixture(scope="session")
-def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Install the clients; return the directory of each, and of the JavaScript ones."""
-    root = tmp_path_factory.mktemp("clients")
-    for name, package in PYTHON_CLIENTS.items():
-        venv.create(root / name, with_pip=True)
-        pip = [str(root / name / "bin" / "pip"), "install", "--quiet", package]
-        subprocess.run(pip, check=True, timeout=900)
-    (root / "js").mkdir()
-    npm = ["npm", "install", "--silent", "--prefix", str(root / "js"), *JAVASCRIPT_CLIENTS]
-    subprocess.run(npm, check=True, timeout=900)
-    return {name: root / name for name in (*PYTHON_CLIENTS, "js")}
+def here(text: str, gateway: RunningGateway) -> str:
+    return text.replace("http://127.0.0.1:8080", gateway.url)
 
 
-def answer(gateway: RunningGateway, command: list[str], home: Path, **env: str) -> str:
-    """Run a client as the README sets it up, but for the port; return what it prints."""
-    settings = {
-        **clean_environment(home),
-        "ANTHROPIC_API_KEY": "any",
-        "OPENAI_API_KEY": "any",
-        "HTTPS_PROXY": "http://127.0.0.1:9",
-        "LITELLM_LOCAL_MODEL_COST_MAP": "True",
-        **{name: here(value, gateway) for name, value in env.items()},
-    }
+def answer(gateway: RunningGateway, command: str, bin_dir: Path, home: Path, **env: str) -> str:
+    """Run a command of the README, with the client's own directory first; return what it prints."""
+    assert "http://127.0.0.1:8080" in command or "config.yaml" in command
+    environment = clean_environment(home)
+    environment["PATH"] = f"{bin_dir}{os.pathsep}{environment['PATH']}"
     done = subprocess.run(
-        [here(part, gateway) for part in command],
+        ["bash", "-c", here(command, gateway)],
         cwd=home,
-        env=settings,
+        env={
+            **environment,
+            "HTTPS_PROXY": "http://127.0.0.1:9",
+            "LITELLM_LOCAL_MODEL_COST_MAP": "True",
+            "LLM_USER_PATH": str(home),
+            **env,
+        },
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
@@ -106,82 +93,63 @@ def answer(gateway: RunningGateway, command: list[str], home: Path, **env: str) 
     return done.stdout
 
 
-def here(text: str, gateway: RunningGateway) -> str:
-    return text.replace("http://127.0.0.1:8080", gateway.url)
-
-
-BASE = {"ANTHROPIC_BASE_URL": "http://127.0.0.1:8080"}
-
-
 @pytest.mark.parametrize(
-    ("name", "code", "env"),
-    [("langchain", LANGCHAIN, {}), ("pydantic-ai", PYDANTIC_AI, BASE), ("litellm", LITELLM, {})],
+    ("row", "client", "code"),
+    [
+        ("Anthropic SDK, LangChain, pydantic-ai", "anthropic_sdk", ANTHROPIC_SDK),
+        ("Anthropic SDK, LangChain, pydantic-ai", "langchain", LANGCHAIN),
+        ("Anthropic SDK, LangChain, pydantic-ai", "pydantic_ai", PYDANTIC_AI),
+        ("OpenAI SDK", "openai_sdk", OPENAI_SDK),
+        ("LiteLLM", "litellm", LITELLM),
+    ],
+    ids=["anthropic", "langchain", "pydantic-ai", "openai", "litellm"],
 )
 def test_python_clients(
     gateway: RunningGateway,
-    places: dict[str, Path],
+    request: pytest.FixtureRequest,
     tmp_path: Path,
-    name: str,
+    row: str,
+    client: str,
     code: str,
-    env: dict[str, str],
 ) -> None:
-    python = str(places[name] / "bin" / "python")
-    assert DEFAULT_TEXT in answer(gateway, [python, "-c", code], tmp_path, **env)
+    (tmp_path / "app.py").write_text(code)
+    bin_dir = request.getfixturevalue(client)
+    assert DEFAULT_TEXT in answer(gateway, ROWS[row], bin_dir, tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("code", "env"),
-    [(ANTHROPIC_SDK, BASE), (OPENAI_SDK, {"OPENAI_BASE_URL": "http://127.0.0.1:8080/v1"})],
-    ids=["anthropic", "openai"],
-)
-def test_the_python_sdks(
-    gateway: RunningGateway, tmp_path: Path, code: str, env: dict[str, str]
-) -> None:
-    assert DEFAULT_TEXT in answer(gateway, [sys.executable, "-c", code], tmp_path, **env)
+def test_llm(gateway: RunningGateway, llm: Path, tmp_path: Path) -> None:
+    assert DEFAULT_TEXT in answer(gateway, ROWS["llm-anthropic"], llm, tmp_path)
 
 
-def test_llm(gateway: RunningGateway, places: dict[str, Path], tmp_path: Path) -> None:
-    llm = str(places["llm"] / "bin" / "llm")
-    command = [llm, "-m", "claude-sonnet-4.5", "Hello"]
-    assert DEFAULT_TEXT in answer(gateway, command, tmp_path, LLM_USER_PATH=str(tmp_path), **BASE)
+def test_aider(gateway: RunningGateway, aider: Path, tmp_path: Path) -> None:
+    assert DEFAULT_TEXT in answer(gateway, f"{ROWS['aider']} {AIDER}", aider, tmp_path)
 
 
-def test_aider(gateway: RunningGateway, places: dict[str, Path], tmp_path: Path) -> None:
-    command = [str(places["aider"] / "bin" / "aider"), "--model", "anthropic/claude-sonnet-4-6"]
-    command += ["--message", "Hello", "--no-git", "--yes-always", "--no-analytics"]
-    command += ["--no-check-update", "--no-show-model-warnings"]
-    base = "http://127.0.0.1:8080"
-    assert DEFAULT_TEXT in answer(gateway, command, tmp_path, ANTHROPIC_API_BASE=base)
+def test_the_vercel_ai_sdk(gateway: RunningGateway, vercel: Path) -> None:
+    (vercel / "app.mjs").write_text(AI_SDK)
+    assert DEFAULT_TEXT in answer(gateway, ROWS["Vercel AI SDK"], vercel, vercel)
 
 
-def test_the_vercel_ai_sdk(
-    gateway: RunningGateway, places: dict[str, Path], tmp_path: Path
-) -> None:
-    script = places["js"] / "client.mjs"
-    script.write_text(here(AI_SDK, gateway))
-    assert DEFAULT_TEXT in answer(gateway, ["node", str(script)], tmp_path)
+def test_continue(gateway: RunningGateway, continue_cli: Path, tmp_path: Path) -> None:
+    ((row, command),) = ((r, c) for r, c in ROWS.items() if r.startswith("Continue, "))
+    setting = row.partition("`")[2].rstrip("`").replace(": ", ': "')
+    (tmp_path / "config.yaml").write_text(here(CONTINUE % setting, gateway))
+    assert DEFAULT_TEXT in answer(gateway, command, continue_cli, tmp_path)
 
 
-def test_continue(gateway: RunningGateway, places: dict[str, Path], tmp_path: Path) -> None:
-    config = tmp_path / "config.yaml"
-    config.write_text(here(CONTINUE, gateway))
-    command = [str(places["js"] / "node_modules" / ".bin" / "cn"), "--config", str(config)]
-    assert DEFAULT_TEXT in answer(gateway, [*command, "-p", "Hello"], tmp_path)
+def test_claude_code(gateway: RunningGateway, claude: str, tmp_path: Path) -> None:
+    bin_dir, no_proxy = Path(claude).parent, {"HTTPS_PROXY": ""}  # for a dead one it waits
+    assert DEFAULT_TEXT in answer(gateway, ROWS["Claude Code"], bin_dir, tmp_path, **no_proxy)
 
 
 def test_the_table_names_what_is_tried_here() -> None:
-    table = (ROOT / "README.md").read_text().partition("## Point your client at it")[2]
-    names = re.findall(r"^\| (\w[^|]*?) \|", table.partition("\n## ")[0], re.MULTILINE)
-    assert names == [
-        "client",
-        "Anthropic SDK, Python or JavaScript",  # the JavaScript ones in test_clients.py
-        "OpenAI SDK, Python or JavaScript",
-        "Claude Code",  # in test_clients.py
-        "LangChain",
+    assert list(ROWS) == [
+        "Anthropic SDK, LangChain, pydantic-ai",  # the SDK in JavaScript in test_clients.py
         "Vercel AI SDK",
-        "pydantic-ai",
-        "llm, with llm-anthropic",
+        "OpenAI SDK",  # in JavaScript in test_clients.py
+        "Claude Code",
         "LiteLLM",
+        "llm-anthropic",
         "aider",
-        "Continue",
+        "Continue, `apiBase: http://127.0.0.1:8080/v1`",
     ]

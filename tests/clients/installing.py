@@ -1,0 +1,112 @@
+"""Clients that are not in the test environment: each is installed by its own fixture at first need.
+
+`pytest -n0 tests/clients` runs them; plain `pytest` does not. It needs Node 20 or newer with npm,
+the Python and JavaScript package registries, as pip and npm are set up here, nginx and Chromium
+(Debian: nginx-light, chromium), and 4 GB of disk. What is missing fails; it is not skipped.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+INSTALL_TIMEOUT_S = 900  # an installation is a download, at whatever speed
+Installer = Callable[..., Path]
+
+
+def run_installer(command: list[str], cwd: Path) -> None:
+    """Install something; the stacks that pytest prints after a minute are for deadlocks."""
+    faulthandler.cancel_dump_traceback_later()
+    subprocess.run(command, cwd=cwd, check=True, timeout=INSTALL_TIMEOUT_S)
+
+
+@pytest.fixture(scope="session")
+def in_venv(tmp_path_factory: pytest.TempPathFactory) -> Installer:
+    """Install Python packages into an environment of their own; return where its commands are."""
+
+    def install(*packages: str) -> Path:
+        root = tmp_path_factory.mktemp("python")
+        run_installer([sys.executable, "-m", "venv", str(root)], root)
+        python = str(root / "bin" / "python")
+        run_installer([python, "-m", "pip", "install", "--quiet", *packages], root)
+        return root / "bin"
+
+    return install
+
+
+@pytest.fixture(scope="session")
+def in_node(tmp_path_factory: pytest.TempPathFactory) -> Installer:
+    """Install JavaScript packages into a directory of their own, and return it."""
+
+    def install(*packages: str) -> Path:
+        root = tmp_path_factory.mktemp("javascript")
+        run_installer(["npm", "install", "--silent", "--prefix", str(root), *packages], root)
+        return root
+
+    return install
+
+
+@pytest.fixture(scope="session")
+def anthropic_sdk() -> Path:
+    """The commands of the test environment, which holds both Python SDKs."""
+    return Path(sys.executable).parent
+
+
+@pytest.fixture(scope="session")
+def openai_sdk() -> Path:
+    return Path(sys.executable).parent
+
+
+@pytest.fixture(scope="session")
+def old_sdk(in_venv: Installer) -> Path:
+    return in_venv("anthropic==0.49.0")  # before 1.0: an accumulator with its own rules
+
+
+@pytest.fixture(scope="session")
+def langchain(in_venv: Installer) -> Path:
+    return in_venv("langchain-anthropic")
+
+
+@pytest.fixture(scope="session")
+def pydantic_ai(in_venv: Installer) -> Path:
+    return in_venv("pydantic-ai-slim[anthropic]")
+
+
+@pytest.fixture(scope="session")
+def litellm(in_venv: Installer) -> Path:
+    return in_venv("litellm")
+
+
+@pytest.fixture(scope="session")
+def llm(in_venv: Installer) -> Path:
+    return in_venv("llm-anthropic")
+
+
+@pytest.fixture(scope="session")
+def aider(in_venv: Installer) -> Path:
+    return in_venv("aider-chat")
+
+
+@pytest.fixture(scope="session")
+def playwright(in_venv: Installer) -> Path:
+    return in_venv("playwright")
+
+
+@pytest.fixture(scope="session")
+def javascript_sdks(in_node: Installer) -> Path:
+    return in_node("@anthropic-ai/sdk@^1.0.0", "openai@^6.0.0")
+
+
+@pytest.fixture(scope="session")
+def vercel(in_node: Installer) -> Path:
+    return in_node("ai", "@ai-sdk/anthropic")
+
+
+@pytest.fixture(scope="session")
+def continue_cli(in_node: Installer) -> Path:
+    return in_node("@continuedev/cli") / "node_modules" / ".bin"
