@@ -133,8 +133,8 @@ LISTEN_BACKLOG: Final = 128  # socketserver's 5 refuses a burst of parallel clie
 # defaults; the command line is built from these fields, so help and code cannot differ.
 
 
-def _option(default: Any, text: str, low: float = 0, form: str = ".*") -> Any:
-    return field(default=default, metadata={"help": text, "low": low, "form": form})
+def _option(default: Any, text: str, *, low: float = 0, high: float = 1e9, form: str = ".*") -> Any:
+    return field(default=default, metadata={"help": text, "low": low, "high": high, "form": form})
 
 
 _ORIGIN: Final = r"\*|null|[a-z][a-z0-9+.-]*://[^/\s]+"
@@ -146,7 +146,7 @@ class Settings:
     """What the user can choose; one field, one flag, one CC2API_ variable."""
 
     host: str = _option("127.0.0.1", "address to listen on")
-    port: int = _option(8080, "port to listen on; 0 picks a free one")
+    port: int = _option(8080, "port to listen on; 0 picks a free one", high=65535)
     claude: str | None = _option(None, "the claude executable (default: searched for)")
     keys: str = _option("apikeys.txt", "file of API keys, one a line, re-read every time")
     allow_open: bool = _option(False, "listen on other addresses than loopback without any key")
@@ -3667,7 +3667,7 @@ def parse_args(argv: Sequence[str] | None, environ: Mapping[str, str]) -> Settin
         variable = environ.get(said_by := "CC2API_" + name.upper())
         said_by = said_by if value is None and variable else flag
         if value is None and variable:
-            value = [v.strip() for v in variable.split(",")] if "tuple" in kind else variable
+            value = variable.split(",") if kind.startswith("tuple") else variable
         try:
             given[name] = _to_setting(option.default if value is None else value, option)
         except ValueError as exc:
@@ -3675,24 +3675,29 @@ def parse_args(argv: Sequence[str] | None, environ: Mapping[str, str]) -> Settin
     return Settings(**given)
 
 
+_SWITCHES: Final = {
+    **dict.fromkeys(("1", "true", "yes", "on"), True),
+    **dict.fromkeys(("0", "false", "no", "off"), False),
+}
+
+
 def _to_setting(value: Any, option: dataclasses.Field[Any]) -> Any:
-    """Return a value as an option's type. Raises ValueError."""
-    kind, form, low = str(option.type), option.metadata["form"], option.metadata["low"]
+    """Return a value, by default or from a string, as the option has it. Raises ValueError."""
+    kind, told = str(option.type), option.metadata
     if kind.startswith("tuple"):
-        value = tuple(filter(None, (each.rstrip("/") for each in value)))
+        value = tuple(filter(None, (each.strip().rstrip("/") for each in value)))
     elif kind.startswith("bool") and isinstance(value, str):
-        switches = {**dict.fromkeys(("1", "true", "yes", "on"), True)}
-        switches |= dict.fromkeys(("0", "false", "no", "off"), False)
-        if value.lower() not in switches:
+        if value.lower() not in _SWITCHES:
             raise ValueError(f"{value!r} is neither 1 nor 0")
-        return switches[value.lower()]
+        return _SWITCHES[value.lower()]
     elif kind in ("int", "float"):
-        value = {"int": int, "float": float}[kind](value)
-        if not low <= value < (65536 if option.name == "port" else math.inf):
-            raise ValueError(f"{value} is not at least {low:g}, or too large")
+        with contextlib.suppress(ValueError):
+            value = int(value) if kind == "int" else float(value)
+        if isinstance(value, str) or not told["low"] <= value <= told["high"]:
+            raise ValueError(f"{value!r} is no number from {told['low']:g} to {told['high']:g}")
     for each in value if isinstance(value, tuple) else [value]:
-        if isinstance(each, str) and not re.fullmatch(form, each):
-            raise ValueError(f"{each!r} does not fit: {option.metadata['help']}")
+        if isinstance(each, str) and not re.fullmatch(told["form"], each):
+            raise ValueError(f"{each!r} does not fit: {told['help']}")
     return value
 
 

@@ -128,7 +128,7 @@ def main() -> None:
         print(os.environ.get("FAKE_CLAUDE_VERSION", "2.1.999 (Fake Claude)"))
         return
     if "auth" in sys.argv:
-        print('{"loggedIn": true, "authMethod": "fake"}')
+        print('{"loggedIn": true, "authMethod": "api_key", "apiKeySource": "ANTHROPIC_API_KEY"}')
         return
     if ordered("die-at-start") or (ORDERS / "always-die").exists():
         die("gone at the start")

@@ -147,11 +147,11 @@ def test_models_are_resolved_by_the_clis_own_list() -> None:
 
 
 STARTS: list[tuple[list[str], dict[str, str], int, str]] = [
-    (["--port", "70000"], {}, 2, "--port must be between"),
-    (["--processes", "-1"], {}, 2, "--processes must be at least 0"),
-    (["--timeout", "inf"], {}, 2, "and finite"),
+    (["--port", "70000"], {}, 2, "--port: 70000 is no number from 0 to 65535"),
+    (["--processes", "-1"], {}, 2, "--processes: -1 is no number from 0"),
+    (["--timeout", "inf"], {}, 2, "--timeout: inf is no number"),
     (["--nope"], {}, 2, "unrecognized arguments"),
-    ([], {"CC2API_PROCESSES": "many"}, 2, "invalid int value: 'many'"),
+    ([], {"CC2API_PROCESSES": "many"}, 2, "CC2API_PROCESSES: 'many' is no number"),
     (["--host", "203.0.113.7"], {}, 1, "add one, or use --allow-open"),
     (
         ["--host", "203.0.113.7", "--allow-open", "--claude", str(FAKE_CLAUDE)],
@@ -181,7 +181,7 @@ def test_flags_beat_variables_beat_defaults() -> None:
     assert cc2api.parse_args([], {"CC2API_BARE": "", "CC2API_PORT": ""}) == cc2api.Settings()
     origins = {"CC2API_CORS_ORIGIN": "https://a, https://b"}
     assert cc2api.parse_args([], origins).cors_origin == ("https://a", "https://b")
-    assert cc2api.parse_args(["--cors-origin", "c"], origins).cors_origin == ("c",)
+    assert cc2api.parse_args(["--cors-origin", "https://c"], origins).cors_origin == ("https://c",)
 
 
 def test_a_port_in_use_is_one_line(tmp_path: Path, start_fake: Any) -> None:

@@ -323,7 +323,7 @@ def test_the_banner_says_where_how_and_what_to_try(gateway: RunningGateway) -> N
     banner = gateway.banner
     assert f"listens on {gateway.url}\n" in banner
     assert re.search(r"claude   2\.1\.\d+ at /", banner)
-    assert "sign-in  api_key\n" in banner
+    assert "sign-in  API key from ANTHROPIC_API_KEY: billed to the API\n" in banner
     assert "keys     open" in banner
     command = banner.partition("try      ")[2]
     done = subprocess.run(["bash", "-c", f"{command.strip()} -sS"], capture_output=True, check=True)

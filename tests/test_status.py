@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -57,7 +58,7 @@ def test_curl_is_told_the_state_in_plain_text(start_fake: Any) -> None:
     assert answer.headers["content-type"] == "text/plain; charset=utf-8"
     lines = dict(line.split(maxsplit=1) for line in answer.body.decode().splitlines()[1:])
     assert lines["claude"].startswith("2.1.999 at /")
-    assert lines["sign-in"] == "fake"
+    assert lines["sign-in"] == "API key from ANTHROPIC_API_KEY: billed to the API"
     assert lines["keys"].startswith("open")
     assert re.fullmatch(r"\d spare, 1 idle, 0 busy", lines["processes"])
     assert lines["requests"] == "2, 1 failed, 0 waiting"
@@ -220,16 +221,18 @@ def test_check_finds_all_in_order(tmp_path: Path) -> None:
     orders = {"FAKE_CLAUDE_ORDERS": str(tmp_path)}
     status, said = run_check(tmp_path, "--port", "0", **orders)
     assert status == 0
-    assert list(said) == ["keys", "port", "claude", "sign-in", "start"]
+    assert list(said) == ["keys", "port", "upstream", "claude", "sign-in", "start"]
     assert all(text.startswith("ok ") for text in said.values())
     assert said["start"].endswith("can be used again")
 
 
-def test_check_says_what_to_do(tmp_path: Path, start_fake: Any) -> None:
-    port = str(start_fake().port)
+def test_check_says_what_to_do(tmp_path: Path) -> None:
+    taken = socket.create_server(("127.0.0.1", 0))
+    port = str(taken.getsockname()[1])
     (tmp_path / "apikeys.txt").mkdir()
     (tmp_path / "always-die").touch()
-    status, said = run_check(tmp_path, "--port", port, FAKE_CLAUDE_ORDERS=str(tmp_path))
+    with taken:
+        status, said = run_check(tmp_path, "--port", port, FAKE_CLAUDE_ORDERS=str(tmp_path))
     assert status == 1
     assert said["keys"] == (
         "FAIL NOBODY CAN CALL: apikeys.txt cannot be read (it is not a regular file);"
