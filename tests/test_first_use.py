@@ -33,7 +33,9 @@ def start_and_fail(tmp_path: Path, *args: str, **env: str) -> subprocess.Complet
 # ---- who pays
 
 
-def sign_in(claude: str, home: Path, *, login: bool, bare: bool = False, **env: str) -> Any:
+def sign_in(
+    claude: str, home: Path, env: dict[str, str], *, login: bool, bare: bool = False
+) -> cc2api.SignIn:
     """Return what the real CLI says of these credentials, and of a login of no account's."""
     environ = clean_environment(home, **env)
     if login:
@@ -58,11 +60,11 @@ def sign_in(claude: str, home: Path, *, login: bool, bare: bool = False, **env: 
 def test_the_credential_is_named_and_who_pays(
     claude: str, tmp_path: Path, env: dict[str, str], login: bool, text: str
 ) -> None:
-    assert sign_in(claude, tmp_path, login=login, **env) == cc2api.SignIn(text)
+    assert sign_in(claude, tmp_path, env, login=login) == cc2api.SignIn(text)
 
 
 def test_a_login_that_bare_would_not_read_is_none(claude: str, tmp_path: Path) -> None:
-    found = sign_in(claude, tmp_path, login=True, bare=True)
+    found = sign_in(claude, tmp_path, {}, login=True, bare=True)
     assert found.is_missing
     assert "--bare" in found.text
 

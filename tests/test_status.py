@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import logging
 import re
 import socket
 import subprocess
@@ -246,3 +247,61 @@ def test_check_says_what_to_do(tmp_path: Path) -> None:
     status, said = run_check(tmp_path, "--claude", "/nowhere/claude")
     assert status == 1
     assert "pip install claude-agent-sdk" in said["claude"]
+
+
+# ---- what is told, and when
+
+
+def test_a_request_is_counted_when_its_log_line_is_written(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    counted: list[float] = []
+    with InProcessGateway(tmp_path) as gateway:
+
+        class Watch(logging.Handler):
+            def emit(self, record: logging.LogRecord) -> None:
+                if "event=done" in record.getMessage():
+                    series = gateway.gateway.metrics.series("cc2api_requests_total")
+                    counted.append(sum(count for _, count in series))
+
+        watch = Watch()
+        cc2api.log.addHandler(watch)
+        try:
+            gateway.ask("first")
+            gateway.ask("second")
+            wait_until(lambda: len(counted) == 2)
+        finally:
+            cc2api.log.removeHandler(watch)
+    assert counted == [1, 2]
+
+
+def test_the_status_walks_each_family_of_metrics_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    walked: list[str] = []
+    series = cc2api.Metrics.series
+
+    def note(metrics: cc2api.Metrics, name: str) -> list[tuple[dict[str, str], float]]:
+        walked.append(name)
+        return series(metrics, name)
+
+    monkeypatch.setattr(cc2api.Metrics, "series", note)
+    with InProcessGateway(tmp_path) as gateway:
+        for number in range(20):
+            gateway.gateway.metrics.add("cc2api_tokens_total", kind="input", caller=f"c{number}")
+        assert "20 input" in gateway.request("GET", "/").body.decode()
+    assert len(walked) == len(set(walked)), "at 2,000 series 402 walks held the lock for 0.35 s"
+
+
+def test_after_an_update_of_the_cli_its_new_version_is_shown(tmp_path: Path) -> None:
+    program = tmp_path / "claude"
+    program.write_text(FAKE_CLAUDE.read_text())
+    program.chmod(0o755)
+    with InProcessGateway(tmp_path, claude=str(program)) as gateway:
+        assert "claude        2.1.999 at" in gateway.request("GET", "/").body.decode()
+        newer = tmp_path / "newer"
+        newer.write_text(program.read_text().replace("2.1.999", "2.2.0"))
+        newer.chmod(0o755)
+        newer.replace(program)
+        assert "claude        2.2.0 at" in gateway.request("GET", "/").body.decode()
