@@ -2448,10 +2448,8 @@ _FAMILIES: Final = {
 }
 _BUCKETS_S: Final = (0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, math.inf)
 _TOKEN_KINDS: Final = {
-    "input_tokens": "input",
-    "output_tokens": "output",
-    "cache_read_input_tokens": "cache_read",
-    "cache_creation_input_tokens": "cache_write",
+    **{"input_tokens": "input", "output_tokens": "output"},
+    **{"cache_read_input_tokens": "cache_read", "cache_creation_input_tokens": "cache_write"},
 }
 
 
@@ -2927,7 +2925,7 @@ _TOO_LARGE: Final = f"Request exceeds the maximum size of {MAX_BODY_BYTES} bytes
 
 
 class Head(NamedTuple):
-    """A request line and its headers; names in lower case, in the order they came."""
+    """A request line and its headers, names in lower case. `get` joins those of a name, or ""."""
 
     method: str
     path: str  # without the query, percent-decoded
@@ -2938,7 +2936,6 @@ class Head(NamedTuple):
         return [value for key, value in self.headers if key == name]
 
     def get(self, name: str) -> str:
-        """Return a header's values as one, "" where it is absent."""
         return ",".join(self.all(name))
 
 
@@ -2965,10 +2962,10 @@ def parse_head(raw: bytes) -> Head:
 
 
 class ClientStream:
-    """The client's end of a connection.
+    """The client's end of a connection: `read_head`, `expect_body`, then perhaps `read_body`.
 
-    What reads raises ClientGone, and InvalidRequest for bad framing: with 408 where it does not
-    come in time. A client may read nothing for `patience_s`.
+    All raise ClientGone, and for bad framing InvalidRequest, with 408 where nothing comes in time.
+    A client may read nothing for `patience_s`.
     """
 
     def __init__(self, sock: socket.socket, patience_s: float) -> None:
@@ -2989,12 +2986,10 @@ class ClientStream:
         return parse_head(self._read_to(_HEAD_END, MAX_HEAD_BYTES))
 
     def expect_body(self, head: Head) -> None:
-        """Take from a head how long the body behind it is."""
         codings, lengths = head.all("transfer-encoding"), head.all("content-length")
         if codings:
             if lengths or not head.is_http_11 or [c.lower() for c in codings] != ["chunked"]:
-                problem = "Transfer-Encoding must be chunked, without a Content-Length"
-                raise InvalidRequest(problem)
+                raise InvalidRequest("Transfer-Encoding must be chunked, without a Content-Length")
             return
         length = ",".join(lengths or ["0"])
         if not re.fullmatch("[0-9]+", length):
@@ -3004,7 +2999,6 @@ class ClientStream:
         self.body_length = int(length)
 
     def read_body(self) -> bytes:
-        """Read the body that was expected."""
         self._deadline = time.monotonic() + BODY_TIMEOUT_S
         length = self.body_length
         body = self._read_chunks() if length is None else self._read_exactly(length)
@@ -3140,13 +3134,13 @@ class Response:
         keeps = self._head.is_http_11 and "close" not in self._head.get("connection").lower()
         # behind a body that was not read nobody knows where the next request begins
         self.closes = not keeps or self._stream.body_length != 0
-        fixed = {
-            "server": f"cc2api/{__version__}",
-            "date": email.utils.formatdate(usegmt=True),
-            "connection": "close" if self.closes else "keep-alive",
-        }
-        lines = [f"HTTP/1.1 {status} {http.client.responses.get(status, 'Error')}"]
-        lines += [f"{key}: {value}" for key, value in {**fixed, **self._headers, **headers}.items()]
+        lines = [
+            f"HTTP/1.1 {status} {http.client.responses.get(status, 'Error')}",
+            f"server: cc2api/{__version__}",
+            f"date: {email.utils.formatdate(usegmt=True)}",
+            f"connection: {'close' if self.closes else 'keep-alive'}",
+            *(f"{name}: {value}" for name, value in {**self._headers, **headers}.items()),
+        ]
         return "\r\n".join([*lines, "", ""]).encode("ascii")
 
 
@@ -3215,14 +3209,10 @@ CORS_HEADERS: Final = {
 COMMENT: Final = b": waiting\n\n"  # which clients skip; some are confused by an event so early
 
 
-def to_data(chunk: JsonObject) -> bytes:
-    """Return an SSE frame without a name; ASCII, since some clients split lines at U+2028."""
-    return b"data: %b\n\n" % json.dumps(chunk).encode("ascii")
-
-
-def to_frame(event: Event) -> bytes:
-    """Return an event as an SSE frame with its name."""
-    return f"event: {event.get('type')}\n".encode("ascii") + to_data(event)
+def to_frame(event: JsonObject) -> bytes:
+    """Return an SSE frame, named where it has a type; ASCII: some clients split lines at U+2028."""
+    name = f"event: {event['type']}\n" if "type" in event else ""
+    return f"{name}data: {json.dumps(event)}\n\n".encode("ascii")
 
 
 def to_anthropic_error(error: ApiError) -> tuple[int, JsonObject]:
@@ -3235,20 +3225,18 @@ def to_anthropic_error(error: ApiError) -> tuple[int, JsonObject]:
 Asked = tuple[Turn, Callable[[Event], bytes], Callable[[JsonObject], JsonObject]]
 
 
-def ask_messages(body: JsonObject, betas: str, is_login: bool) -> Asked:
-    """Read a Messages API request."""
+def _ask_messages(body: JsonObject, betas: str, is_login: bool) -> Asked:
     return parse_messages_request(body, betas, is_login=is_login), to_frame, dict
 
 
-def ask_chat(body: JsonObject, betas: str, is_login: bool) -> Asked:
-    """Read a chat completions request."""
+def _ask_chat(body: JsonObject, betas: str, is_login: bool) -> Asked:
     turn, style = parse_chat_request(body, int(time.time()), is_login=is_login)
     answer = MessageAssembler()
 
     def encode(event: Event) -> bytes:
         answer.add(event)
         end = b"data: [DONE]\n\n" if event["type"] == "message_stop" else b""
-        return b"".join(map(to_data, to_chunks(event, answer, style))) + end
+        return b"".join(map(to_frame, to_chunks(event, answer, style))) + end
 
     return turn, encode, lambda message: to_completion(message, style)
 
@@ -3258,12 +3246,11 @@ class Dialect(NamedTuple):
 
     read: Callable[[JsonObject, str, bool], Asked]  # a body, anthropic-beta, Service.is_login
     to_error: Callable[[ApiError], tuple[int, JsonObject]]
-    to_frame: Callable[[JsonObject], bytes]  # of an error in a stream
     life: bytes  # shows life in a stream that has begun
 
 
-ANTHROPIC: Final = Dialect(ask_messages, to_anthropic_error, to_frame, to_frame({"type": "ping"}))
-OPENAI: Final = Dialect(ask_chat, to_openai_error, to_data, COMMENT)
+ANTHROPIC: Final = Dialect(_ask_messages, to_anthropic_error, to_frame({"type": "ping"}))
+OPENAI: Final = Dialect(_ask_chat, to_openai_error, COMMENT)
 
 
 def cors_headers(head: Head, settings: Settings) -> dict[str, str]:
@@ -3285,12 +3272,10 @@ def admit(head: Head, keys: KeyFile, settings: Settings, *, needs_key: bool) -> 
         origin, host = head.get("origin"), head.get("host")
         name = re.sub(r":\d*\Z", "", host).strip("[]").lower()
         if name and not is_own_name(name, settings):
-            problem = f"Host {quoted(name, 100)} is not served; see --allowed-host"
-            raise ApiError(problem, status=403)
+            raise ApiError(f"Host {quoted(name, 100)} is not served; see --allowed-host", 403)
         is_own = origin in ("", f"http://{host}", f"https://{host}")
         if not is_own and not cors_headers(head, settings):
-            problem = f"pages of {quoted(origin, 100)} may not call; see --cors-origin"
-            raise ApiError(problem, status=403)
+            raise ApiError(f"pages of {quoted(origin, 100)} may not call; see --cors-origin", 403)
     if not needs_key:
         return NOBODY
     return keys.check(loaded, head.get("x-api-key"), head.get("authorization"))
@@ -3376,7 +3361,7 @@ class Handler(BaseRequestHandler):
         self._out.add_headers({name: str(value).lower() for name, value in told.items()})
         with contextlib.suppress(ClientGone):
             if self._out.status:
-                self._out.write_chunk(self._dialect.to_frame(body), is_last=True)
+                self._out.write_chunk(to_frame(body), is_last=True)
             else:
                 self._out.send_json(status, body)
         return error.status  # though the client of a stream has had a 200
@@ -3409,7 +3394,6 @@ class Handler(BaseRequestHandler):
         self._send_text("text/plain", status_text(self._service, url))
 
     def page(self) -> None:
-        """Send a browser the page, which asks for the status itself."""
         self._send_text("text/html", PAGE)
 
     def metrics(self) -> None:
@@ -3436,8 +3420,7 @@ class Handler(BaseRequestHandler):
         models = to_model_list(self._service.models(self._caller, self._out.tick))
         if name := self._head.path.partition("/models/")[2]:
             wanted = self._service.model_id(name)
-            found = [model for model in models if model["id"] == wanted]
-            if not found:
+            if not (found := [model for model in models if model["id"] == wanted]):
                 raise ApiError(f"model: {name}", status=404)
             self._out.send_json(200, found[0])
             return
@@ -3446,9 +3429,8 @@ class Handler(BaseRequestHandler):
         self._out.send_json(200, {**body, "first_id": ids[0], "last_id": ids[-1]})
 
     def count_tokens(self) -> None:
-        turn = parse_messages_request(
-            self._read_json(), self._head.get("anthropic-beta"), is_count=True
-        )
+        body, betas = self._read_json(), self._head.get("anthropic-beta")
+        turn = parse_messages_request(body, betas, is_count=True)
         self._record.note_turn(turn, is_known=self._service.knows(turn.model))
         count = {"input_tokens": self._service.count_tokens(turn, self._caller, self._out.tick)}
         self._record.note_usage(count)
@@ -3483,8 +3465,7 @@ class Handler(BaseRequestHandler):
     def _read_json(self) -> JsonObject:
         if self._head.get("content-encoding").lower() not in ("", "identity"):
             details = {"error_code": "request_body_encoding_unsupported"}
-            problem = "Content-Encoding: request bodies must not be encoded"
-            raise InvalidRequest(problem, details=details)
+            raise InvalidRequest("Content-Encoding: only identity is taken", details=details)
         if self._head.get("expect").lower() == "100-continue":
             self._stream.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         raw = self._stream.read_body()
