@@ -2835,7 +2835,7 @@ PAGE: Final = """<!doctype html>
  textarea, input, select, button { font: inherit; padding: .5em; max-width: 100% }
  textarea { width: 100%; box-sizing: border-box }
  #send { background: #a84a28; color: white }
- .error { color: #d33 }
+ button:disabled { opacity: .5 }
 </style>
 <h1>cc2api</h1>
 <pre id="status">…</pre>
@@ -2866,9 +2866,8 @@ send.onclick = async () => {
   const messages = [{role: "user", content: prompt.value}], stopping = new AbortController()
   const body = JSON.stringify({model: model.value, max_tokens: 4000, stream: true, messages})
   const began = Date.now(), last = {}
-  const tell = (text, kind = "") => {
+  const tell = text => {
     end.textContent = `${text} ${((Date.now() - began) / 1000).toFixed(1)} s`
-    end.className = kind
   }
   const timer = setInterval(tell, 100, "…")
   stop.onclick = () => stopping.abort()
@@ -2890,8 +2889,7 @@ send.onclick = async () => {
     }
     tell(`${last.stop_reason}, ${last.output_tokens} tokens,`)
   } catch (problem) {
-    if (stopping.signal.aborted) tell("stopped after")
-    else tell(problem + ",", "error")
+    tell(stopping.signal.aborted ? "stopped after" : `failed: ${problem},`)
   }
   clearInterval(timer)
   send.disabled = false
