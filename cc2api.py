@@ -2484,7 +2484,6 @@ class Metrics:
             samples["_count", key] += 1
 
     def series(self, name: str) -> list[tuple[dict[str, str], float]]:
-        """Return a counter's values with their labels."""
         with self._lock:
             return [(dict(labels), value) for (_, labels), value in self._families[name].items()]
 
@@ -3294,7 +3293,6 @@ class Handler(BaseRequestHandler):
     request: socket.socket
 
     def handle(self) -> None:
-        """Answer requests until either side ends the connection."""
         # an event must not wait for the ACK of the one before
         self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._service: Service = self.server.service
@@ -3323,9 +3321,8 @@ class Handler(BaseRequestHandler):
             route = PAGE_ROUTE
         client, service = str(self.client_address[0]), self._service
         self._record = Record(service.metrics, route.name, client, head.method, head.path)
-        headers = dict.fromkeys(("request-id", "x-request-id"), self._record.request_id)
-        headers |= cors_headers(head, service.settings)
-        self._out = Response(self._stream, head, headers)
+        ids = dict.fromkeys(("request-id", "x-request-id"), self._record.request_id)
+        self._out = Response(self._stream, head, ids | cors_headers(head, service.settings))
         self._head, self._dialect = head, route.dialect
         try:
             if failure:
@@ -3408,7 +3405,6 @@ class Handler(BaseRequestHandler):
         self._out.send(200, text.encode(), headers)
 
     def healthz(self) -> None:
-        """Answer 200, or 503 while no process can be started."""
         if failure := self._service.pool.failure:
             raise CliFailed(failure, status=503)
         self._out.send_json(200, {"status": "ok"})
@@ -3451,9 +3447,9 @@ class Handler(BaseRequestHandler):
                         assembler.add(event)
                     frames = b"".join(map(encode, batch)) if turn.stream else b""
                 out.write_chunk(frames, is_last=batch[-1:] == [{"type": "message_stop"}])
-                record.debug("response", frames)
                 record.note_events(batch)
                 if turn.stream:
+                    record.debug("response", frames)
                     out.stream_with(self._dialect.life)
         if not turn.stream:
             with upstream_protocol():
