@@ -2496,10 +2496,8 @@ _FAMILIES: Final = {
 }
 _BUCKETS_S: Final = (0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, math.inf)
 _TOKEN_KINDS: Final = {
-    "input_tokens": "input",
-    "output_tokens": "output",
-    "cache_read_input_tokens": "cache_read",
-    "cache_creation_input_tokens": "cache_write",
+    **{"input_tokens": "input", "output_tokens": "output"},
+    **{"cache_read_input_tokens": "cache_read", "cache_creation_input_tokens": "cache_write"},
 }
 
 
@@ -2514,14 +2512,14 @@ class Metrics:
     def __init__(self) -> None:
         self.started_at = time.time()
         self._lock = threading.Lock()
-        # for each family its samples, by what follows the name and by the labels
+        # of each family the samples, by what follows its name and by their labels
         self._families: dict[str, dict[tuple[str, tuple[tuple[str, str], ...]], float]] = {
             name: collections.defaultdict(float) for name in _FAMILIES
         }
 
     def add(self, name: str, value: float = 1.0, /, **labels: str) -> None:
         """Add to a counter, or a time in seconds to a histogram."""
-        key = tuple(sorted(labels.items()))
+        key = tuple(labels.items())
         with self._lock:
             samples = self._families[name]
             if _FAMILIES[name][0] == "counter":
@@ -2534,7 +2532,6 @@ class Metrics:
             samples["_count", key] += 1
 
     def series(self, name: str) -> list[tuple[dict[str, str], float]]:
-        """Return a counter's values with their labels."""
         with self._lock:
             return [(dict(labels), value) for (_, labels), value in self._families[name].items()]
 
@@ -2557,31 +2554,28 @@ class Metrics:
 class Record:
     """What is told of one request: its log lines, and its part in the metrics."""
 
-    def __init__(self, metrics: Metrics, method: str, path: str, client: str) -> None:
+    def __init__(self, metrics: Metrics, route: str, client: str, method: str, path: str) -> None:
         self.request_id = "req_" + uuid.uuid4().hex[:24]
         self.has_turn = False  # a model was asked
-        self._metrics = metrics
-        self._labels = {"route": "none", "model": "none", "caller": "none"}
+        self._metrics, self._route, self._model = metrics, route, "none"
         self._notes: dict[str, object] = {"method": method, "path": quoted(path, 200)}
         self._notes |= {"id": self.request_id, "client": client}
         self._usage: dict[str, int] = {}  # tokens, as upstream counts
         self._started_at = time.monotonic()
         self._has_delta = False
 
-    def note(self, labels: Mapping[str, str] | None = None, /, **pairs: object) -> None:
-        """Note what it is counted by, and what the log line of its end tells."""
-        self._labels |= labels or {}
+    def note(self, **pairs: object) -> None:
+        """Note what the log line of its end tells; `key`, the caller, is in its counts too."""
         self._notes |= pairs
 
     def note_turn(self, turn: Turn, *, is_known: bool) -> None:
         """Note what is asked; a model that the CLI does not list counts as `other`."""
-        self.has_turn = True
-        label = {"model": turn.model if is_known else "other"}
-        self.note(label, model=quoted(turn.model, 100), stream=int(turn.stream))
+        self.has_turn, self._model = True, turn.model if is_known else "other"
+        self.note(model=quoted(turn.model, 100), stream=int(turn.stream))
 
     def note_usage(self, usage: JsonObject) -> None:
-        counts = {name: usage.get(name) for name in _TOKEN_KINDS}
-        self._usage |= {name: count for name, count in counts.items() if isinstance(count, int)}
+        told = (name for name in _TOKEN_KINDS if isinstance(usage.get(name), int))
+        self._usage |= {name: usage[name] for name in told}
 
     def note_events(self, batch: Sequence[Event]) -> None:
         """Note what a batch of events tells: tokens, and that the model has begun to answer."""
@@ -2605,17 +2599,19 @@ class Record:
 
     def close(self, status: int) -> None:
         """Count it, and write the log line of its end."""
-        seconds, route = time.monotonic() - self._started_at, self._labels["route"]
-        self._metrics.add("cc2api_requests_total", **self._labels, status=str(status))
+        seconds = time.monotonic() - self._started_at
+        caller = str(self._notes.get("key", "none"))
+        labels = {"route": self._route, "model": self._model, "caller": caller}
+        self._metrics.add("cc2api_requests_total", **labels, status=str(status))
         if self.has_turn:
-            self._metrics.add("cc2api_request_seconds", seconds, route=route)
+            self._metrics.add("cc2api_request_seconds", seconds, route=self._route)
         for name, count in self._usage.items():
-            labels = {"kind": _TOKEN_KINDS[name], "caller": self._labels["caller"]}
-            self._metrics.add("cc2api_tokens_total", count, **labels)
+            kind = _TOKEN_KINDS[name]
+            self._metrics.add("cc2api_tokens_total", count, kind=kind, caller=caller)
         self.note(**self._usage, status=status, ms=round(seconds * 1000))
         pairs = " ".join(f"{name}={value}" for name, value in self._notes.items())
         # those that watch the gateway itself come every few seconds
-        is_watching = route in ("status", "healthz", "metrics") and status == 200
+        is_watching = self._route in ("status", "healthz", "metrics") and status == 200
         log.log(logging.DEBUG if is_watching else logging.INFO, "event=done %s", pairs)
 
 
@@ -2887,7 +2883,8 @@ PAGE: Final = """<!doctype html>
  pre:empty { display: none }
  textarea, input, select, button { font: inherit; padding: .5em; max-width: 100% }
  textarea { width: 100%; box-sizing: border-box }
- .error { color: #d33 }
+ #send { background: #a84a28; color: white }
+ button:disabled { opacity: .5 }
 </style>
 <h1>cc2api</h1>
 <pre id="status">…</pre>
@@ -2897,8 +2894,7 @@ PAGE: Final = """<!doctype html>
  <button id="send">Send</button> <button id="stop" disabled>Stop</button>
 <pre id="answer"></pre><p id="end"></p>
 <script type="module">
-const named = [...document.querySelectorAll("[id]")].map(element => [element.id, element])
-const {status, prompt, model, key, send, stop, answer, end} = Object.fromEntries(named)
+const [status, prompt, model, key, send, stop, answer, end] = document.querySelectorAll("[id]")
 
 async function call(path, more) {
   const got = await fetch(path, {...more, headers: {accept: "text/plain", "x-api-key": key.value}})
@@ -2919,9 +2915,8 @@ send.onclick = async () => {
   const messages = [{role: "user", content: prompt.value}], stopping = new AbortController()
   const body = JSON.stringify({model: model.value, max_tokens: 4000, stream: true, messages})
   const began = Date.now(), last = {}
-  const tell = (text, kind = "") => {
+  const tell = text => {
     end.textContent = `${text} ${((Date.now() - began) / 1000).toFixed(1)} s`
-    end.className = kind
   }
   const timer = setInterval(tell, 100, "…")
   stop.onclick = () => stopping.abort()
@@ -2943,8 +2938,7 @@ send.onclick = async () => {
     }
     tell(`${last.stop_reason}, ${last.output_tokens} tokens,`)
   } catch (problem) {
-    if (stopping.signal.aborted) tell("stopped after")
-    else tell(problem + ",", "error")
+    tell(stopping.signal.aborted ? "stopped after" : `failed: ${problem},`)
   }
   clearInterval(timer)
   send.disabled = false
@@ -2967,9 +2961,10 @@ list()
 # Knows nothing of what is asked.
 
 # None of these may try one byte in two ways: hostile input would take minutes.
-_REQUEST_LINE: Final = re.compile(rb"([A-Z]{1,20}) (/[\x21-\x7e]*) HTTP/1\.([01])")
-_HEADER_LINE: Final = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([\t\x20-\x7e\x80-\xff]*)")
-_CHUNK_LINE: Final = re.compile(rb"([0-9A-Fa-f]{1,8})[ \t]*(?:;[\t\x20-\x7e\x80-\xff]*)?")
+_REQUEST_LINE: Final = re.compile(r"([A-Z]{1,20}) (/[\x21-\x7e]*) HTTP/1\.([01])")
+_HEADER_LINE: Final = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([\t\x20-\x7e\x80-\xff]*)")
+_CHUNK_LINE: Final = re.compile(rb"([0-9A-Fa-f]{1,8})[ \t]*(?:;[\t\x20-\x7e\x80-\xff]*)?\r\n")
+_TRAILER: Final = re.compile(rb"[^\r\n]*\r\n")
 _LINE_END: Final = re.compile(rb"\n")
 _HEAD_END: Final = re.compile(rb"[^\r\n]\r?\n\r?\n")  # not an empty line before the request
 _HANGUP: Final = getattr(select, "POLLRDHUP", 0) | select.POLLHUP | select.POLLERR
@@ -2977,7 +2972,7 @@ _TOO_LARGE: Final = f"Request exceeds the maximum size of {MAX_BODY_BYTES} bytes
 
 
 class Head(NamedTuple):
-    """A request line and its headers; names in lower case, in the order they came."""
+    """A request line and its headers, names in lower case. `get` joins those of a name, or ""."""
 
     method: str
     path: str  # without the query, percent-decoded
@@ -2988,61 +2983,42 @@ class Head(NamedTuple):
         return [value for key, value in self.headers if key == name]
 
     def get(self, name: str) -> str:
-        """Return a header's values as one, "" where it is absent."""
         return ",".join(self.all(name))
 
 
-class BadFraming(InvalidRequest):
-    """What was sent is not HTTP as it should be; the connection is closed after the answer."""
-
-
 def parse_head(raw: bytes) -> Head:
-    """Parse a head up to the blank line at its end. Raises BadFraming.
+    """Parse a head up to the blank line at its end. Raises InvalidRequest.
 
     Lines end with CR LF alone; before the first one RFC 9112 lets empty lines pass.
     """
-    first, *lines = filter(None, raw.split(b"\r\n"))
+    first, *lines = filter(None, raw.decode("latin-1").split("\r\n"))
     if (request := _REQUEST_LINE.fullmatch(first)) is None:
-        raise BadFraming("malformed request line")
+        raise InvalidRequest("malformed request line")
     if len(lines) > MAX_HEADERS:
-        raise BadFraming(f"over {MAX_HEADERS} headers", status=431)
+        raise InvalidRequest(f"over {MAX_HEADERS} headers", status=431)
     headers = []
     for line in lines:
         if (header := _HEADER_LINE.fullmatch(line)) is None:
-            raise BadFraming("malformed header line")
-        name, value = header[1].decode("ascii").lower(), header[2].strip(b" \t")
-        headers.append((name, value.decode("latin-1")))
-    path = urllib.parse.unquote(request[2].decode("ascii").partition("?")[0])
-    head = Head(request[1].decode("ascii"), path, request[3] == b"1", tuple(headers))
+            raise InvalidRequest("malformed header line")
+        headers.append((header[1].lower(), header[2].strip(" \t")))
+    path = urllib.parse.unquote(request[2].partition("?")[0])
+    head = Head(request[1], path, request[3] == "1", tuple(headers))
     if len(head.all("host")) != 1 and (head.is_http_11 or head.all("host")):
-        raise BadFraming("exactly one Host header is needed")
+        raise InvalidRequest("exactly one Host header is needed")
     return head
 
 
-def body_length(head: Head) -> int | None:
-    """Return the length of the body after a head; None: in chunks. Raises BadFraming."""
-    codings, lengths = head.all("transfer-encoding"), head.all("content-length")
-    if codings:
-        if lengths or not head.is_http_11 or [c.lower() for c in codings] != ["chunked"]:
-            raise BadFraming("Transfer-Encoding must be chunked, without a Content-Length")
-        return None
-    length = ",".join(lengths or ["0"])
-    if not re.fullmatch("[0-9]+", length):
-        raise BadFraming("Content-Length must be given once, as a decimal number")
-    if len(length) > len(str(MAX_BODY_BYTES)) or int(length) > MAX_BODY_BYTES:
-        raise BadFraming(_TOO_LARGE, status=413)
-    return int(length)
-
-
 class ClientStream:
-    """The client's end of a connection; it raises ClientGone, and BadFraming (408) at a deadline.
+    """The client's end of a connection: `read_head`, `expect_body`, then perhaps `read_body`.
 
-    Deadlines are in seconds of `time.monotonic()`. A client may read nothing for `patience_s`.
+    All raise ClientGone, and for bad framing InvalidRequest, with 408 where nothing comes in time.
+    A client may read nothing for `patience_s`.
     """
 
     def __init__(self, sock: socket.socket, patience_s: float) -> None:
         self.body_length: int | None = 0  # of what is still to be read; None: nobody knows
         self._sock, self._patience_s = sock, patience_s
+        self._deadline = 0.0  # of what is being read
         self._buffer = bytearray()
         self._watch = select.poll()
         self._watch.register(sock, select.POLLIN | _HANGUP)
@@ -3050,73 +3026,75 @@ class ClientStream:
     def read_head(self, idle_s: float) -> Head:
         """Read the next request's head, waiting up to `idle_s` for its first byte."""
         self.body_length = None
+        self._deadline = time.monotonic() + idle_s
         if not self._buffer:
-            self._fill(time.monotonic() + idle_s)
-        deadline = time.monotonic() + HEAD_TIMEOUT_S
-        head = parse_head(self._read_to(_HEAD_END, MAX_HEAD_BYTES, deadline))
-        self.body_length = body_length(head)
-        return head
+            self._fill()
+        self._deadline = time.monotonic() + HEAD_TIMEOUT_S
+        return parse_head(self._read_to(_HEAD_END, MAX_HEAD_BYTES))
+
+    def expect_body(self, head: Head) -> None:
+        codings, lengths = head.all("transfer-encoding"), head.all("content-length")
+        if codings:
+            if lengths or not head.is_http_11 or [c.lower() for c in codings] != ["chunked"]:
+                raise InvalidRequest("Transfer-Encoding must be chunked, without a Content-Length")
+            return
+        length = ",".join(lengths or ["0"])
+        if not re.fullmatch("[0-9]+", length):
+            raise InvalidRequest("Content-Length must be given once, as a decimal number")
+        if len(length) > len(str(MAX_BODY_BYTES)) or int(length) > MAX_BODY_BYTES:
+            raise InvalidRequest(_TOO_LARGE, status=413)
+        self.body_length = int(length)
 
     def read_body(self) -> bytes:
-        """Read the body that follows the head."""
-        deadline = time.monotonic() + BODY_TIMEOUT_S
-        if self.body_length is None:
-            body = self._read_chunks(deadline)
-        else:
-            body = self._read_exactly(self.body_length, deadline)
+        self._deadline = time.monotonic() + BODY_TIMEOUT_S
+        length = self.body_length
+        body = self._read_chunks() if length is None else self._read_exactly(length)
         self.body_length = 0
         return body
 
-    def _read_chunks(self, deadline: float) -> bytes:
+    def _read_chunks(self) -> bytes:
         body = bytearray()
-        while True:
-            line = _CHUNK_LINE.fullmatch(self._read_line(MAX_CHUNK_LINE_BYTES, deadline))
-            if line is None:
-                raise BadFraming("malformed chunk")
-            if (size := int(line[1], 16)) == 0:
-                break
+        while size := int(self._read_line(_CHUNK_LINE, MAX_CHUNK_LINE_BYTES)[1], 16):
             if len(body) + size > MAX_BODY_BYTES:
-                raise BadFraming(_TOO_LARGE, status=413)
-            body += self._read_exactly(size, deadline)
-            if self._read_exactly(2, deadline) != b"\r\n":
-                raise BadFraming("a chunk is longer than announced")
+                raise InvalidRequest(_TOO_LARGE, status=413)
+            body += self._read_exactly(size)
+            if self._read_exactly(2) != b"\r\n":
+                raise InvalidRequest("a chunk is longer than announced")
         for _ in range(MAX_HEADERS + 1):  # trailers: read and dropped
-            if not self._read_line(MAX_HEAD_BYTES, deadline):
+            if self._read_line(_TRAILER, MAX_HEAD_BYTES)[0] == b"\r\n":
                 return bytes(body)
-        raise BadFraming("too many trailers", status=431)
+        raise InvalidRequest("too many trailers", status=431)
 
-    def _read_line(self, limit: int, deadline: float) -> bytes:
-        """Read up to CRLF; return the line without it. A lone LF or CR is refused."""
-        line = self._read_to(_LINE_END, limit, deadline)
-        if not line.endswith(b"\r\n") or line.count(b"\r") > 1:
-            raise BadFraming("lines must end with CR LF")
-        return line[:-2]
+    def _read_line(self, form: re.Pattern[bytes], limit: int) -> re.Match[bytes]:
+        if (line := form.fullmatch(self._read_to(_LINE_END, limit))) is None:
+            raise InvalidRequest("malformed chunk")
+        return line
 
-    def _read_to(self, end: re.Pattern[bytes], limit: int, deadline: float) -> bytes:
+    def _read_to(self, end: re.Pattern[bytes], limit: int) -> bytes:
         """Read up to what matches `end`, and with it, at most `limit` bytes."""
         searched = 0
         while (found := end.search(self._buffer, searched)) is None and len(self._buffer) <= limit:
             searched = max(0, len(self._buffer) - 4)  # what ends a head has five bytes
-            self._fill(deadline)
+            self._fill()
         if found is None or found.end() > limit:
-            raise BadFraming("line or head too long", status=431)
-        return self._read_exactly(found.end(), deadline)
+            raise InvalidRequest("line or head too long", status=431)
+        return self._read_exactly(found.end())
 
-    def _read_exactly(self, length: int, deadline: float) -> bytes:
+    def _read_exactly(self, length: int) -> bytes:
         while len(self._buffer) < length:
-            self._fill(deadline)
+            self._fill()
         data = bytes(memoryview(self._buffer)[:length])
         del self._buffer[:length]
         return data
 
-    def _fill(self, deadline: float) -> None:
+    def _fill(self) -> None:
         try:
-            if (left := deadline - time.monotonic()) <= 0:
+            if (left := self._deadline - time.monotonic()) <= 0:
                 raise TimeoutError
             self._sock.settimeout(left)
             data = self._sock.recv(READ_BYTES)
         except TimeoutError:
-            raise BadFraming("the request did not come in time", status=408) from None
+            raise InvalidRequest("the request did not come in time", status=408) from None
         except OSError as exc:
             raise ClientGone from exc
         if not data:
@@ -3140,12 +3118,12 @@ class ClientStream:
 
     def linger(self) -> None:
         """Say that nothing more comes, and read on for a moment what the client still sends."""
-        deadline = time.monotonic() + LINGER_S
-        with contextlib.suppress(OSError, ApiError, ClientGone):
+        self._deadline = time.monotonic() + LINGER_S
+        with contextlib.suppress(OSError, InvalidRequest, ClientGone):
             self._sock.shutdown(socket.SHUT_WR)
             while True:
                 self._buffer.clear()
-                self._fill(deadline)
+                self._fill()
 
 
 class Response:
@@ -3203,13 +3181,13 @@ class Response:
         keeps = self._head.is_http_11 and "close" not in self._head.get("connection").lower()
         # behind a body that was not read nobody knows where the next request begins
         self.closes = not keeps or self._stream.body_length != 0
-        fixed = {
-            "server": f"cc2api/{__version__}",
-            "date": email.utils.formatdate(usegmt=True),
-            "connection": "close" if self.closes else "keep-alive",
-        }
-        lines = [f"HTTP/1.1 {status} {http.client.responses.get(status, 'Error')}"]
-        lines += [f"{key}: {value}" for key, value in {**fixed, **self._headers, **headers}.items()]
+        lines = [
+            f"HTTP/1.1 {status} {http.client.responses.get(status, 'Error')}",
+            f"server: cc2api/{__version__}",
+            f"date: {email.utils.formatdate(usegmt=True)}",
+            f"connection: {'close' if self.closes else 'keep-alive'}",
+            *(f"{name}: {value}" for name, value in {**self._headers, **headers}.items()),
+        ]
         return "\r\n".join([*lines, "", ""]).encode("ascii")
 
 
@@ -3225,8 +3203,8 @@ class Server(ThreadingHTTPServer):
         self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
         self.service: Any = None  # what the handlers serve
         self.is_stopping = False
-        self._changed = threading.Condition()
-        self._running = collections.Counter[str]()  # connections and answers; guarded by _changed
+        self.running = collections.Counter[str]()  # connections and answers
+        self._lock = threading.Lock()  # guards the counts
         super().__init__(address, handler)
         self.server_port: int = self.server_address[1]
 
@@ -3234,21 +3212,20 @@ class Server(ThreadingHTTPServer):
         self.service = service
 
     @contextlib.contextmanager
-    def running(self, what: str) -> Iterator[int]:
+    def count(self, what: str) -> Iterator[int]:
         """Count a connection or an answer as running; yield how many are."""
-        with self._changed:
-            self._running[what] += 1
-            count = self._running[what]
+        with self._lock:
+            self.running[what] += 1
+            count = self.running[what]
         try:
             yield count
         finally:
-            with self._changed:
-                self._running[what] -= 1
-                self._changed.notify_all()
+            with self._lock:
+                self.running[what] -= 1
 
     def finish_request(self, request: Any, client_address: Any) -> None:
         """Run a connection's handler; beyond MAX_CONNECTIONS it is closed at once."""
-        with self.running("connections") as count:
+        with self.count("connections") as count:
             if count <= MAX_CONNECTIONS:
                 super().finish_request(request, client_address)
             else:
@@ -3257,12 +3234,6 @@ class Server(ThreadingHTTPServer):
     def handle_error(self, request: Any, client_address: Any) -> None:
         if not isinstance(sys.exc_info()[1], OSError):  # a connection that broke is no news
             log.exception("connection from %s failed", client_address)
-
-    def drain(self, seconds: float) -> int:
-        """Wait until no answer is running, or for so long; return how many still are."""
-        with self._changed:
-            self._changed.wait_for(lambda: not self._running["answers"], seconds)
-            return self._running["answers"]
 
     def stop(self) -> None:
         """Accept no more connections, and answer no more requests."""
@@ -3285,14 +3256,10 @@ CORS_HEADERS: Final = {
 COMMENT: Final = b": waiting\n\n"  # which clients skip; some are confused by an event so early
 
 
-def to_data(chunk: JsonObject) -> bytes:
-    """Return an SSE frame without a name; ASCII, since some clients split lines at U+2028."""
-    return b"data: %b\n\n" % json.dumps(chunk).encode("ascii")
-
-
-def to_frame(event: Event) -> bytes:
-    """Return an event as an SSE frame with its name."""
-    return f"event: {event.get('type')}\n".encode("ascii") + to_data(event)
+def to_frame(event: JsonObject) -> bytes:
+    """Return an SSE frame, named where it has a type; ASCII: some clients split lines at U+2028."""
+    name = f"event: {event['type']}\n" if "type" in event else ""
+    return f"{name}data: {json.dumps(event)}\n\n".encode("ascii")
 
 
 def to_anthropic_error(error: ApiError) -> tuple[int, JsonObject]:
@@ -3305,20 +3272,18 @@ def to_anthropic_error(error: ApiError) -> tuple[int, JsonObject]:
 Asked = tuple[Turn, Callable[[Event], bytes], Callable[[JsonObject], JsonObject]]
 
 
-def ask_messages(body: JsonObject, betas: str, is_login: bool) -> Asked:
-    """Read a Messages API request."""
+def _ask_messages(body: JsonObject, betas: str, is_login: bool) -> Asked:
     return parse_messages_request(body, betas, is_login=is_login), to_frame, dict
 
 
-def ask_chat(body: JsonObject, betas: str, is_login: bool) -> Asked:
-    """Read a chat completions request."""
+def _ask_chat(body: JsonObject, betas: str, is_login: bool) -> Asked:
     turn, style = parse_chat_request(body, int(time.time()), is_login=is_login)
     answer = MessageAssembler()
 
     def encode(event: Event) -> bytes:
         answer.add(event)
         end = b"data: [DONE]\n\n" if event["type"] == "message_stop" else b""
-        return b"".join(map(to_data, to_chunks(event, answer, style))) + end
+        return b"".join(map(to_frame, to_chunks(event, answer, style))) + end
 
     return turn, encode, lambda message: to_completion(message, style)
 
@@ -3328,12 +3293,11 @@ class Dialect(NamedTuple):
 
     read: Callable[[JsonObject, str, bool], Asked]  # a body, anthropic-beta, Service.is_login
     to_error: Callable[[ApiError], tuple[int, JsonObject]]
-    to_frame: Callable[[JsonObject], bytes]  # of an error in a stream
     life: bytes  # shows life in a stream that has begun
 
 
-ANTHROPIC: Final = Dialect(ask_messages, to_anthropic_error, to_frame, to_frame({"type": "ping"}))
-OPENAI: Final = Dialect(ask_chat, to_openai_error, to_data, COMMENT)
+ANTHROPIC: Final = Dialect(_ask_messages, to_anthropic_error, to_frame({"type": "ping"}))
+OPENAI: Final = Dialect(_ask_chat, to_openai_error, COMMENT)
 
 
 def cors_headers(head: Head, settings: Settings) -> dict[str, str]:
@@ -3355,12 +3319,10 @@ def admit(head: Head, keys: KeyFile, settings: Settings, *, needs_key: bool) -> 
         origin, host = head.get("origin"), head.get("host")
         name = re.sub(r":\d*\Z", "", host).strip("[]").lower()
         if name and not is_own_name(name, settings):
-            problem = f"Host {quoted(name, 100)} is not served; see --allowed-host"
-            raise ApiError(problem, status=403)
+            raise ApiError(f"Host {quoted(name, 100)} is not served; see --allowed-host", 403)
         is_own = origin in ("", f"http://{host}", f"https://{host}")
         if not is_own and not cors_headers(head, settings):
-            problem = f"pages of {quoted(origin, 100)} may not call; see --cors-origin"
-            raise ApiError(problem, status=403)
+            raise ApiError(f"pages of {quoted(origin, 100)} may not call; see --cors-origin", 403)
     if not needs_key:
         return NOBODY
     return keys.check(loaded, head.get("x-api-key"), head.get("authorization"))
@@ -3381,7 +3343,6 @@ class Handler(BaseRequestHandler):
     request: socket.socket
 
     def handle(self) -> None:
-        """Answer requests until either side ends the connection."""
         # an event must not wait for the ACK of the one before
         self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._service: Service = self.server.service
@@ -3390,30 +3351,34 @@ class Handler(BaseRequestHandler):
         try:
             while not self.server.is_stopping:
                 head = self._stream.read_head(idle_s)
-                with self.server.running("answers"):
+                with self.server.count("answers"):
                     self._answer(head)
                 if self._out.closes:
                     break
                 idle_s = KEEP_ALIVE_S
         except ClientGone:
             return
-        except BadFraming as error:
+        except InvalidRequest as error:
             if error.status != 408:  # to a connection that stayed silent nothing is said
                 self._answer(Head("-", "-", True, ()), error)
         self._stream.linger()
 
     def _answer(self, head: Head, failure: ApiError | None = None) -> None:
         """Run a route; whatever it raises is answered here and nowhere else. Raises ClientGone."""
-        client = str(self.client_address[0])
-        self._record = Record(self._service.metrics, head.method, head.path, client)
-        headers = dict.fromkeys(("request-id", "x-request-id"), self._record.request_id)
-        headers |= cors_headers(head, self._service.settings)
-        self._out = Response(self._stream, head, headers)
-        self._head, self._dialect = head, ANTHROPIC
+        path = re.sub(r"\A(/v1)+(?=/)", "", head.path)
+        route = ROUTES.get("/models/" if path.startswith("/models/") else path, NO_ROUTE)
+        if path == "/" and "text/html" in head.get("accept"):
+            route = PAGE_ROUTE
+        client, service = str(self.client_address[0]), self._service
+        self._record = Record(service.metrics, route.name, client, head.method, head.path)
+        ids = dict.fromkeys(("request-id", "x-request-id"), self._record.request_id)
+        self._out = Response(self._stream, head, ids | cors_headers(head, service.settings))
+        self._head, self._dialect = head, route.dialect
         try:
             if failure:
                 raise failure
-            self._route(head)
+            self._stream.expect_body(head)
+            self._run(route)
             status = self._out.status
         except ClientGone:
             self._record.close(499)  # nginx's code for it; nobody is sent it
@@ -3441,24 +3406,18 @@ class Handler(BaseRequestHandler):
         self._out.add_headers({name: str(value).lower() for name, value in told.items()})
         with contextlib.suppress(ClientGone):
             if self._out.status:
-                self._out.write_chunk(self._dialect.to_frame(body), is_last=True)
+                self._out.write_chunk(to_frame(body), is_last=True)
             else:
                 self._out.send_json(status, body)
         return error.status  # though the client of a stream has had a 200
 
-    def _route(self, head: Head) -> None:
+    def _run(self, route: Route) -> None:
+        head, service = self._head, self._service
         if self.server.is_stopping:
             raise CliFailed("the gateway is shutting down", status=503)
-        path = re.sub(r"\A(/v1)+(?=/)", "", head.path)
-        route = ROUTES.get("/models/" if path.startswith("/models/") else path, NO_ROUTE)
-        if path == "/" and "text/html" in head.get("accept"):
-            route = PAGE_ROUTE
-        self._record.note({"route": route.name})
-        self._dialect = route.dialect
         needs_key = route.needs_key and head.method != "OPTIONS"
         if route.name != "healthz":
-            keys, settings = self._service.keys, self._service.settings
-            self._caller = admit(head, keys, settings, needs_key=needs_key)
+            self._caller = admit(head, service.keys, service.settings, needs_key=needs_key)
         allow = {"allow": f"{route.method}, OPTIONS"}
         if head.method == "OPTIONS":
             self._out.send(204, b"", allow)
@@ -3469,7 +3428,7 @@ class Handler(BaseRequestHandler):
             self._out.add_headers(allow)
             raise ApiError(f"{head.method} is not allowed here, {route.method} is", status=405)
         if needs_key:
-            self._record.note({"caller": self._caller.name}, key=self._caller.name)
+            self._record.note(key=self._caller.name)
         route.run(self)
 
     def hello(self) -> None:
@@ -3480,7 +3439,6 @@ class Handler(BaseRequestHandler):
         self._send_text("text/plain", status_text(self._service, url))
 
     def page(self) -> None:
-        """Send a browser the page, which asks for the status itself."""
         self._send_text("text/html", PAGE)
 
     def metrics(self) -> None:
@@ -3497,7 +3455,6 @@ class Handler(BaseRequestHandler):
         self._out.send(200, text.encode(), headers)
 
     def healthz(self) -> None:
-        """Answer 200, or 503 while no process can be started."""
         if failure := self._service.pool.failure:
             raise CliFailed(failure, status=503)
         self._out.send_json(200, {"status": "ok"})
@@ -3507,8 +3464,7 @@ class Handler(BaseRequestHandler):
         models = to_model_list(self._service.models(self._caller, self._out.tick))
         if name := self._head.path.partition("/models/")[2]:
             wanted = self._service.model_id(name)
-            found = [model for model in models if model["id"] == wanted]
-            if not found:
+            if not (found := [model for model in models if model["id"] == wanted]):
                 raise ApiError(f"model: {name}", status=404)
             self._out.send_json(200, found[0])
             return
@@ -3517,9 +3473,8 @@ class Handler(BaseRequestHandler):
         self._out.send_json(200, {**body, "first_id": ids[0], "last_id": ids[-1]})
 
     def count_tokens(self) -> None:
-        turn = parse_messages_request(
-            self._read_json(), self._head.get("anthropic-beta"), is_count=True
-        )
+        body, betas = self._read_json(), self._head.get("anthropic-beta")
+        turn = parse_messages_request(body, betas, is_count=True)
         self._record.note_turn(turn, is_known=self._service.knows(turn.model))
         count = {"input_tokens": self._service.count_tokens(turn, self._caller, self._out.tick)}
         self._record.note_usage(count)
@@ -3542,9 +3497,9 @@ class Handler(BaseRequestHandler):
                         assembler.add(event)
                     frames = b"".join(map(encode, batch)) if turn.stream else b""
                 out.write_chunk(frames, is_last=batch[-1:] == [{"type": "message_stop"}])
-                record.debug("response", frames)
                 record.note_events(batch)
                 if turn.stream:
+                    record.debug("response", frames)
                     out.stream_with(self._dialect.life)
         if not turn.stream:
             with upstream_protocol():
@@ -3554,8 +3509,7 @@ class Handler(BaseRequestHandler):
     def _read_json(self) -> JsonObject:
         if self._head.get("content-encoding").lower() not in ("", "identity"):
             details = {"error_code": "request_body_encoding_unsupported"}
-            problem = "Content-Encoding: request bodies must not be encoded"
-            raise InvalidRequest(problem, details=details)
+            raise InvalidRequest("Content-Encoding: only identity is taken", details=details)
         if self._head.get("expect").lower() == "100-continue":
             self._stream.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         raw = self._stream.read_body()
@@ -3837,10 +3791,10 @@ def serve(settings: Settings, environ: Mapping[str, str]) -> int:
         time.sleep(ACCEPT_TICK_S)
     server.stop()
     deadline = time.monotonic() + settings.drain
-    if running := server.drain(0):
+    if running := server.running["answers"]:
         log.warning("%d answers are running; a second signal cuts them off", running)
-    while server.drain(ACCEPT_TICK_S) and len(signals) < 2 and time.monotonic() < deadline:
-        pass
+    while server.running["answers"] and len(signals) < 2 and time.monotonic() < deadline:
+        time.sleep(ACCEPT_TICK_S)
     service.close()
     log.info("event=stop")
     return 0

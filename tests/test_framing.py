@@ -30,7 +30,7 @@ class Fed(cc2api.ClientStream):
         super().__init__(ours, patience_s=1)
         self._pieces = iter(pieces)
 
-    def _fill(self, deadline: float) -> None:
+    def _fill(self) -> None:
         piece = next(self._pieces, b"")
         if not piece:
             raise cc2api.ClientGone
@@ -48,6 +48,7 @@ def read_all(pieces: list[bytes]) -> list[Any]:
     try:
         while True:
             seen.append(stream.read_head(1))
+            stream.expect_body(seen[-1])
             seen.append(stream.read_body())
     except cc2api.ClientGone:
         seen.append("gone")
@@ -221,6 +222,16 @@ def test_pipelined_requests_are_answered_in_order(gateway: InProcessGateway) -> 
     two = b"GET /nope HTTP/1.1\r\n" + HOST + b"\r\n"
     said = talk(gateway.port, one + two + one)
     assert re.findall(rb"HTTP/1.1 (\d+)", said) == [b"200", b"404", b"200"]
+
+
+def test_a_bad_length_is_logged_with_its_own_method_and_path(
+    gateway: InProcessGateway, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "cc2api")
+    talk(gateway.port, b"POST /v1/messages HTTP/1.1\r\n" + HOST + b"Content-Length: x\r\n\r\n")
+    wait_until(lambda: "event=done" in caplog.text)
+    assert "method=POST path=/v1/messages" in caplog.text
+    assert "status=400" in caplog.text
 
 
 def test_http_1_0_gets_a_body_that_ends_with_the_connection(gateway: InProcessGateway) -> None:
