@@ -305,13 +305,14 @@ def needs_keys(settings: Settings) -> bool:
 # upstream, whose own 400 comes back.
 
 Placed = tuple[str, JsonObject]  # an object, with the path under which the client sent it
+Said = tuple[str, str, JsonObject]  # a message's block after its role and path
 Mark = tuple[JsonObject, Any]  # a block or tool that the client gave a breakpoint, and its ttl
 
 
 class Message(NamedTuple):
     """One message, its blocks as the client sent them but for cache breakpoints."""
 
-    role: str  # "user" or "assistant"; "system" only until it is merged
+    role: str  # "user" or "assistant"
     content: list[JsonObject]
 
 
@@ -330,7 +331,7 @@ class Turn:
     betas: tuple[str, ...]
     marked: JsonObject | None  # the very block or tool that goes with a cache breakpoint
     cache_ttl: str  # "5m" or "1h", for every cache breakpoint of the request
-    is_login: bool  # the CLI runs on a claude.ai login
+    is_login: bool = False  # the CLI runs on a claude.ai login
 
 
 _KIND_NAMES: Final = {str: "string", bool: "boolean", dict: "dictionary", list: "list"}
@@ -413,9 +414,7 @@ def as_blocks(content: Any) -> Any:
     return [{"type": "text", "text": content}] if content else []
 
 
-def parse_messages_request(
-    body: JsonObject, betas: str = "", *, is_login: bool = False, is_count: bool = False
-) -> Turn:
+def parse_messages_request(body: JsonObject, betas: str = "", *, is_count: bool = False) -> Turn:
     """Check a Messages API request, with the anthropic-beta header, and return it as a Turn."""
     if body.get("thread") is not None:
         # The SDKs' tool runners then resend the whole history (messages-api.md section 9).
@@ -423,20 +422,16 @@ def parse_messages_request(
         raise InvalidRequest(problem, details={"error_code": "thread_unsupported_request"})
     if body.get("max_tokens") is None and not is_count:  # the CLI would put a number of its own
         raise InvalidRequest("max_tokens: Field required")
-    return to_turn(body, betas, is_login=is_login, is_count=is_count)
+    require(body, "messages", list)
+    return to_turn(body, objects(body, "messages"), betas, is_count=is_count)
 
 
 def to_turn(
-    body: JsonObject,
-    betas: str = "",
-    *,
-    is_login: bool = False,
-    is_count: bool = False,
-    paths: Sequence[str] = (),
+    body: JsonObject, messages: Iterable[Placed], betas: str = "", *, is_count: bool = False
 ) -> Turn:
-    """Return a request's Turn. One to count may end with an answer.
+    """Return the Turn of a body and of messages placed where the client sent them.
 
-    `paths` are those of the messages, where the client did not send them as `body` has them.
+    One to count may end with an answer.
     """
     if not require(body, "model", str).strip():
         raise InvalidRequest("model: String should have at least 1 character")
@@ -453,20 +448,20 @@ def to_turn(
         thinking = {"type": "disabled"} if is_alone else None
     passed = {name: value for name, value in body.items() if name not in _OURS}
     passed |= {"thinking": thinking, "output_config": without_nulls(output_config) or None}
-    parts, messages = _parse_system(body), _parse_messages(body, paths)
+    parts, said = _parse_system(body), list(_parse_messages(messages))
     system = "\n\n".join(part["text"] for part in parts)
     if is_count and system:  # the CLI would count it as a message of its own
-        messages.insert(0, ("system", Message("user", as_blocks(system))))
+        said.insert(0, ("user", "system", {"type": "text", "text": system}))
     marks: list[Mark] = []
     tools = [unmarked(tool, marks) for _, tool in objects(body, "tools")]
-    merged = _merge(messages, marks, is_count=is_count)
+    merged = _merge(said, marks)
+    if merged[-1].role == "assistant" and not is_count:
+        problem = "This gateway does not support assistant message prefill."
+        raise InvalidRequest(f"messages: {problem} The conversation must end with a user message.")
     # The API takes four breakpoints, and the CLI sets three: on two system blocks and the last of
     # the messages (seen, 2.1.330). The fourth is the client's latest.
     last = merged[-1].content[-1]
     marked = next((block for block, _ in reversed(marks) if block is not last), None)
-    if is_login and len(merged) > 1:
-        # its reminders move with the last user message: the block before keeps the history cached
-        marked = [block for block in merged[-2].content if "thinking" not in block["type"]][-1]
     for owner in (body, *parts):  # the CLI marks these itself
         unmarked(owner, marks)
     return Turn(
@@ -481,10 +476,19 @@ def to_turn(
         betas=tuple(dict.fromkeys(filter(_BETA.match, map(str.strip, betas.split(","))))),
         marked=marked,
         # The API refuses a 1h breakpoint after a 5m one, and the CLI sets its own before and after
-        # the client's, so all have one ttl. With a login the CLI itself uses 1h (seen, 2.1.330).
-        cache_ttl="1h" if is_login or "1h" in [ttl for _, ttl in marks] else "5m",
-        is_login=is_login,
+        # the client's, so all have one ttl.
+        cache_ttl="1h" if "1h" in [ttl for _, ttl in marks] else "5m",
     )
+
+
+def for_login(turn: Turn) -> Turn:
+    """Return a turn as it is told to a CLI on a claude.ai login, whose own breakpoints are 1h."""
+    marked = turn.marked
+    if len(turn.messages) > 1:
+        # its reminders move with the last user message: the block before keeps the history cached
+        before = turn.messages[-2].content
+        marked = [block for block in before if "thinking" not in block["type"]][-1]
+    return dataclasses.replace(turn, marked=marked, cache_ttl="1h", is_login=True)
 
 
 def _parse_system(body: JsonObject) -> list[JsonObject]:
@@ -497,27 +501,20 @@ def _parse_system(body: JsonObject) -> list[JsonObject]:
     return [block for _, block in placed]
 
 
-def _parse_messages(body: JsonObject, paths: Sequence[str]) -> list[tuple[str, Message]]:
-    """Check `messages`; `system` ones get user text: a line of that role ends the CLI."""
-    if not require(body, "messages", list):
-        raise InvalidRequest("messages: at least one message is required")
-    messages = []
-    for index, (path, entry) in enumerate(objects(body, "messages")):
-        path = paths[index] if paths else path
-        if (role := entry.get("role")) not in ("user", "assistant", "system"):
+def _parse_messages(messages: Iterable[Placed]) -> Iterator[Said]:
+    """Check messages and yield their blocks; a `system` line would end the CLI: user text."""
+    for path, message in messages:
+        if (role := message.get("role")) not in ("user", "assistant", "system"):
             raise InvalidRequest(f"{path}.role: Input should be 'user' or 'assistant'")
-        given = {"content": as_blocks(entry.get("content"))}
+        given = {"content": as_blocks(message.get("content"))}
         if not require(given, "content", list, path):
             raise InvalidRequest(f"{path}: all messages must have non-empty content")
-        content = []
         for place, block in objects(given, "content", path):
             check_block(place, block)
             if role == "system":
                 text = require(block, "text", str, place)
                 block = {"type": "text", "text": f"<system-reminder>\n{text}\n</system-reminder>"}
-            content.append(block)
-        messages.append((path, Message(role, content)))
-    return messages
+            yield role, place, block
 
 
 def check_block(path: str, block: JsonObject) -> None:
@@ -554,62 +551,56 @@ def check_image(path: str, source: JsonObject) -> None:
         raise InvalidRequest(f"{path}.base64.data: {problem}")
 
 
-def _merge(
-    messages: list[tuple[str, Message]], marks: list[Mark], *, is_count: bool
-) -> list[Message]:
+def _merge(said: Iterable[Said], marks: list[Mark]) -> list[Message]:
     """Join the messages of one role, as the API does (the CLI would itself, but add a newline)."""
-    merged: list[Message] = []
-    groups: list[tuple[str, list[Placed]]] = []  # for each, the path of its last part
-    for is_answer, group in itertools.groupby(messages, lambda each: each[1].role == "assistant"):
-        parts = list(group)
-        placed = [
-            (f"{path}.content.{at}", block)
-            for path, part in parts
-            for at, block in enumerate(part.content)
-        ]
-        if any(part.role == "system" for _, part in parts):  # tool results must stay in front
-            placed.sort(key=lambda each: each[1]["type"] != "tool_result")
-        if all("thinking" in block["type"] for _, block in placed):  # the CLI would drop it
+    groups = [list(each) for _, each in itertools.groupby(said, lambda one: one[0] == "assistant")]
+    if not groups:
+        raise InvalidRequest("messages: at least one message is required")
+    for group in groups:
+        if any(role == "system" for role, _, _ in group):  # tool results must stay in front
+            group.sort(key=lambda one: one[2]["type"] != "tool_result")
+        if all("thinking" in block["type"] for _, _, block in group):  # the CLI would drop it
             problem = "The final block in an assistant message cannot be `thinking`."
-            raise InvalidRequest(f"{parts[-1][0]}: {problem}")
-        groups.append((parts[-1][0], placed))
-        blocks = [unmarked(block, marks) for _, block in placed]
-        merged.append(Message("assistant" if is_answer else "user", blocks))
-    if merged[-1].role == "assistant" and not is_count:
-        problem = "This gateway does not support assistant message prefill."
-        raise InvalidRequest(f"messages: {problem} The conversation must end with a user message.")
+            raise InvalidRequest(f"{_message_path(group[-1][1])}: {problem}")
     _check_tool_pairs(groups)
+    merged = []
+    for group in groups:
+        role = "assistant" if group[0][0] == "assistant" else "user"
+        merged.append(Message(role, [unmarked(block, marks) for _, _, block in group]))
     return merged
 
 
-def _check_tool_pairs(messages: Iterable[tuple[str, list[Placed]]]) -> None:
-    """Refuse calls without results and the reverse: the CLI would invent and blank, silently."""
+def _message_path(block_path: str) -> str:
+    return block_path.rpartition(".content.")[0]
+
+
+def _check_tool_pairs(messages: Iterable[list[Said]]) -> None:
+    """Refuse calls without results, and the reverse: the CLI would silently mend all of these."""
     seen: set[str] = set()
-    asked: set[str] = set()  # ids of the calls in the message before
-    asked_at = ""  # the path of that message
-    for message_path, placed in messages:
-        here = {str(block.get("tool_use_id")) for _, block in placed}  # server tools' results too
-        calls: set[str] = set()
-        for path, block in placed:
-            problem = ""
-            match block:
-                case {"type": "tool_result", "tool_use_id": call} if call in asked:
-                    asked.remove(call)
-                case {"type": "tool_result", "tool_use_id": call}:
-                    problem = f"unexpected `tool_use_id` found in `tool_result` blocks: {call}"
-                case {"type": "tool_use", "id": call} if call not in seen:
-                    seen.add(call)
-                    calls.add(call)
-                case {"type": "tool_use"}:
+    asked: dict[str, str] = {}  # the calls of the message before, and where they stand
+    for said in messages:
+        results = {str(block.get("tool_use_id")) for _, _, block in said}  # server tools' too
+        calls: dict[str, str] = {}
+        for _, path, block in said:
+            problem, call = "", str(block.get("id"))
+            match block["type"]:
+                case "tool_result" if not asked.pop(answered := block["tool_use_id"], ""):
+                    problem = f"unexpected `tool_use_id` found in `tool_result` blocks: {answered}"
+                case "tool_use" if call in seen:
                     problem = "`tool_use` ids must be unique"
-                case {"type": "server_tool_use", "id": call, "name": name} if call not in here:
+                case "tool_use":
+                    seen.add(call)
+                    calls[call] = path
+                case "server_tool_use" if call not in results:
+                    name = block["name"]
                     problem = f"`{name}` tool use with id `{call}` was found without its result"
             if problem:
                 raise InvalidRequest(f"{path}: {problem}")
         if asked:
             problem = "`tool_use` ids were found without `tool_result` blocks immediately after"
-            raise InvalidRequest(f"{asked_at}: {problem}: {', '.join(sorted(asked))}")
-        asked, asked_at = calls, message_path
+            at = _message_path(next(iter(asked.values())))
+            raise InvalidRequest(f"{at}: {problem}: {', '.join(sorted(asked))}")
+        asked = calls
 
 
 def unmarked(block: JsonObject, marks: list[Mark]) -> JsonObject:
@@ -2142,14 +2133,12 @@ class ChatStyle(NamedTuple):
     custom_tools: frozenset[str] = frozenset()  # answered as `custom`, not `function`
 
 
-def parse_chat_request(
-    body: JsonObject, created: int, *, is_login: bool = False
-) -> tuple[Turn, ChatStyle]:
+def parse_chat_request(body: JsonObject, created: int) -> tuple[Turn, ChatStyle]:
     """Check a request; return the Turn, and the style of the answer. Raises InvalidRequest."""
     for name, only in _ONLY.items():
         if body.get(name) and body[name] != only:
             raise InvalidRequest(f"{name}: this value is not supported by this gateway")
-    system, messages, paths = _chat_messages(body)
+    system, messages = _chat_messages(body)
     given = [_unwrapped(tool, path) for path, tool in objects(body, "tools")]
     form = optional(body, "response_format", dict) or {}
     if form.get("type") == "json_schema":
@@ -2158,17 +2147,16 @@ def parse_chat_request(
     stops = [stop] if isinstance(stop, str) else optional(body, "stop", list) or []
     translated = {
         **to_shared_fields(body, [to_tool(*each) for each in given]),
-        **{"system": system, "messages": messages},
+        "system": system,
         "max_tokens": body.get("max_completion_tokens") or body.get("max_tokens"),
         # blank ones OpenAI takes and Anthropic does not
         "stop_sequences": [text for text in stops if str(text).strip()] or None,
         "effort": _OPENAI_EFFORTS.get(str(effort), effort),
         "output_format": to_output_format(form, system),
     }
-    turn = to_turn(translated, is_login=is_login, paths=paths)
     include_usage = bool(_object(body.get("stream_options")).get("include_usage"))
     custom = frozenset(tool["name"] for kind, tool, _ in given if kind == "custom")
-    return turn, ChatStyle(created, include_usage, custom)
+    return to_turn(translated, messages), ChatStyle(created, include_usage, custom)
 
 
 def to_shared_fields(body: JsonObject, tools: list[JsonObject]) -> JsonObject:
@@ -2269,44 +2257,30 @@ def to_source(url: str) -> JsonObject:
     return {"type": "base64", "media_type": media_type, "data": encoded}
 
 
-def _chat_messages(body: JsonObject) -> tuple[list[JsonObject], list[JsonObject], list[str]]:
-    """Return system blocks, hoisted from wherever they stand, the other messages, their paths."""
+def _chat_messages(body: JsonObject) -> tuple[list[JsonObject], list[Placed]]:
+    """Return the system blocks, hoisted from wherever they stand, and the other messages."""
     system: list[JsonObject] = []
-    messages: list[JsonObject] = []
-    paths: list[str] = []
-    called: set[str] = set()
+    messages: list[Placed] = []
     for path, message in objects(body, "messages"):
         said = {"content": as_blocks(message.get("content") or message.get("refusal"))}
         parts = [to_block(part, place) for place, part in objects(said, "content", path)]
         # blank texts OpenAI takes and Anthropic does not
         blocks = [b for b in parts if b["type"] != "text" or b["text"].strip()]
         role = message.get("role")
-        match role:
-            case "system" | "developer":
-                for block in blocks:
-                    system += as_blocks(require(block, "text", str, f"{path}.content"))
-                continue
-            case "user":
-                if not blocks:
-                    raise InvalidRequest(f"{path}.content: text content blocks must be non-empty")
-            case "assistant":
-                for place, call in objects(message, "tool_calls", path):
-                    call_id = require(call, "id", str, place)
-                    blocks.append(to_tool_use(call_id, *_unwrapped(call, place)))
-                    called.add(call_id)
-            case "tool":
-                role, call_id = "user", require(message, "tool_call_id", str, path)
-                if call_id not in called:
-                    raise InvalidRequest(f"{path}.tool_call_id: no such tool call was made before")
-                result = {"type": "tool_result", "tool_use_id": call_id, "content": blocks}
-                blocks = [result]
-            case _:
-                roles = "'system', 'developer', 'user', 'assistant' or 'tool'"
-                raise InvalidRequest(f"{path}.role: Input should be {roles}")
-        if blocks:
-            messages.append({"role": role, "content": blocks})
-            paths.append(path)
-    return system, messages, paths
+        if role in ("system", "developer"):
+            system += blocks
+            continue
+        if role == "assistant":
+            for place, call in objects(message, "tool_calls", path):
+                call_id = require(call, "id", str, place)
+                blocks.append(to_tool_use(call_id, *_unwrapped(call, place)))
+        if role == "tool":
+            call_id = require(message, "tool_call_id", str, path)
+            role, result = "user", {"type": "tool_result", "tool_use_id": call_id}
+            blocks = [{**result, "content": blocks}]
+        if blocks or role != "assistant":
+            messages.append((path, {"role": role, "content": blocks}))
+    return system, messages
 
 
 # ---- answers
@@ -2659,7 +2633,7 @@ class Service:
         self.keys = KeyFile(settings.keys, required=needs_keys(settings))
         self.rate_limits: dict[str, str] = {}  # the plan's state as headers, as last reported
         bare = wants_bare(settings.bare, environ)
-        self.is_login = not bare
+        self._is_login = not bare
         self._cli, self._stamp = cli, cli.stamp()
         self._sign_in = "unknown"  # how the CLI says it is signed in, once it was asked
         self._model_map = dict(pair.split("=", 1) for pair in settings.model_map)
@@ -2772,6 +2746,7 @@ class Service:
         tick: Callable[[], None],
         queued: Callable[[int], None] = lambda place: None,
     ) -> Demand:
+        turn = for_login(turn) if self._is_login else turn
         mapped = dataclasses.replace(turn, model=self._model_map.get(turn.model, turn.model))
         message = f"no whole answer within {self.settings.timeout:g} s"
         late = ApiError(message, status=504, should_retry=False)
@@ -3255,14 +3230,14 @@ def to_anthropic_error(error: ApiError) -> tuple[int, JsonObject]:
 Asked = tuple[Turn, Callable[[Event], bytes], Callable[[JsonObject], JsonObject]]
 
 
-def ask_messages(body: JsonObject, betas: str, is_login: bool) -> Asked:
+def ask_messages(body: JsonObject, betas: str) -> Asked:
     """Read a Messages API request."""
-    return parse_messages_request(body, betas, is_login=is_login), to_frame, dict
+    return parse_messages_request(body, betas), to_frame, dict
 
 
-def ask_chat(body: JsonObject, betas: str, is_login: bool) -> Asked:
+def ask_chat(body: JsonObject, betas: str) -> Asked:
     """Read a chat completions request."""
-    turn, style = parse_chat_request(body, int(time.time()), is_login=is_login)
+    turn, style = parse_chat_request(body, int(time.time()))
     answer = MessageAssembler()
 
     def encode(event: Event) -> bytes:
@@ -3276,7 +3251,7 @@ def ask_chat(body: JsonObject, betas: str, is_login: bool) -> Asked:
 class Dialect(NamedTuple):
     """An API that asks a model: how it is read and written."""
 
-    read: Callable[[JsonObject, str, bool], Asked]  # a body, anthropic-beta, Service.is_login
+    read: Callable[[JsonObject, str], Asked]  # a body, anthropic-beta
     to_error: Callable[[ApiError], tuple[int, JsonObject]]
     to_frame: Callable[[JsonObject], bytes]  # of an error in a stream
     life: bytes  # shows life in a stream that has begun
@@ -3479,7 +3454,7 @@ class Handler(BaseRequestHandler):
         """Have a model answer: write its events as they come, or the whole message."""
         service, record, out = self._service, self._record, self._out
         body, betas = self._read_json(), self._head.get("anthropic-beta")
-        turn, encode, finish = self._dialect.read(body, betas, service.is_login)
+        turn, encode, finish = self._dialect.read(body, betas)
         record.note_turn(turn, is_known=service.knows(turn.model))
         if turn.stream:
             out.stream_with(COMMENT)
