@@ -342,9 +342,9 @@ _OURS: Final = (
     *("model", "messages", "system", "stream", "tools", "thinking", "output_config"),
     *("output_format", "effort", "metadata", "cache_control", "thread"),
 )
-_IMAGE_MAGIC: Final = {
-    **{"image/png": b"\x89PNG\r\n\x1a\n", "image/jpeg": b"\xff\xd8\xff"},
-    **{"image/gif": b"GIF8", "image/webp": b"RIFF"},
+_IMAGE_STARTS: Final = {  # their magic numbers in base64
+    **{"image/png": "iVBORw0KGgo", "image/jpeg": "/9j/"},
+    **{"image/gif": "R0lGOD", "image/webp": "UklGR"},
 }
 _BETA: Final = re.compile(r"(?!claude-code-|oauth-)[A-Za-z0-9][A-Za-z0-9_.-]*\Z")  # not the CLI's
 
@@ -541,12 +541,8 @@ def check_image(path: str, source: JsonObject) -> None:
     """Check an image's bytes: what is no image the CLI would turn into a text note."""
     if source.get("type") != "base64":
         return
-    media_type, data = source.get("media_type"), require(source, "data", str, f"{path}.base64")
-    try:
-        head = base64.b64decode(data, validate=True)[:16]
-    except ValueError:
-        head = b""
-    if not any(kind == media_type and head.startswith(m) for kind, m in _IMAGE_MAGIC.items()):
+    media_type, data = str(source.get("media_type")), require(source, "data", str, f"{path}.base64")
+    if not data.startswith(_IMAGE_STARTS.get(media_type, "no image")):
         problem = f"Could not process image: it is no {media_type} in base64"
         raise InvalidRequest(f"{path}.base64.data: {problem}")
 
@@ -727,8 +723,8 @@ def to_model_list(models: Iterable[JsonObject]) -> list[JsonObject]:
         item = {"type": "model", "object": "model", "id": model_id, "owned_by": "anthropic"}
         dates = {"created_at": "1970-01-01T00:00:00Z", "created": 0}  # unknown, by the API's docs
         items[model_id] = {**item, **dates, "display_name": model.get("displayName") or model_id}
-    versions = {model_id: list(map(int, re.findall(r"\d+", model_id))) for model_id in items}
-    return sorted(items.values(), key=lambda item: versions[item["id"]], reverse=True)
+    by_version = sorted(items, key=lambda model_id: [*map(int, re.findall(r"\d+", model_id))])
+    return [items[model_id] for model_id in reversed(by_version)]
 
 
 # get_context_usage takes 500 tokens off all tools together, and counts them beside a message of 8.
@@ -801,10 +797,8 @@ class AnswerReader:
         # After any other stop reason (max_tokens, refusal, model_context_window_exceeded), and
         # after an empty answer, it asks upstream again by itself (seen, 2.1.330).
         says = any(str(block.get("text") or "").strip() for block in self.content)
-        ends = says and not self.calls
-        is_quiet = {"tool_use": bool(self.calls), "end_turn": ends, "stop_sequence": ends}
-        is_whole = len(self.content) == self._blocks
-        return is_whole and is_quiet.get(str(self._stop_reason), False)
+        quiet = ("tool_use",) if self.calls else ("end_turn", "stop_sequence") if says else ()
+        return len(self.content) == self._blocks and self._stop_reason in quiet
 
     @property
     def calls(self) -> dict[str, str]:
@@ -842,11 +836,8 @@ class AnswerReader:
         if self._started == (event["type"] == "message_start"):
             return []
         match event:
-            case {"type": "content_block_delta" | "content_block_stop"}:
-                return [event]
             case {"type": "message_start"}:
                 self._started = self.is_called = True
-                return [event]
             case {"type": "content_block_start", "content_block": {"type": kind, **said}}:
                 self._blocks += 1
                 # some Anthropic-compatible upstreams leave these out, and SDKs stumble over that
@@ -860,9 +851,7 @@ class AnswerReader:
                 # without a stop reason: upstream's stream broke between two blocks, and the CLI is
                 # about to ask for the rest by a second call (seen, 2.1.330)
                 raise CliFailed("upstream's stream ended before its answer was complete")
-            case {"type": "message_delta"}:
-                return [event]
-        return []
+        return [event]
 
 
 def to_rate_limit_headers(info: Any) -> dict[str, str]:
@@ -880,9 +869,8 @@ def to_rate_limit_headers(info: Any) -> dict[str, str]:
 
 def to_api_error(result: JsonObject, cli_error: str | None = None) -> ApiError:
     """Return upstream's error by a `result` line, else one by the CLI's word for it, else 502."""
-    text, kind, status = map(result.get, ("result", "api_error_type", "api_error_status"))
-    if not isinstance(text, str):
-        text = f"claude gave no answer: {result.get('errors')}"
+    text = str(result.get("result") or f"claude gave no answer: {result.get('errors')}")
+    kind, status = str(result.get("api_error_type")), result.get("api_error_status")
     if not result.get("is_error"):
         return CliFailed("claude ended its turn without an answer")
     if text.startswith(("Not logged in", "Invalid API key")):
@@ -898,8 +886,8 @@ def to_api_error(result: JsonObject, cli_error: str | None = None) -> ApiError:
     if model := re.match(r"(?s)There's an issue with the selected model \((.*?)\)", text):
         return ApiError(f"model: {model.group(1)}", status=404)
     if not isinstance(status, int) or not 400 <= status <= 599:
-        status = STATUS_BY_TYPE.get(str(kind)) or _STATUS_BY_CLI_ERROR.get(str(cli_error), 502)
-    kind = str(kind) if str(kind) in STATUS_BY_TYPE else ""
+        status = STATUS_BY_TYPE.get(kind) or _STATUS_BY_CLI_ERROR.get(str(cli_error), 502)
+    kind = kind if kind in STATUS_BY_TYPE else ""
     return ApiError(_DECORATION.sub("", text), status=status, kind=kind)
 
 
