@@ -723,8 +723,10 @@ def to_model_list(models: Iterable[JsonObject]) -> list[JsonObject]:
         item = {"type": "model", "object": "model", "id": model_id, "owned_by": "anthropic"}
         dates = {"created_at": "1970-01-01T00:00:00Z", "created": 0}  # unknown, by the API's docs
         items[model_id] = {**item, **dates, "display_name": model.get("displayName") or model_id}
-    by_version = sorted(items, key=lambda model_id: [*map(int, re.findall(r"\d+", model_id))])
-    return [items[model_id] for model_id in reversed(by_version)]
+    newest_first = sorted(
+        items, key=lambda name: [*map(int, re.findall(r"\d+", name))], reverse=True
+    )
+    return [items[model_id] for model_id in newest_first]
 
 
 # get_context_usage takes 500 tokens off all tools together, and counts them beside a message of 8.
@@ -823,9 +825,6 @@ class AnswerReader:
                 self.is_called = True
             case {"type": "rate_limit_event"}:
                 self.rate_limits = to_rate_limit_headers(line.get("rate_limit_info"))
-            case {"subtype": "api_retry"}:
-                details = {name: line.get(name) for name in ("attempt", "error_status", "error")}
-                log.warning("claude retries by itself: %s", details)
             case {"type": "assistant", "error": error} if error:
                 self._cli_error = str(error)
             case {"type": "assistant", "message": {"content": [*blocks]}}:
@@ -874,11 +873,9 @@ def to_api_error(result: JsonObject, cli_error: str | None = None) -> ApiError:
     if not result.get("is_error"):
         return CliFailed("claude ended its turn without an answer")
     if text.startswith(("Not logged in", "Invalid API key")):
-        return ApiError(
-            "claude is not signed in on the gateway's machine, or its sign-in was refused: run"
-            " `claude` there and type /login, or start the gateway with a valid ANTHROPIC_API_KEY",
-            status=401,
-        )
+        cure = "run `claude` there and type /login, or set a valid ANTHROPIC_API_KEY"
+        problem = f"claude is not signed in on the gateway's machine: {cure}"
+        return ApiError(problem, status=401)
     if result.get("terminal_reason") == "blocking_limit":  # by `Channel.hold_calls`, too early
         return CliFailed("claude held its call back; nothing was sent upstream", status=503)
     if text.startswith("Prompt is too long"):
@@ -887,8 +884,7 @@ def to_api_error(result: JsonObject, cli_error: str | None = None) -> ApiError:
         return ApiError(f"model: {model.group(1)}", status=404)
     if not isinstance(status, int) or not 400 <= status <= 599:
         status = STATUS_BY_TYPE.get(kind) or _STATUS_BY_CLI_ERROR.get(str(cli_error), 502)
-    kind = kind if kind in STATUS_BY_TYPE else ""
-    return ApiError(_DECORATION.sub("", text), status=status, kind=kind)
+    return ApiError(_DECORATION.sub("", text), status, kind if kind in STATUS_BY_TYPE else "")
 
 
 class MessageAssembler:
@@ -899,7 +895,6 @@ class MessageAssembler:
         self.pieces: list[str] = []  # what the deltas of the latest block say; it gets them whole
 
     def add(self, event: Event) -> None:
-        """Take the next event that an AnswerReader gave out."""
         content = self.message.get("content", [])
         match event:
             case {"type": "message_start", "message": message}:
@@ -2099,7 +2094,9 @@ class Pool:
 
 _DATA_URL: Final = re.compile(r"data:([\w.+-]+/[\w.+-]+)(?:;[\w=-]+)*;base64,(.*)\Z", re.DOTALL)
 _NO_INPUT: Final = {"type": "object", "properties": {}}
-_RAW_INPUT: Final = {"properties": {"input": {"type": "string"}}, "required": ["input"]}
+_RAW_INPUT: Final = {
+    **{"type": "object", "properties": {"input": {"type": "string"}}, "required": ["input"]}
+}
 _OPENAI_EFFORTS: Final = {"none": None, "minimal": "low"}  # the others are Anthropic's
 # What ignoring would give another answer than was asked for, and the value that asks for no more.
 _ONLY: Final = {
@@ -2182,9 +2179,7 @@ def _unwrapped(owner: JsonObject, path: str) -> tuple[str, JsonObject, str]:
 def to_tool(kind: str, tool: JsonObject, path: str) -> JsonObject:
     """Return a function or custom tool in Anthropic's form."""
     said = {"name": require(tool, "name", str, path), "description": tool.get("description")}
-    schema = tool.get("parameters") or _NO_INPUT
-    if kind == "custom":
-        schema = _NO_INPUT | _RAW_INPUT
+    schema = _RAW_INPUT if kind == "custom" else tool.get("parameters") or _NO_INPUT
     return without_nulls({**said, "strict": tool.get("strict"), "input_schema": schema})
 
 
@@ -2344,21 +2339,20 @@ def to_chunks(event: Event, answer: MessageAssembler, style: ChatStyle) -> list[
 
 
 def _to_delta(event: Event, answer: MessageAssembler, style: ChatStyle) -> JsonObject | None:
-    """Return what an event adds to the reply, None where nothing."""
     content = answer.message["content"]
     block = content[-1] if content else {}
     is_call = block.get("type") == "tool_use"
-    is_custom = is_call and block["name"] in style.custom_tools
+    is_custom = is_call and block["name"] in style.custom_tools  # its input is inside JSON: whole
     match event:
-        case {"delta": {"type": "text_delta", "text": text}} if text:
-            return {"content": text}
-        case {"delta": {"type": "thinking_delta", "thinking": text}} if text:
-            return {"reasoning_content": text}
         case {"type": "message_start"}:
             return {"role": "assistant", "content": ""}
         case {"type": "message_stop"}:
             return {}
-        case {"type": "content_block_stop"} if is_custom:  # its input is inside JSON: whole
+        case {"delta": {"type": "text_delta", "text": text}} if text:
+            return {"content": text}
+        case {"delta": {"type": "thinking_delta", "thinking": text}} if text:
+            return {"reasoning_content": text}
+        case {"type": "content_block_stop"} if is_custom:
             call = _to_call(block, "", style)
         case {"type": "content_block_start"} if is_call and not is_custom:
             call = _to_call(block, "", style)
@@ -2390,8 +2384,6 @@ def to_openai_error(error: ApiError) -> tuple[int, JsonObject]:
     message = str(error)
     path = re.match(r"([a-z_]+(?:\.\w+)*): ", message)
     param = re.sub(r"\.(\d+)", r"[\1]", path[1]) if path and status == 400 else None
-    if "Field required" in message:
-        code = "missing_required_parameter"
     if "prompt is too long" in message or "context limit" in message:
         code = "context_length_exceeded"
     return status, {"error": {"message": message, "type": kind, "param": param, "code": code}}
