@@ -482,7 +482,7 @@ def to_turn(
 
 
 def for_login(turn: Turn) -> Turn:
-    """Return a turn as it is told to a CLI on a claude.ai login, whose own breakpoints are 1h."""
+    """Return a turn for a CLI on a claude.ai login, whose breakpoints are 1h (seen, 2.1.330)."""
     marked = turn.marked
     if len(turn.messages) > 1:
         # its reminders move with the last user message: the block before keeps the history cached
@@ -557,7 +557,8 @@ def _merge(said: Iterable[Said], marks: list[Mark]) -> list[Message]:
             group.sort(key=lambda one: one[2]["type"] != "tool_result")
         if all("thinking" in block["type"] for _, _, block in group):  # the CLI would drop it
             problem = "The final block in an assistant message cannot be `thinking`."
-            raise InvalidRequest(f"{_message_path(group[-1][1])}: {problem}")
+            path = group[-1][1].rpartition(".content.")[0]
+            raise InvalidRequest(f"{path}: {problem}")
     _check_tool_pairs(groups)
     merged = []
     for group in groups:
@@ -566,27 +567,25 @@ def _merge(said: Iterable[Said], marks: list[Mark]) -> list[Message]:
     return merged
 
 
-def _message_path(block_path: str) -> str:
-    return block_path.rpartition(".content.")[0]
-
-
 def _check_tool_pairs(messages: Iterable[list[Said]]) -> None:
     """Refuse calls without results, and the reverse: the CLI would silently mend all of these."""
     seen: set[str] = set()
-    asked: dict[str, str] = {}  # the calls of the message before, and where they stand
+    asked: dict[str, str] = {}  # the calls of the message before, each with its message's path
     for said in messages:
         results = {str(block.get("tool_use_id")) for _, _, block in said}  # server tools' too
         calls: dict[str, str] = {}
         for _, path, block in said:
             problem, call = "", str(block.get("id"))
             match block["type"]:
-                case "tool_result" if not asked.pop(answered := block["tool_use_id"], ""):
-                    problem = f"unexpected `tool_use_id` found in `tool_result` blocks: {answered}"
+                case "tool_result" if (call := block["tool_use_id"]) in asked:
+                    del asked[call]
+                case "tool_result":
+                    problem = f"unexpected `tool_use_id` found in `tool_result` blocks: {call}"
                 case "tool_use" if call in seen:
                     problem = "`tool_use` ids must be unique"
                 case "tool_use":
                     seen.add(call)
-                    calls[call] = path
+                    calls[call] = path.rpartition(".content.")[0]
                 case "server_tool_use" if call not in results:
                     name = block["name"]
                     problem = f"`{name}` tool use with id `{call}` was found without its result"
@@ -594,8 +593,8 @@ def _check_tool_pairs(messages: Iterable[list[Said]]) -> None:
                 raise InvalidRequest(f"{path}: {problem}")
         if asked:
             problem = "`tool_use` ids were found without `tool_result` blocks immediately after"
-            at = _message_path(next(iter(asked.values())))
-            raise InvalidRequest(f"{at}: {problem}: {', '.join(sorted(asked))}")
+            path = next(iter(asked.values()))
+            raise InvalidRequest(f"{path}: {problem}: {', '.join(sorted(asked))}")
         asked = calls
 
 
@@ -723,10 +722,8 @@ def to_model_list(models: Iterable[JsonObject]) -> list[JsonObject]:
         item = {"type": "model", "object": "model", "id": model_id, "owned_by": "anthropic"}
         dates = {"created_at": "1970-01-01T00:00:00Z", "created": 0}  # unknown, by the API's docs
         items[model_id] = {**item, **dates, "display_name": model.get("displayName") or model_id}
-    newest_first = sorted(
-        items, key=lambda name: [*map(int, re.findall(r"\d+", name))], reverse=True
-    )
-    return [items[model_id] for model_id in newest_first]
+    versions = {model_id: list(map(int, re.findall(r"\d+", model_id))) for model_id in items}
+    return sorted(items.values(), key=lambda item: versions[item["id"]], reverse=True)
 
 
 # get_context_usage takes 500 tokens off all tools together, and counts them beside a message of 8.
@@ -798,9 +795,10 @@ class AnswerReader:
         """Whether the CLI holds the conversation as the client was told it, and asks no more."""
         # After any other stop reason (max_tokens, refusal, model_context_window_exceeded), and
         # after an empty answer, it asks upstream again by itself (seen, 2.1.330).
-        says = any(str(block.get("text") or "").strip() for block in self.content)
-        quiet = ("tool_use",) if self.calls else ("end_turn", "stop_sequence") if says else ()
-        return len(self.content) == self._blocks and self._stop_reason in quiet
+        says = self.calls or any(str(block.get("text") or "").strip() for block in self.content)
+        reasons = ("tool_use",) if self.calls else ("end_turn", "stop_sequence")
+        is_whole = len(self.content) == self._blocks
+        return is_whole and bool(says) and self._stop_reason in reasons
 
     @property
     def calls(self) -> dict[str, str]:
@@ -2094,9 +2092,7 @@ class Pool:
 
 _DATA_URL: Final = re.compile(r"data:([\w.+-]+/[\w.+-]+)(?:;[\w=-]+)*;base64,(.*)\Z", re.DOTALL)
 _NO_INPUT: Final = {"type": "object", "properties": {}}
-_RAW_INPUT: Final = {
-    **{"type": "object", "properties": {"input": {"type": "string"}}, "required": ["input"]}
-}
+_RAW_INPUT: Final = {"properties": {"input": {"type": "string"}}, "required": ["input"]}
 _OPENAI_EFFORTS: Final = {"none": None, "minimal": "low"}  # the others are Anthropic's
 # What ignoring would give another answer than was asked for, and the value that asks for no more.
 _ONLY: Final = {
@@ -2179,7 +2175,8 @@ def _unwrapped(owner: JsonObject, path: str) -> tuple[str, JsonObject, str]:
 def to_tool(kind: str, tool: JsonObject, path: str) -> JsonObject:
     """Return a function or custom tool in Anthropic's form."""
     said = {"name": require(tool, "name", str, path), "description": tool.get("description")}
-    schema = _RAW_INPUT if kind == "custom" else tool.get("parameters") or _NO_INPUT
+    is_raw = kind == "custom"
+    schema = _NO_INPUT | _RAW_INPUT if is_raw else tool.get("parameters") or _NO_INPUT
     return without_nulls({**said, "strict": tool.get("strict"), "input_schema": schema})
 
 
