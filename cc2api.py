@@ -318,13 +318,14 @@ def needs_keys(settings: Settings) -> bool:
 # upstream, whose own 400 comes back.
 
 Placed = tuple[str, JsonObject]  # an object, with the path under which the client sent it
+Said = tuple[str, str, JsonObject]  # a message's block after its role and path
 Mark = tuple[JsonObject, Any]  # a block or tool that the client gave a breakpoint, and its ttl
 
 
 class Message(NamedTuple):
     """One message, its blocks as the client sent them but for cache breakpoints."""
 
-    role: str  # "user" or "assistant"; "system" only until it is merged
+    role: str  # "user" or "assistant"
     content: list[JsonObject]
 
 
@@ -343,7 +344,7 @@ class Turn:
     betas: tuple[str, ...]
     marked: JsonObject | None  # the very block or tool that goes with a cache breakpoint
     cache_ttl: str  # "5m" or "1h", for every cache breakpoint of the request
-    is_login: bool  # the CLI runs on a claude.ai login
+    is_login: bool = False  # the CLI runs on a claude.ai login
 
 
 _KIND_NAMES: Final = {str: "string", bool: "boolean", dict: "dictionary", list: "list"}
@@ -354,9 +355,9 @@ _OURS: Final = (
     *("model", "messages", "system", "stream", "tools", "thinking", "output_config"),
     *("output_format", "effort", "metadata", "cache_control", "thread"),
 )
-_IMAGE_MAGIC: Final = {
-    **{"image/png": b"\x89PNG\r\n\x1a\n", "image/jpeg": b"\xff\xd8\xff"},
-    **{"image/gif": b"GIF8", "image/webp": b"RIFF"},
+_IMAGE_STARTS: Final = {  # their magic numbers in base64
+    **{"image/png": "iVBORw0KGgo", "image/jpeg": "/9j/"},
+    **{"image/gif": "R0lGOD", "image/webp": "UklGR"},
 }
 _BETA: Final = re.compile(r"(?!claude-code-|oauth-)[A-Za-z0-9][A-Za-z0-9_.-]*\Z")  # not the CLI's
 
@@ -426,9 +427,7 @@ def as_blocks(content: Any) -> Any:
     return [{"type": "text", "text": content}] if content else []
 
 
-def parse_messages_request(
-    body: JsonObject, betas: str = "", *, is_login: bool = False, is_count: bool = False
-) -> Turn:
+def parse_messages_request(body: JsonObject, betas: str = "", *, is_count: bool = False) -> Turn:
     """Check a Messages API request, with the anthropic-beta header, and return it as a Turn."""
     if body.get("thread") is not None:
         # The SDKs' tool runners then resend the whole history (messages-api.md section 9).
@@ -436,20 +435,16 @@ def parse_messages_request(
         raise InvalidRequest(problem, details={"error_code": "thread_unsupported_request"})
     if body.get("max_tokens") is None and not is_count:  # the CLI would put a number of its own
         raise InvalidRequest("max_tokens: Field required")
-    return to_turn(body, betas, is_login=is_login, is_count=is_count)
+    require(body, "messages", list)
+    return to_turn(body, objects(body, "messages"), betas, is_count=is_count)
 
 
 def to_turn(
-    body: JsonObject,
-    betas: str = "",
-    *,
-    is_login: bool = False,
-    is_count: bool = False,
-    paths: Sequence[str] = (),
+    body: JsonObject, messages: Iterable[Placed], betas: str = "", *, is_count: bool = False
 ) -> Turn:
-    """Return a request's Turn. One to count may end with an answer.
+    """Return the Turn of a body and of messages placed where the client sent them.
 
-    `paths` are those of the messages, where the client did not send them as `body` has them.
+    One to count may end with an answer.
     """
     if not require(body, "model", str).strip():
         raise InvalidRequest("model: String should have at least 1 character")
@@ -466,20 +461,20 @@ def to_turn(
         thinking = {"type": "disabled"} if is_alone else None
     passed = {name: value for name, value in body.items() if name not in _OURS}
     passed |= {"thinking": thinking, "output_config": without_nulls(output_config) or None}
-    parts, messages = _parse_system(body), _parse_messages(body, paths)
+    parts, said = _parse_system(body), list(_parse_messages(messages))
     system = "\n\n".join(part["text"] for part in parts)
     if is_count and system:  # the CLI would count it as a message of its own
-        messages.insert(0, ("system", Message("user", as_blocks(system))))
+        said.insert(0, ("user", "system", {"type": "text", "text": system}))
     marks: list[Mark] = []
     tools = [unmarked(tool, marks) for _, tool in objects(body, "tools")]
-    merged = _merge(messages, marks, is_count=is_count)
+    merged = _merge(said, marks)
+    if merged[-1].role == "assistant" and not is_count:
+        problem = "This gateway does not support assistant message prefill."
+        raise InvalidRequest(f"messages: {problem} The conversation must end with a user message.")
     # The API takes four breakpoints, and the CLI sets three: on two system blocks and the last of
     # the messages (seen, 2.1.330). The fourth is the client's latest.
     last = merged[-1].content[-1]
     marked = next((block for block, _ in reversed(marks) if block is not last), None)
-    if is_login and len(merged) > 1:
-        # its reminders move with the last user message: the block before keeps the history cached
-        marked = [block for block in merged[-2].content if "thinking" not in block["type"]][-1]
     for owner in (body, *parts):  # the CLI marks these itself
         unmarked(owner, marks)
     return Turn(
@@ -494,10 +489,19 @@ def to_turn(
         betas=tuple(dict.fromkeys(filter(_BETA.match, map(str.strip, betas.split(","))))),
         marked=marked,
         # The API refuses a 1h breakpoint after a 5m one, and the CLI sets its own before and after
-        # the client's, so all have one ttl. With a login the CLI itself uses 1h (seen, 2.1.330).
-        cache_ttl="1h" if is_login or "1h" in [ttl for _, ttl in marks] else "5m",
-        is_login=is_login,
+        # the client's, so all have one ttl.
+        cache_ttl="1h" if "1h" in [ttl for _, ttl in marks] else "5m",
     )
+
+
+def for_login(turn: Turn) -> Turn:
+    """Return a turn for a CLI on a claude.ai login, whose breakpoints are 1h (seen, 2.1.330)."""
+    marked = turn.marked
+    if len(turn.messages) > 1:
+        # its reminders move with the last user message: the block before keeps the history cached
+        before = turn.messages[-2].content
+        marked = [block for block in before if "thinking" not in block["type"]][-1]
+    return dataclasses.replace(turn, marked=marked, cache_ttl="1h", is_login=True)
 
 
 def _parse_system(body: JsonObject) -> list[JsonObject]:
@@ -510,27 +514,20 @@ def _parse_system(body: JsonObject) -> list[JsonObject]:
     return [block for _, block in placed]
 
 
-def _parse_messages(body: JsonObject, paths: Sequence[str]) -> list[tuple[str, Message]]:
-    """Check `messages`; `system` ones get user text: a line of that role ends the CLI."""
-    if not require(body, "messages", list):
-        raise InvalidRequest("messages: at least one message is required")
-    messages = []
-    for index, (path, entry) in enumerate(objects(body, "messages")):
-        path = paths[index] if paths else path
-        if (role := entry.get("role")) not in ("user", "assistant", "system"):
+def _parse_messages(messages: Iterable[Placed]) -> Iterator[Said]:
+    """Check messages and yield their blocks; a `system` line would end the CLI: user text."""
+    for path, message in messages:
+        if (role := message.get("role")) not in ("user", "assistant", "system"):
             raise InvalidRequest(f"{path}.role: Input should be 'user' or 'assistant'")
-        given = {"content": as_blocks(entry.get("content"))}
+        given = {"content": as_blocks(message.get("content"))}
         if not require(given, "content", list, path):
             raise InvalidRequest(f"{path}: all messages must have non-empty content")
-        content = []
         for place, block in objects(given, "content", path):
             check_block(place, block)
             if role == "system":
                 text = require(block, "text", str, place)
                 block = {"type": "text", "text": f"<system-reminder>\n{text}\n</system-reminder>"}
-            content.append(block)
-        messages.append((path, Message(role, content)))
-    return messages
+            yield role, place, block
 
 
 def check_block(path: str, block: JsonObject) -> None:
@@ -557,72 +554,62 @@ def check_image(path: str, source: JsonObject) -> None:
     """Check an image's bytes: what is no image the CLI would turn into a text note."""
     if source.get("type") != "base64":
         return
-    media_type, data = source.get("media_type"), require(source, "data", str, f"{path}.base64")
-    try:
-        head = base64.b64decode(data, validate=True)[:16]
-    except ValueError:
-        head = b""
-    if not any(kind == media_type and head.startswith(m) for kind, m in _IMAGE_MAGIC.items()):
+    media_type, data = str(source.get("media_type")), require(source, "data", str, f"{path}.base64")
+    is_base64 = len(data) % 4 == 0 and re.fullmatch("[A-Za-z0-9+/]+={0,2}", data)
+    if not is_base64 or not data.startswith(_IMAGE_STARTS.get(media_type, "no image")):
         problem = f"Could not process image: it is no {media_type} in base64"
         raise InvalidRequest(f"{path}.base64.data: {problem}")
 
 
-def _merge(
-    messages: list[tuple[str, Message]], marks: list[Mark], *, is_count: bool
-) -> list[Message]:
+def _merge(said: Iterable[Said], marks: list[Mark]) -> list[Message]:
     """Join the messages of one role, as the API does (the CLI would itself, but add a newline)."""
-    merged: list[Message] = []
-    groups: list[tuple[str, list[Placed]]] = []  # for each, the path of its last part
-    for is_answer, group in itertools.groupby(messages, lambda each: each[1].role == "assistant"):
-        parts = list(group)
-        placed = [
-            (f"{path}.content.{at}", block)
-            for path, part in parts
-            for at, block in enumerate(part.content)
-        ]
-        if any(part.role == "system" for _, part in parts):  # tool results must stay in front
-            placed.sort(key=lambda each: each[1]["type"] != "tool_result")
-        if all("thinking" in block["type"] for _, block in placed):  # the CLI would drop it
+    groups = [list(each) for _, each in itertools.groupby(said, lambda one: one[0] == "assistant")]
+    if not groups:
+        raise InvalidRequest("messages: at least one message is required")
+    for group in groups:
+        if any(role == "system" for role, _, _ in group):  # tool results must stay in front
+            group.sort(key=lambda one: one[2]["type"] != "tool_result")
+        if all("thinking" in block["type"] for _, _, block in group):  # the CLI would drop it
             problem = "The final block in an assistant message cannot be `thinking`."
-            raise InvalidRequest(f"{parts[-1][0]}: {problem}")
-        groups.append((parts[-1][0], placed))
-        blocks = [unmarked(block, marks) for _, block in placed]
-        merged.append(Message("assistant" if is_answer else "user", blocks))
-    if merged[-1].role == "assistant" and not is_count:
-        problem = "This gateway does not support assistant message prefill."
-        raise InvalidRequest(f"messages: {problem} The conversation must end with a user message.")
+            path = group[-1][1].rpartition(".content.")[0]
+            raise InvalidRequest(f"{path}: {problem}")
     _check_tool_pairs(groups)
+    merged = []
+    for group in groups:
+        role = "assistant" if group[0][0] == "assistant" else "user"
+        merged.append(Message(role, [unmarked(block, marks) for _, _, block in group]))
     return merged
 
 
-def _check_tool_pairs(messages: Iterable[tuple[str, list[Placed]]]) -> None:
-    """Refuse calls without results and the reverse: the CLI would invent and blank, silently."""
+def _check_tool_pairs(messages: Iterable[list[Said]]) -> None:
+    """Refuse calls without results, and the reverse: the CLI would silently mend all of these."""
     seen: set[str] = set()
-    asked: set[str] = set()  # ids of the calls in the message before
-    asked_at = ""  # the path of that message
-    for message_path, placed in messages:
-        here = {str(block.get("tool_use_id")) for _, block in placed}  # server tools' results too
-        calls: set[str] = set()
-        for path, block in placed:
-            problem = ""
-            match block:
-                case {"type": "tool_result", "tool_use_id": call} if call in asked:
-                    asked.remove(call)
-                case {"type": "tool_result", "tool_use_id": call}:
+    asked: dict[str, str] = {}  # the calls of the message before, each with its message's path
+    for said in messages:
+        results = {str(block.get("tool_use_id")) for _, _, block in said}  # server tools' too
+        calls: dict[str, str] = {}
+        for _, path, block in said:
+            problem, call = "", str(block.get("id"))
+            match block["type"]:
+                case "tool_result" if (call := block["tool_use_id"]) in asked:
+                    del asked[call]
+                case "tool_result":
                     problem = f"unexpected `tool_use_id` found in `tool_result` blocks: {call}"
-                case {"type": "tool_use", "id": call} if call not in seen:
-                    seen.add(call)
-                    calls.add(call)
-                case {"type": "tool_use"}:
+                case "tool_use" if call in seen:
                     problem = "`tool_use` ids must be unique"
-                case {"type": "server_tool_use", "id": call, "name": name} if call not in here:
+                case "tool_use":
+                    seen.add(call)
+                    calls[call] = path.rpartition(".content.")[0]
+                case "server_tool_use" if call not in results:
+                    name = block["name"]
                     problem = f"`{name}` tool use with id `{call}` was found without its result"
             if problem:
                 raise InvalidRequest(f"{path}: {problem}")
         if asked:
             problem = "`tool_use` ids were found without `tool_result` blocks immediately after"
-            raise InvalidRequest(f"{asked_at}: {problem}: {', '.join(sorted(asked))}")
-        asked, asked_at = calls, message_path
+            path = next(iter(asked.values()))
+            raise InvalidRequest(f"{path}: {problem}: {', '.join(sorted(asked))}")
+        asked = calls
 
 
 def unmarked(block: JsonObject, marks: list[Mark]) -> JsonObject:
@@ -822,11 +809,10 @@ class AnswerReader:
         """Whether the CLI holds the conversation as the client was told it, and asks no more."""
         # After any other stop reason (max_tokens, refusal, model_context_window_exceeded), and
         # after an empty answer, it asks upstream again by itself (seen, 2.1.330).
-        says = any(str(block.get("text") or "").strip() for block in self.content)
-        ends = says and not self.calls
-        is_quiet = {"tool_use": bool(self.calls), "end_turn": ends, "stop_sequence": ends}
+        says = self.calls or any(str(block.get("text") or "").strip() for block in self.content)
+        reasons = ("tool_use",) if self.calls else ("end_turn", "stop_sequence")
         is_whole = len(self.content) == self._blocks
-        return is_whole and is_quiet.get(str(self._stop_reason), False)
+        return is_whole and bool(says) and self._stop_reason in reasons
 
     @property
     def calls(self) -> dict[str, str]:
@@ -851,9 +837,6 @@ class AnswerReader:
                 self.is_called = True
             case {"type": "rate_limit_event"}:
                 self.rate_limits = to_rate_limit_headers(line.get("rate_limit_info"))
-            case {"subtype": "api_retry"}:
-                details = {name: line.get(name) for name in ("attempt", "error_status", "error")}
-                log.warning("claude retries by itself: %s", details)
             case {"type": "assistant", "error": error} if error:
                 self._cli_error = str(error)
             case {"type": "assistant", "message": {"content": [*blocks]}}:
@@ -864,11 +847,8 @@ class AnswerReader:
         if self._started == (event["type"] == "message_start"):
             return []
         match event:
-            case {"type": "content_block_delta" | "content_block_stop"}:
-                return [event]
             case {"type": "message_start"}:
                 self._started = self.is_called = True
-                return [event]
             case {"type": "content_block_start", "content_block": {"type": kind, **said}}:
                 self._blocks += 1
                 # some Anthropic-compatible upstreams leave these out, and SDKs stumble over that
@@ -882,9 +862,7 @@ class AnswerReader:
                 # without a stop reason: upstream's stream broke between two blocks, and the CLI is
                 # about to ask for the rest by a second call (seen, 2.1.330)
                 raise CliFailed("upstream's stream ended before its answer was complete")
-            case {"type": "message_delta"}:
-                return [event]
-        return []
+        return [event]
 
 
 def to_rate_limit_headers(info: Any) -> dict[str, str]:
@@ -902,9 +880,8 @@ def to_rate_limit_headers(info: Any) -> dict[str, str]:
 
 def to_api_error(result: JsonObject, cli_error: str | None = None) -> ApiError:
     """Return upstream's error by a `result` line, else one by the CLI's word for it, else 502."""
-    text, kind, status = map(result.get, ("result", "api_error_type", "api_error_status"))
-    if not isinstance(text, str):
-        text = f"claude gave no answer: {result.get('errors')}"
+    text = str(result.get("result") or f"claude gave no answer: {result.get('errors')}")
+    kind, status = str(result.get("api_error_type")), result.get("api_error_status")
     if not result.get("is_error"):
         return CliFailed("claude ended its turn without an answer")
     if text.startswith(("Not logged in", "Invalid API key")):
@@ -920,9 +897,8 @@ def to_api_error(result: JsonObject, cli_error: str | None = None) -> ApiError:
     if model := re.match(r"(?s)There's an issue with the selected model \((.*?)\)", text):
         return ApiError(f"model: {model.group(1)}", status=404)
     if not isinstance(status, int) or not 400 <= status <= 599:
-        status = STATUS_BY_TYPE.get(str(kind)) or _STATUS_BY_CLI_ERROR.get(str(cli_error), 502)
-    kind = str(kind) if str(kind) in STATUS_BY_TYPE else ""
-    return ApiError(_DECORATION.sub("", text), status=status, kind=kind)
+        status = STATUS_BY_TYPE.get(kind) or _STATUS_BY_CLI_ERROR.get(str(cli_error), 502)
+    return ApiError(_DECORATION.sub("", text), status, kind if kind in STATUS_BY_TYPE else "")
 
 
 class MessageAssembler:
@@ -933,7 +909,6 @@ class MessageAssembler:
         self.pieces: list[str] = []  # what the deltas of the latest block say; it gets them whole
 
     def add(self, event: Event) -> None:
-        """Take the next event that an AnswerReader gave out."""
         content = self.message.get("content", [])
         match event:
             case {"type": "message_start", "message": message}:
@@ -2190,14 +2165,12 @@ class ChatStyle(NamedTuple):
     custom_tools: frozenset[str] = frozenset()  # answered as `custom`, not `function`
 
 
-def parse_chat_request(
-    body: JsonObject, created: int, *, is_login: bool = False
-) -> tuple[Turn, ChatStyle]:
+def parse_chat_request(body: JsonObject, created: int) -> tuple[Turn, ChatStyle]:
     """Check a request; return the Turn, and the style of the answer. Raises InvalidRequest."""
     for name, only in _ONLY.items():
         if body.get(name) and body[name] != only:
             raise InvalidRequest(f"{name}: this value is not supported by this gateway")
-    system, messages, paths = _chat_messages(body)
+    system, messages = _chat_messages(body)
     given = [_unwrapped(tool, path) for path, tool in objects(body, "tools")]
     form = optional(body, "response_format", dict) or {}
     if form.get("type") == "json_schema":
@@ -2206,17 +2179,16 @@ def parse_chat_request(
     stops = [stop] if isinstance(stop, str) else optional(body, "stop", list) or []
     translated = {
         **to_shared_fields(body, [to_tool(*each) for each in given]),
-        **{"system": system, "messages": messages},
+        "system": system,
         "max_tokens": body.get("max_completion_tokens") or body.get("max_tokens"),
         # blank ones OpenAI takes and Anthropic does not
         "stop_sequences": [text for text in stops if str(text).strip()] or None,
         "effort": _OPENAI_EFFORTS.get(str(effort), effort),
         "output_format": to_output_format(form, system),
     }
-    turn = to_turn(translated, is_login=is_login, paths=paths)
     include_usage = bool(_object(body.get("stream_options")).get("include_usage"))
     custom = frozenset(tool["name"] for kind, tool, _ in given if kind == "custom")
-    return turn, ChatStyle(created, include_usage, custom)
+    return to_turn(translated, messages), ChatStyle(created, include_usage, custom)
 
 
 def to_shared_fields(body: JsonObject, tools: list[JsonObject]) -> JsonObject:
@@ -2254,9 +2226,8 @@ def _unwrapped(owner: JsonObject, path: str) -> tuple[str, JsonObject, str]:
 def to_tool(kind: str, tool: JsonObject, path: str) -> JsonObject:
     """Return a function or custom tool in Anthropic's form."""
     said = {"name": require(tool, "name", str, path), "description": tool.get("description")}
-    schema = tool.get("parameters") or _NO_INPUT
-    if kind == "custom":
-        schema = _NO_INPUT | _RAW_INPUT
+    is_raw = kind == "custom"
+    schema = _NO_INPUT | _RAW_INPUT if is_raw else tool.get("parameters") or _NO_INPUT
     return without_nulls({**said, "strict": tool.get("strict"), "input_schema": schema})
 
 
@@ -2317,44 +2288,30 @@ def to_source(url: str) -> JsonObject:
     return {"type": "base64", "media_type": media_type, "data": encoded}
 
 
-def _chat_messages(body: JsonObject) -> tuple[list[JsonObject], list[JsonObject], list[str]]:
-    """Return system blocks, hoisted from wherever they stand, the other messages, their paths."""
+def _chat_messages(body: JsonObject) -> tuple[list[JsonObject], list[Placed]]:
+    """Return the system blocks, hoisted from wherever they stand, and the other messages."""
     system: list[JsonObject] = []
-    messages: list[JsonObject] = []
-    paths: list[str] = []
-    called: set[str] = set()
+    messages: list[Placed] = []
     for path, message in objects(body, "messages"):
         said = {"content": as_blocks(message.get("content") or message.get("refusal"))}
         parts = [to_block(part, place) for place, part in objects(said, "content", path)]
         # blank texts OpenAI takes and Anthropic does not
         blocks = [b for b in parts if b["type"] != "text" or b["text"].strip()]
         role = message.get("role")
-        match role:
-            case "system" | "developer":
-                for block in blocks:
-                    system += as_blocks(require(block, "text", str, f"{path}.content"))
-                continue
-            case "user":
-                if not blocks:
-                    raise InvalidRequest(f"{path}.content: text content blocks must be non-empty")
-            case "assistant":
-                for place, call in objects(message, "tool_calls", path):
-                    call_id = require(call, "id", str, place)
-                    blocks.append(to_tool_use(call_id, *_unwrapped(call, place)))
-                    called.add(call_id)
-            case "tool":
-                role, call_id = "user", require(message, "tool_call_id", str, path)
-                if call_id not in called:
-                    raise InvalidRequest(f"{path}.tool_call_id: no such tool call was made before")
-                result = {"type": "tool_result", "tool_use_id": call_id, "content": blocks}
-                blocks = [result]
-            case _:
-                roles = "'system', 'developer', 'user', 'assistant' or 'tool'"
-                raise InvalidRequest(f"{path}.role: Input should be {roles}")
-        if blocks:
-            messages.append({"role": role, "content": blocks})
-            paths.append(path)
-    return system, messages, paths
+        if role in ("system", "developer"):
+            system += blocks
+            continue
+        if role == "assistant":
+            for place, call in objects(message, "tool_calls", path):
+                call_id = require(call, "id", str, place)
+                blocks.append(to_tool_use(call_id, *_unwrapped(call, place)))
+        if role == "tool":
+            call_id = require(message, "tool_call_id", str, path)
+            role, result = "user", {"type": "tool_result", "tool_use_id": call_id}
+            blocks = [{**result, "content": blocks}]
+        if blocks or role != "assistant":
+            messages.append((path, {"role": role, "content": blocks}))
+    return system, messages
 
 
 # ---- answers
@@ -2430,21 +2387,20 @@ def to_chunks(event: Event, answer: MessageAssembler, style: ChatStyle) -> list[
 
 
 def _to_delta(event: Event, answer: MessageAssembler, style: ChatStyle) -> JsonObject | None:
-    """Return what an event adds to the reply, None where nothing."""
     content = answer.message["content"]
     block = content[-1] if content else {}
     is_call = block.get("type") == "tool_use"
-    is_custom = is_call and block["name"] in style.custom_tools
+    is_custom = is_call and block["name"] in style.custom_tools  # its input is inside JSON: whole
     match event:
-        case {"delta": {"type": "text_delta", "text": text}} if text:
-            return {"content": text}
-        case {"delta": {"type": "thinking_delta", "thinking": text}} if text:
-            return {"reasoning_content": text}
         case {"type": "message_start"}:
             return {"role": "assistant", "content": ""}
         case {"type": "message_stop"}:
             return {}
-        case {"type": "content_block_stop"} if is_custom:  # its input is inside JSON: whole
+        case {"delta": {"type": "text_delta", "text": text}} if text:
+            return {"content": text}
+        case {"delta": {"type": "thinking_delta", "thinking": text}} if text:
+            return {"reasoning_content": text}
+        case {"type": "content_block_stop"} if is_custom:
             call = _to_call(block, "", style)
         case {"type": "content_block_start"} if is_call and not is_custom:
             call = _to_call(block, "", style)
@@ -2476,8 +2432,6 @@ def to_openai_error(error: ApiError) -> tuple[int, JsonObject]:
     message = str(error)
     path = re.match(r"([a-z_]+(?:\.\w+)*): ", message)
     param = re.sub(r"\.(\d+)", r"[\1]", path[1]) if path and status == 400 else None
-    if "Field required" in message:
-        code = "missing_required_parameter"
     if "prompt is too long" in message or "context limit" in message:
         code = "context_length_exceeded"
     return status, {"error": {"message": message, "type": kind, "param": param, "code": code}}
@@ -2818,6 +2772,7 @@ class Service:
         tick: Callable[[], None],
         queued: Callable[[int], None] = lambda place: None,
     ) -> Demand:
+        turn = for_login(turn) if self.is_login else turn
         mapped = dataclasses.replace(turn, model=self._model_map.get(turn.model, turn.model))
         message = f"no whole answer within {self.settings.timeout:g} s"
         late = ApiError(message, status=504, should_retry=False)
@@ -3272,12 +3227,12 @@ def to_anthropic_error(error: ApiError) -> tuple[int, JsonObject]:
 Asked = tuple[Turn, Callable[[Event], bytes], Callable[[JsonObject], JsonObject]]
 
 
-def _ask_messages(body: JsonObject, betas: str, is_login: bool) -> Asked:
-    return parse_messages_request(body, betas, is_login=is_login), to_frame, dict
+def _ask_messages(body: JsonObject, betas: str) -> Asked:
+    return parse_messages_request(body, betas), to_frame, dict
 
 
-def _ask_chat(body: JsonObject, betas: str, is_login: bool) -> Asked:
-    turn, style = parse_chat_request(body, int(time.time()), is_login=is_login)
+def _ask_chat(body: JsonObject, betas: str) -> Asked:
+    turn, style = parse_chat_request(body, int(time.time()))
     answer = MessageAssembler()
 
     def encode(event: Event) -> bytes:
@@ -3291,7 +3246,7 @@ def _ask_chat(body: JsonObject, betas: str, is_login: bool) -> Asked:
 class Dialect(NamedTuple):
     """An API that asks a model: how it is read and written."""
 
-    read: Callable[[JsonObject, str, bool], Asked]  # a body, anthropic-beta, Service.is_login
+    read: Callable[[JsonObject, str], Asked]  # a body, anthropic-beta
     to_error: Callable[[ApiError], tuple[int, JsonObject]]
     life: bytes  # shows life in a stream that has begun
 
@@ -3484,7 +3439,7 @@ class Handler(BaseRequestHandler):
         """Have a model answer: write its events as they come, or the whole message."""
         service, record, out = self._service, self._record, self._out
         body, betas = self._read_json(), self._head.get("anthropic-beta")
-        turn, encode, finish = self._dialect.read(body, betas, service.is_login)
+        turn, encode, finish = self._dialect.read(body, betas)
         record.note_turn(turn, is_known=service.knows(turn.model))
         if turn.stream:
             out.stream_with(COMMENT)
@@ -3496,8 +3451,8 @@ class Handler(BaseRequestHandler):
                     for event in () if turn.stream else batch:
                         assembler.add(event)
                     frames = b"".join(map(encode, batch)) if turn.stream else b""
+                    record.note_events(batch)
                 out.write_chunk(frames, is_last=batch[-1:] == [{"type": "message_stop"}])
-                record.note_events(batch)
                 if turn.stream:
                     record.debug("response", frames)
                     out.stream_with(self._dialect.life)

@@ -75,9 +75,10 @@ fuzz = settings(max_examples=100, deadline=None, suppress_health_check=[HealthCh
 @given(requests, st.text(max_size=20), st.booleans())
 def test_any_json_is_a_valid_turn_or_a_400(body: Any, betas: str, login: bool) -> None:
     try:
-        turn = cc2api.parse_messages_request(body, betas, is_login=login)
+        turn = cc2api.parse_messages_request(body, betas)
     except cc2api.InvalidRequest:
         return
+    turn = cc2api.for_login(turn) if login else turn
     roles = [m.role for m in turn.messages]
     assert roles[-1] == "user"
     assert all(a != b for a, b in itertools.pairwise(roles)), "roles alternate"
@@ -100,10 +101,10 @@ def test_many_of_the_requests_made_up_here_are_valid() -> None:
 
 
 @fuzz
-@given(requests, st.booleans())
-def test_any_chat_request_is_a_valid_turn_or_a_400(body: Any, login: bool) -> None:
+@given(requests)
+def test_any_chat_request_is_a_valid_turn_or_a_400(body: Any) -> None:
     try:
-        cc2api.parse_chat_request(body, 0, is_login=login)
+        cc2api.parse_chat_request(body, 0)
     except cc2api.InvalidRequest:
         return
 

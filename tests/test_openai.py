@@ -212,7 +212,7 @@ MISTAKES: list[tuple[JsonObject, str | None]] = [
     ),
     (
         {"messages": [{"role": "tool", "tool_call_id": "x", "content": "r"}]},
-        "messages[0].tool_call_id",
+        "messages[0].content[0]",
     ),
     (
         {
@@ -235,7 +235,7 @@ MISTAKES: list[tuple[JsonObject, str | None]] = [
     ({"functions": [{"name": "f"}]}, "functions"),
     (
         {"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": " "}]},
-        "messages[1].content",
+        "messages[1]",
     ),
     (
         {
