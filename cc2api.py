@@ -642,7 +642,11 @@ def _canonical(node: Any) -> Any:
     told.pop("caller", None)  # the CLI drops it
     if told.get("type") == "tool_result":
         told["content"] = as_blocks(told.get("content") or "")
-    return {name: value if name == "input" else _canonical(value) for name, value in told.items()}
+    leaves = (str, int)  # quicker so: a long history has many
+    return {
+        name: value if name == "input" or isinstance(value, leaves) else _canonical(value)
+        for name, value in told.items()
+    }
 
 
 # ======================================================================== Lines

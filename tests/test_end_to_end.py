@@ -715,15 +715,6 @@ def test_a_connection_lost_in_mid_stream_is_one_call_and_an_error(
     only_call(api, word)
 
 
-def test_not_signed_in_is_401_and_says_what_to_do(start: Any, api: ScriptedApi) -> None:
-    gateway = start(env={})
-    assert "NOT SIGNED IN" in gateway.banner
-    answer = gateway.ask(marker())
-    assert answer.status == 401
-    assert answer.json["error"]["type"] == "authentication_error"
-    assert "/login" in answer.json["error"]["message"]
-
-
 BAD_INPUT: list[tuple[bytes, str]] = [
     (b"{", "not valid JSON"),
     (b'{"a": "\xff"}', "not valid JSON"),
