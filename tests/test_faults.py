@@ -172,10 +172,10 @@ def test_the_keeper_goes_on_whatever_happens(
 
     retire = cc2api.Fleet.retire
 
-    def fail_once(fleet: cc2api.Fleet) -> None:
+    def fail_once(fleet: cc2api.Fleet, *, incoming: int) -> None:
         if next(failures, None):
             raise RuntimeError("something unheard of")
-        retire(fleet)
+        retire(fleet, incoming=incoming)
 
     with InProcessGateway(tmp_path, processes=2) as gateway:
         wait_until(lambda: len(gateway.now.spare) == 1)
