@@ -1137,25 +1137,22 @@ class Patience:
         self._tick, self._late = tick, late
         self._deadline, self._next_tick = time.monotonic() + seconds, time.monotonic() + TICK_S
 
-    def look(self) -> None:
-        """Call `tick` where it is due; also for those who are busy without ever waiting."""
+    def slice_s(self) -> float:
+        """Return how long to wait now before calling again."""
         if time.monotonic() >= self._next_tick:
             self._next_tick = time.monotonic() + TICK_S
             self._tick()
-
-    def slice_s(self) -> float:
-        self.look()
         left = self._deadline - time.monotonic()
         if left <= 0:
             raise self._late
         return min(left, TICK_S)
 
     def at_most(self, seconds: float, late: Exception) -> Patience:
-        """Return a patience that ends earlier, with another exception; it ticks with this one."""
+        """Return a patience that ends earlier, with another exception."""
         if time.monotonic() + seconds >= self._deadline:
             return self
-        shorter = Patience(seconds, self.look, late)
-        shorter._next_tick = 0.0  # whenever it is looked at, this one is
+        shorter = Patience(seconds, self._tick, late)
+        shorter._next_tick = self._next_tick  # many short waits tick as well
         return shorter
 
 
@@ -1399,7 +1396,7 @@ class Channel:
             self.process.wait(short)
 
     def is_settled(self, due: set[str]) -> bool:
-        """Say whether `settle` would not wait."""
+        """Say whether `settle` would not wait; raise as it would."""
         while line := self.next_ready():
             kind, has_failed = line.get("type"), line.get("is_error")
             if (kind == "result" and (due or has_failed)) or (kind == "user" and due):
@@ -1467,10 +1464,6 @@ class Channel:
 # tools, thinking), append the rest, then ask or count. To continue is to cut nothing; to edit,
 # regenerate or branch is to cut to the middle; a new conversation is a cut to the beginning. Facts
 # are of 2.1.300 to 2.1.331, each pinned in tests/test_reuse.py. Knows nothing of HTTP and of pools.
-
-
-# What a process can never change, so it serves nobody else: the caller, and the betas of its calls.
-Base = tuple[Caller, tuple[str, ...]]
 
 
 class Held(NamedTuple):
@@ -1551,7 +1544,8 @@ class Demand:
     served: Future[Session] = field(init=False, default_factory=Future)
 
     @property
-    def base(self) -> Base:
+    def base(self) -> tuple[Caller, tuple[str, ...]]:
+        """What a process can never change, so it serves nobody else."""
         return self.caller, self.turn.betas
 
     def note_death(self, death: ProcessDied, *, was_new: bool) -> None:
@@ -1574,7 +1568,7 @@ class Session:
 
     def __init__(self, process: Process) -> None:
         self.process = process
-        self.base: Base | None = None  # None: blank, it has served nobody
+        self.base: tuple[Caller, tuple[str, ...]] | None = None  # None: blank, it has served nobody
         self.is_new = True  # not initialised
         self.models: list[JsonObject] = []  # as the CLI lists them
         self.turns = 0
@@ -1588,10 +1582,9 @@ class Session:
         self._taken_usd = 0.0  # what of the cost was told of
 
     def cost(self, demand: Demand, *, may_cut: bool) -> int | None:
-        """Return the messages that a turn would append here and, of what is held, lose.
+        """Return the messages that a turn would append and lose here; None: it cannot be served.
 
-        With a login the lost weigh double, as a cached prefix is lost with them. None where it
-        cannot be served here.
+        With a login the lost weigh double, as a cached prefix is lost with them.
         """
         turn, known = demand.turn, self._channel.known_tools
         if self.base not in (None, demand.base) or (demand.is_new_wanted and not self.is_new):
@@ -1622,7 +1615,7 @@ class Session:
         """Make a new process ready for anybody, and prove that it can be used again and again.
 
         A query that is held back from upstream warms it up: the first true turn then takes half as
-        long (seen). Nothing goes upstream. Raises CliRefused too.
+        long (seen). Nothing goes upstream.
         """
         first, second = (Demand(turn, NOBODY, patience) for turn in REHEARSALS)
         self.bring(first)
@@ -1636,10 +1629,7 @@ class Session:
         self.turns, self.base = 0, None
 
     def bring(self, demand: Demand) -> None:
-        """Make the process hold all but the last message; nothing goes upstream.
-
-        With `counted`, the tools to count, the last one is held too. Raises CliRefused too.
-        """
+        """Make it hold all but the last message, or all to count; nothing goes upstream."""
         assert self.base in (None, demand.base)
         self.base = demand.base  # for good
         self.turns += 1
@@ -1664,7 +1654,6 @@ class Session:
         self._tell(turn, tools, patience)
         for index in range(kept, wanted):
             self._append(turn, index)
-            patience.look()  # in a long history no wait is long enough to
             # user lines are queued but assistant lines applied at once: wait, or order is lost
             channel.come_to_rest(patience)
         self._turn = turn
@@ -1674,11 +1663,12 @@ class Session:
         assert self._turn is not None, "bring comes first"
         self.reader = AnswerReader()
         turn, asked, last = self._turn, self._conversation.loosen(), len(self._turn.messages) - 1
-        if not asked:
-            return self._append(turn, last, is_query=True)
-        self._conversation.add(turn, last, None)
-        results = to_tool_results(turn.messages[last], asked) or []
-        return self._channel.answer_calls(dict(zip(asked, results, strict=True)), patience)
+        if asked:
+            self._conversation.add(turn, last, None)
+            results = to_tool_results(turn.messages[last], asked) or []
+            self._channel.answer_calls(dict(zip(asked, results, strict=True)), patience)
+        else:
+            self._append(turn, last, is_query=True)
 
     def count_context(self, patience: Patience) -> JsonObject:
         """Return the CLI's count of what it holds; it asks upstream's count_tokens for it."""
@@ -1801,7 +1791,6 @@ class Fleet:
         self._states: dict[Session, tuple[str, float]] = {}
 
     def put(self, session: Session, state: str) -> None:
-        """Take in a session, or let it change its state."""
         self._states.pop(session, None)
         self._states[session] = (state, time.monotonic())
 
@@ -1854,7 +1843,6 @@ class Fleet:
                 self.end(session)
 
     def lacks_spare(self) -> bool:
-        """Say whether there should be a blank process that is not there."""
         is_wanted = self._settings.processes >= (2 if self.all("busy", "idle") else 1)
         return is_wanted and not self.all("starting", "spare")
 
