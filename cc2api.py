@@ -1365,14 +1365,10 @@ class Channel:
         self.apply({"env": _NO_CALLS})
 
     def interrupt(self) -> bool:
-        """End the turn whose answer nobody wants any more; say whether it has ended."""
+        """End the turn whose answer nobody wants any more; say whether nothing is left of it."""
         patience = Patience(LEAVE_S, lambda: None, ProcessDied("claude did not stop its answer"))
-        try:
-            reply = self.request("interrupt", patience)
-            self.come_to_rest(patience)
-        except (ProcessDied, CliFailed) as exc:
-            log.warning("%s", exc)
-            return False
+        reply = self.request("interrupt", patience)
+        self.come_to_rest(patience)
         return not reply.get("still_queued")
 
     def come_to_rest(self, patience: Patience) -> None:
@@ -1609,8 +1605,6 @@ class Session:
         self._taken_usd += new
         return new
 
-    # ---- before the answer
-
     def prime(self, patience: Patience) -> None:
         """Make a new process ready for anybody, and prove that it can be used again and again.
 
@@ -1706,8 +1700,6 @@ class Session:
         self._conversation.add(turn, index, line)
         self._channel.send(line)
 
-    # ---- the answer and after
-
     def read(self, patience: Patience) -> Generator[list[Event], None, list[Event]]:
         """Yield the answer's events in batches of those that were ready together.
 
@@ -1747,17 +1739,18 @@ class Session:
             return False  # told in part, or nothing that could be cut to
         if not conversation.is_loose:
             return True  # it was asked nothing
-        if not reader.done:
-            return reader.has_failed or (reader.is_called and channel.interrupt())
         names = {tool.get("name") for tool in channel.tools}
-        if not (reader.can_go_on and names.issuperset(reader.calls.values())):
-            return not channel.applying  # it would ask again: certain not to, or killed
-        conversation.add_answer(reader)
         try:
+            if not reader.done:
+                return reader.has_failed or (reader.is_called and channel.interrupt())
+            if not (reader.can_go_on and names.issuperset(reader.calls.values())):
+                return not channel.applying  # it would ask again: certain not to, or killed
+            conversation.add_answer(reader)
             due = set(conversation.calls_due)
             if not channel.applying and (not due or channel.is_settled(due)):
                 channel.apply(self._settings)  # likely those of the next turn too
-        except (ProcessDied, CliFailed):
+        except (ProcessDied, CliFailed) as exc:
+            log.warning("%s", exc)
             return False
         return True
 
@@ -1877,7 +1870,7 @@ class Pool:
         self._fleet = Fleet(settings, stamp)
         self._waiters: list[Demand] = []
         self._spare_at = 0.0  # monotonic; when the next spare may be started
-        self._refused_at: float | None = None  # monotonic
+        self._rehearse_at = 0.0  # monotonic; once refused, when the next spare tries again
         self._closed = False
         # One thread forks all processes, since on Linux they die with the thread that forked them.
         self._keeper = threading.Thread(target=self._keep, name="cc2api-keeper", daemon=True)
@@ -2007,11 +2000,10 @@ class Pool:
             with self._changed:
                 self._note_failure(f"claude cannot be started: {exc}")
                 if self._waiters and for_waiter:
-                    failure = CliFailed(self.failure, status=503)
-                    self._waiters.pop(0).served.set_exception(failure)
+                    self._waiters.pop(0).served.set_exception(CliFailed(self.failure, status=503))
             return
         with self._changed:
-            if self._refused_at and time.monotonic() - self._refused_at > REHEARSE_AGAIN_S:
+            if time.monotonic() > self._rehearse_at:
                 self.refusal = ""
             if for_waiter or self.refusal:
                 return self.give_back(session, usable=True)
@@ -2028,9 +2020,9 @@ class Pool:
             problem = exc
         with self._changed:
             if isinstance(problem, CliRefused):
-                if self._refused_at is None:  # once is enough
+                if not self._rehearse_at:  # once is enough
                     log.warning("%s: each new conversation takes a process of its own", problem)
-                self.refusal, self._refused_at = str(problem), time.monotonic()
+                self.refusal, self._rehearse_at = str(problem), time.monotonic() + REHEARSE_AGAIN_S
             elif problem and not self._closed:
                 self._note_failure(str(problem) or repr(problem))
             self.give_back(session, usable=problem is None)

@@ -93,6 +93,17 @@ def test_garbage_on_stdout_is_skipped(start_fake: Any) -> None:
     gateway.wait_for_log("not JSON")
 
 
+def test_garbage_is_not_taken_for_a_line_that_is_there(caplog: Any) -> None:
+    process = cc2api.Process(["sh", "-c", "echo garbage; exec sleep 60"], os.environ, "/", None)
+    try:
+        wait_until(lambda: process.has_lines() or "not JSON" in caplog.text)
+        assert not process.has_lines()
+    finally:
+        process.kill()
+        wait_until(lambda: not process.is_alive())
+        process.close()
+
+
 def test_a_turn_that_ends_without_an_answer_is_a_502(start_fake: Any) -> None:
     gateway = start_fake()
     assert gateway.ask("silent-end").status == 502
