@@ -1164,26 +1164,22 @@ class Patience:
         self._tick, self._late = tick, late
         self._deadline, self._next_tick = time.monotonic() + seconds, time.monotonic() + TICK_S
 
-    def look(self) -> None:
-        """Call `tick` where it is due; also for those who are busy without ever waiting."""
+    def slice_s(self) -> float:
+        """Return how long to wait now before calling again."""
         if time.monotonic() >= self._next_tick:
             self._next_tick = time.monotonic() + TICK_S
             self._tick()
-
-    def slice_s(self) -> float:
-        """Return how long to wait now before calling again."""
-        self.look()
         left = self._deadline - time.monotonic()
         if left <= 0:
             raise self._late
         return min(left, TICK_S)
 
     def at_most(self, seconds: float, late: Exception) -> Patience:
-        """Return a patience that ends earlier, with another exception; it ticks with this one."""
+        """Return a patience that ends earlier, with another exception."""
         if time.monotonic() + seconds >= self._deadline:
             return self
-        shorter = Patience(seconds, self.look, late)
-        shorter._next_tick = 0.0  # whenever it is looked at, this one is
+        shorter = Patience(seconds, self._tick, late)
+        shorter._next_tick = self._next_tick  # many short waits tick as well
         return shorter
 
 
@@ -1191,7 +1187,7 @@ class Process:
     """One running CLI. Its owner ends it: by `kill` or `finish`, and `close` once it has ended."""
 
     def __init__(
-        self, command: Sequence[str], environment: Mapping[str, str], cwd: str, stamp: object = None
+        self, command: Sequence[str], environment: Mapping[str, str], cwd: str, stamp: object
     ) -> None:
         """Start it. Raises OSError. `stamp` tells which executable it runs (`Cli.stamp`)."""
         self.stamp, self.started_at = stamp, time.monotonic()
@@ -1213,7 +1209,7 @@ class Process:
             self._poll.register(pipe, select.POLLIN)
         self._outbox = bytearray()
         self._partial = bytearray()  # the start of a line not yet whole
-        self._lines: collections.deque[bytes] = collections.deque()
+        self.lines: collections.deque[JsonObject] = collections.deque()  # read and not yet taken
         self._last_words = b""
         self._has_babbled = False
 
@@ -1229,32 +1225,17 @@ class Process:
         while self._outbox and self._write_some():
             pass
 
-    def read_line(self, patience: Patience) -> JsonObject:
-        """Wait for the next line. Raises ProcessDied, CliFailed, and what the patience raises."""
-        while True:
-            while not self._lines:
-                for fd, _ in self._poll.poll(patience.slice_s() * 1000):
-                    self._moves[fd]()
-            raw = self._lines.popleft()
-            try:
-                line = json.loads(raw)
-            except (ValueError, RecursionError):
-                line = None
-            if isinstance(line, dict):
-                return line
-            if raw.strip() and not self._has_babbled:  # skipped, and told of once
-                self._has_babbled = True
-                log.warning("claude pid=%d prints lines that are not JSON", self.pid)
+    def wait(self, patience: Patience) -> None:
+        """Wait until there are lines. Raises ProcessDied, CliFailed, what the patience raises."""
+        while not self.lines:
+            for fd, _ in self._poll.poll(patience.slice_s() * 1000):
+                self._moves[fd]()
 
-    def has_line(self) -> bool:
-        """Say whether a line has been read already."""
-        return bool(self._lines)
-
-    def take_ready(self) -> bool:
-        """Say whether it has printed a line already. Raises ProcessDied; does not wait."""
-        if not self._lines and self._stdout.fileno() in dict(self._poll.poll(0)):
+    def has_lines(self) -> bool:
+        """Say whether it has printed a line already. Raises ProcessDied, CliFailed."""
+        if not self.lines:
             self._read_stdout()
-        return bool(self._lines)
+        return bool(self.lines)
 
     def kill(self) -> None:
         """End it at once, and what it has started; `close` comes after."""
@@ -1293,9 +1274,20 @@ class Process:
         self._partial += first
         if len(self._partial) > MAX_LINE_BYTES:
             raise CliFailed(f"claude printed a line of over {MAX_LINE_BYTES} bytes")
-        if rest:
-            self._lines.extend([bytes(self._partial), *rest[:-1]])
-            self._partial = bytearray(rest[-1])
+        for following in rest:
+            self._take_line(bytes(self._partial))
+            self._partial = bytearray(following)
+
+    def _take_line(self, raw: bytes) -> None:
+        try:
+            line = json.loads(raw)
+        except (ValueError, RecursionError):
+            line = None
+        if isinstance(line, dict):
+            self.lines.append(line)
+        elif raw.strip() and not self._has_babbled:  # skipped, and told of once
+            self._has_babbled = True
+            log.warning("claude pid=%d prints lines that are not JSON", self.pid)
 
     def _read_stderr(self) -> None:
         chunk: bytes | None = self._stderr.read(READ_BYTES)
@@ -1316,7 +1308,7 @@ class Process:
         return f"claude {how}" + (f": {words}" if words else "")
 
 
-SERVER_INFO: Final = {
+SERVER_INFO: Final[JsonObject] = {
     "protocolVersion": "2025-11-25",
     "capabilities": {"tools": {"listChanged": True}},
     "serverInfo": {"name": TOOL_SERVER, "version": __version__},
@@ -1331,35 +1323,40 @@ class Channel:
     def __init__(self, process: Process) -> None:
         self.process = process
         self.results_due = 0  # `result` lines that the CLI has still to print, one a user line
+        self.tools: Sequence[JsonObject] = ()  # as last offered
         self.known_tools: dict[str, JsonObject] = {}  # as the CLI was first told of each name
         self.calls: dict[str, JsonObject] = {}  # tools/call lines that wait, by tool_use id
-        self.is_held = False  # from calling upstream, by the settings as last sent
+        self.settings: JsonObject = {}  # as last sent
         self.applying = ""  # id of the last `apply`, until it is acknowledged
         self.cost_usd = 0.0  # of all turns whose `result` was read
         self._tools: list[JsonObject] = []
         self._is_listed = False  # the CLI has asked for the tools since they were last set
         self._requests = itertools.count(1)
 
-    def next(self, patience: Patience) -> JsonObject:
-        """Return the next line, and take note of what the protocol needs."""
-        line = self.process.read_line(patience)
-        kind, request, response = line.get("type"), line.get("request"), line.get("response")
-        if kind == "control_request" and isinstance(request, dict):
-            message = request.get("message")
-            if isinstance(message, dict) and "id" in message:
-                self._serve_tools(line, message)
-        elif kind == "control_response" and isinstance(response, dict):
-            if response.get("request_id") == self.applying:
+    def next(self, patience: Patience | None = None) -> JsonObject:
+        """Take the next line, and note what the protocol needs. No patience: it must be there."""
+        if patience:
+            self.process.wait(patience)
+        line = self.process.lines.popleft()
+        match line:
+            case {"request": {"message": {"id": _, "method": "tools/call"} as call}}:
+                meta = (call.get("params") or {}).get("_meta") or {}
+                self.calls[str(meta.get("claudecode/toolUseId"))] = line
+            case {"request": {"message": {"id": _, "method": str(method)}}}:
+                self._is_listed = self._is_listed or method == "tools/list"
+                replies = {"initialize": SERVER_INFO, "tools/list": {"tools": self._tools}}
+                self._reply(line, replies.get(method, {}))
+            case {"response": {"request_id": self.applying}}:
                 self.applying = ""
-        elif kind == "result":
-            self.results_due -= 1
-            if isinstance(cost := line.get("total_cost_usd"), (int, float)):
-                self.cost_usd = float(cost)
+            case {"type": "result"}:
+                self.results_due -= 1
+                if isinstance(cost := line.get("total_cost_usd"), (int, float)):
+                    self.cost_usd = float(cost)
         return line
 
     def next_ready(self) -> JsonObject | None:
-        """Return the next line if it is there, else None. Does not wait."""
-        return self.next(_NO_PATIENCE) if self.process.take_ready() else None
+        """Take the next line if it is there, else None. Does not wait."""
+        return self.next() if self.process.has_lines() else None
 
     def send(self, line: JsonObject) -> None:
         """Send a message's line; each of the user's ends in a `result`."""
@@ -1367,13 +1364,10 @@ class Channel:
         self.process.send(line)
 
     def request(self, subtype: str, patience: Patience, **fields: Any) -> JsonObject:
-        """Send a control request and return the response.
-
-        Raises ProcessDied where it is refused or not answered, CliRefused for one of _CHANGES.
-        """
-        is_change = subtype in _CHANGES
-        kind = CliRefused if is_change else ProcessDied
-        seconds = CHANGE_TIMEOUT_S if is_change else CONTROL_TIMEOUT_S
+        """Return a request's response. Raises ProcessDied, or CliRefused for one of _CHANGES."""
+        kind, seconds = ProcessDied, CONTROL_TIMEOUT_S
+        if subtype in _CHANGES:
+            kind, seconds = CliRefused, CHANGE_TIMEOUT_S
         request_id = self._ask(subtype, **fields)
         late = kind(f"claude did not answer {subtype} within {seconds:.0f} s")
         short = patience.at_most(seconds, late)
@@ -1398,20 +1392,15 @@ class Channel:
         self.apply({"env": _NO_CALLS})
 
     def interrupt(self) -> bool:
-        """End the turn whose answer nobody wants any more; say whether it has ended."""
+        """End the turn whose answer nobody wants any more; say whether nothing is left of it."""
         patience = Patience(LEAVE_S, lambda: None, ProcessDied("claude did not stop its answer"))
-        try:
-            reply = self.request("interrupt", patience)
-            self.come_to_rest(patience)
-        except (ProcessDied, CliFailed) as exc:
-            log.warning("%s", exc)
-            return False
+        reply = self.request("interrupt", patience)
+        self.come_to_rest(patience)
         return not reply.get("still_queued")
 
     def come_to_rest(self, patience: Patience) -> None:
         """Wait for all that is due. Raises ProcessDied where it does not come."""
-        late = ProcessDied("claude did not end its turn in time")
-        short = patience.at_most(CONTROL_TIMEOUT_S, late)
+        short = patience.at_most(CONTROL_TIMEOUT_S, ProcessDied("claude did not end its turn"))
         while self.results_due or self.applying:
             self.next(short)
 
@@ -1427,23 +1416,19 @@ class Channel:
         """Wait until its turn has ended, or made the calls due; raise ProcessDied if it goes on."""
         short = patience.at_most(SETTLE_S, ProcessDied("claude did not settle after its answer"))
         while not self.is_settled(due):
-            self._note_rest(self.next(short), due)
+            self.process.wait(short)
 
     def is_settled(self, due: set[str]) -> bool:
-        """Say whether `settle` would not wait."""
+        """Say whether `settle` would not wait; raise as it would."""
         while line := self.next_ready():
-            self._note_rest(line, due)
+            kind, has_failed = line.get("type"), line.get("is_error")
+            if (kind == "result" and (due or has_failed)) or (kind == "user" and due):
+                raise ProcessDied("claude did not keep its conversation")
         return not self.applying and (self.calls.keys() >= due if due else self.results_due == 0)
-
-    def _note_rest(self, line: JsonObject, due: set[str]) -> None:
-        kind, has_failed = line.get("type"), bool(line.get("is_error"))
-        if (kind == "result" and (due or has_failed)) or (kind == "user" and due):
-            raise ProcessDied("claude did not keep its conversation")
 
     def _ask(self, subtype: str, **fields: Any) -> str:
         request_id = f"{subtype} {next(self._requests)}"
-        if "settings" in fields:
-            self.is_held = fields["settings"]["env"] is _NO_CALLS
+        self.settings = fields.get("settings", self.settings)
         request = {"subtype": subtype, **fields}
         self.process.send({"type": "control_request", "request_id": request_id, "request": request})
         return request_id
@@ -1451,11 +1436,9 @@ class Channel:
     # ---- tools
 
     def offer(self, tools: Sequence[JsonObject]) -> JsonObject:
-        """Set the tools; return the fields of `initialize` that tell of them.
-
-        By their names calls wait; upstream is told of the tools in CLAUDE_CODE_EXTRA_BODY.
-        """
-        self._is_listed = False
+        """Set the tools; return the fields of `initialize` that tell of them."""
+        # for calls to wait under their names: CLAUDE_CODE_EXTRA_BODY tells upstream of the tools
+        self.tools, self._is_listed = tools, False
         self.known_tools = {to_name(tool): tool for tool in tools} | self.known_tools
         self._tools = [
             {
@@ -1475,15 +1458,13 @@ class Channel:
         self.offer(tools)
         message = {"jsonrpc": "2.0", "method": "notifications/tools/list_changed"}
         self.request("mcp_message", patience, server_name=TOOL_SERVER, message=message)
-        late = CliRefused("claude did not ask for the changed tools")
-        short = patience.at_most(CHANGE_TIMEOUT_S, late)
+        short = patience.at_most(CHANGE_TIMEOUT_S, CliRefused("claude did not ask for its tools"))
         while not self._is_listed:
             self.next(short)
 
     def answer_calls(self, results: Mapping[str, JsonObject], patience: Patience) -> None:
         """Give the calls that wait their results, by tool_use id."""
-        late = ProcessDied("claude did not take a tool's result in time")
-        short = patience.at_most(CONTROL_TIMEOUT_S, late)
+        short = patience.at_most(CONTROL_TIMEOUT_S, ProcessDied("claude took no tool result"))
         *_, last = results
         for tool_use_id, result in results.items():
             self._reply(self.calls.pop(tool_use_id), result)
@@ -1493,25 +1474,11 @@ class Channel:
                 if line.get("type") == "user" and tool_use_id in json.dumps(line.get("message")):
                     break
 
-    def _serve_tools(self, line: JsonObject, message: JsonObject) -> None:
-        """Reply to the CLI's message to the MCP server; a tool call waits."""
-        method = message.get("method")
-        if method == "tools/call":
-            meta = (message.get("params") or {}).get("_meta") or {}
-            self.calls[str(meta.get("claudecode/toolUseId"))] = line
-            return
-        self._is_listed = self._is_listed or method == "tools/list"
-        results: JsonObject = {"initialize": SERVER_INFO, "tools/list": {"tools": self._tools}}
-        self._reply(line, results.get(str(method), {}))
-
     def _reply(self, line: JsonObject, result: JsonObject) -> None:
         reply = {"jsonrpc": "2.0", "id": line["request"]["message"]["id"], "result": result}
         response = {"request_id": line.get("request_id"), "response": {"mcp_response": reply}}
-        told = {"type": "control_response", "response": {"subtype": "success", **response}}
-        self.process.send(told)
-
-
-_NO_PATIENCE: Final = Patience(float("inf"), lambda: None, ProcessDied())
+        response["subtype"] = "success"
+        self.process.send({"type": "control_response", "response": response})
 
 
 # ================================================================= Conversation
@@ -1520,10 +1487,6 @@ _NO_PATIENCE: Final = Patience(float("inf"), lambda: None, ProcessDied())
 # tools, thinking), append the rest, then ask or count. To continue is to cut nothing; to edit,
 # regenerate or branch is to cut to the middle; a new conversation is a cut to the beginning. Facts
 # are of 2.1.300 to 2.1.331, each pinned in tests/test_reuse.py. Knows nothing of HTTP and of pools.
-
-
-# What a process can never change, so it serves nobody else: the caller, and the betas of its calls.
-Base = tuple[Caller, tuple[str, ...]]
 
 
 class Held(NamedTuple):
@@ -1565,14 +1528,12 @@ class Conversation:
         fields = {"target_message_uuid": place, "last_seen_user_message_uuid": last}
         return {**fields, "interrupt_if_running": True}  # ends a turn whose tool calls wait
 
-    def go_on_with(self, turn: Turn) -> None:
-        self._told_for = (turn.model, turn.system, turn.cache_ttl)
-
     def add(self, turn: Turn, index: int, line: JsonObject | None) -> None:
         """Hold a turn's message, sent by this line, or None where through the tool channel."""
+        self._told_for = (turn.model, turn.system, turn.cache_ttl)
         brought_by = line["uuid"] if line is not None and line["type"] == "user" else None
         has_results = any(b["type"] == "tool_result" for b in turn.messages[index].content)
-        is_place = brought_by is not None and not has_results
+        is_place = bool(brought_by) and not has_results
         self.held.append(Held(turn.digests[index], brought_by, is_place))
 
     def loosen(self) -> list[str]:
@@ -1585,17 +1546,11 @@ class Conversation:
         self.is_loose, self.calls_due = False, list(reader.calls)
 
 
-def _rehearsal(**fields: Any) -> Turn:
-    question = {"role": "user", "content": "rehearsal"}
-    body = {"model": DEFAULT_MODEL_NAME, "max_tokens": 1024, "messages": [question], **fields}
-    return parse_messages_request(body)
-
-
 # Two turns of no meaning, with other system prompts and tools: what any two requests may differ in.
-REHEARSALS: Final = (
-    _rehearsal(),
-    _rehearsal(system="rehearsal", tools=[{"name": "rehearsal", "input_schema": {}}]),
-)
+_QUESTION: Final = {"role": "user", "content": "rehearsal"}
+_REHEARSAL: Final = {"model": DEFAULT_MODEL_NAME, "max_tokens": 1024, "messages": [_QUESTION]}
+_OTHER: Final = {"system": "rehearsal", "tools": [{"name": "rehearsal", "input_schema": {}}]}
+REHEARSALS: Final = [parse_messages_request(_REHEARSAL | more) for more in ({}, _OTHER)]
 
 
 @dataclass(eq=False)
@@ -1612,7 +1567,8 @@ class Demand:
     served: Future[Session] = field(init=False, default_factory=Future)
 
     @property
-    def base(self) -> Base:
+    def base(self) -> tuple[Caller, tuple[str, ...]]:
+        """What a process can never change, so it serves nobody else."""
         return self.caller, self.turn.betas
 
     def note_death(self, death: ProcessDied, *, was_new: bool) -> None:
@@ -1635,39 +1591,35 @@ class Session:
 
     def __init__(self, process: Process) -> None:
         self.process = process
-        self.base: Base | None = None  # None: blank, it has served nobody
+        self.base: tuple[Caller, tuple[str, ...]] | None = None  # None: blank, it has served nobody
         self.is_new = True  # not initialised
         self.models: list[JsonObject] = []  # as the CLI lists them
         self.turns = 0
         self.reader = AnswerReader()  # of the turn that is asked, or was last
         self._channel = Channel(process)
         self._conversation = Conversation()
-        self._told: JsonObject = {}  # system prompt, tools, thinking, settings: as last told
+        self._system = ""  # as last told, like the next two
+        self._thinking: object = ""  # its budget; "" is not told
+        self._settings: JsonObject = {}
         self._turn: Turn | None = None  # the one that is served; None while it is told in part
         self._taken_usd = 0.0  # what of the cost was told of
 
-    def claim(self, demand: Demand) -> None:
-        """Belong to one caller from now on."""
-        assert self.base in (None, demand.base)
-        self.base = demand.base
-
     def cost(self, demand: Demand, *, may_cut: bool) -> int | None:
-        """Return the messages that a turn would append here and, of what is held, lose.
+        """Return the messages that a turn would append and lose here; None: it cannot be served.
 
-        With a login the lost weigh double, as a cached prefix is lost with them. None where it
-        cannot be served here.
+        With a login the lost weigh double, as a cached prefix is lost with them.
         """
         turn, known = demand.turn, self._channel.known_tools
-        if self.base is None:
-            return len(turn.messages)
-        if self.base != demand.base:
+        if self.base not in (None, demand.base) or (demand.is_new_wanted and not self.is_new):
             return None
         if any(known.get(to_name(tool), tool) != tool for tool in demand.counted or []):
             return None  # the CLI counts the tool that first had a name
+        if self.base is None:
+            return len(turn.messages)
         kept = self._conversation.kept(turn, len(turn.messages) - 1)
         lost, is_loose = len(self._conversation.held) - kept, self._conversation.is_loose
-        differs = (turn.system, turn.tools) != (self._told["system"], self._told["tools"])
-        if not may_cut and (lost or is_loose or differs):
+        differs = (turn.system, turn.tools) != (self._system, self._channel.tools)
+        if not may_cut and (lost or differs):
             return None
         return len(turn.messages) - kept + lost * (lost > is_loose) * (2 if turn.is_login else 1)
 
@@ -1680,13 +1632,11 @@ class Session:
         self._taken_usd += new
         return new
 
-    # ---- before the answer
-
     def prime(self, patience: Patience) -> None:
         """Make a new process ready for anybody, and prove that it can be used again and again.
 
         A query that is held back from upstream warms it up: the first true turn then takes half as
-        long (seen). Nothing goes upstream. Raises CliRefused too.
+        long (seen). Nothing goes upstream.
         """
         first, second = (Demand(turn, NOBODY, patience) for turn in REHEARSALS)
         self.bring(first)
@@ -1697,13 +1647,12 @@ class Session:
             if self._channel.next(patience).get("type") == "stream_event":
                 raise CliRefused("claude does not hold its calls back")
         self.bring(second)
-        self.turns = 0
+        self.turns, self.base = 0, None
 
     def bring(self, demand: Demand) -> None:
-        """Make the process hold all but the last message; nothing goes upstream.
-
-        With `counted`, the tools to count, the last one is held too. Raises CliRefused too.
-        """
+        """Make it hold all but the last message, or all to count; nothing goes upstream."""
+        assert self.base in (None, demand.base)
+        self.base = demand.base  # for good
         self.turns += 1
         self._turn = None
         turn, patience, counted = demand.turn, demand.patience, demand.counted
@@ -1714,10 +1663,9 @@ class Session:
             prompt = {"systemPrompt": [turn.system]} if turn.system else {}
             fields = {"hooks": None, **prompt, **channel.offer(tools)}
             self.models = channel.request("initialize", patience, **fields).get("models") or []
-            self.is_new = False
-            self._told = {"system": turn.system, "tools": tools, "thinking": "", "settings": None}
+            self.is_new, self._system = False, turn.system
         kept = conversation.kept(turn, wanted)
-        if kept < len(conversation.held) or conversation.is_loose:
+        if kept < len(conversation.held):
             channel.cut(conversation.cut(kept), patience)
         else:
             channel.settle(set(conversation.calls_due), patience)
@@ -1725,10 +1673,8 @@ class Session:
         # in each turn they would soon be over the four that the API takes.
         turn = dataclasses.replace(turn, marked=None) if kept else turn
         self._tell(turn, tools, patience)
-        conversation.go_on_with(turn)
         for index in range(kept, wanted):
             self._append(turn, index)
-            patience.look()  # in a long history no wait is long enough to
             # user lines are queued but assistant lines applied at once: wait, or order is lost
             channel.come_to_rest(patience)
         self._turn = turn
@@ -1738,16 +1684,17 @@ class Session:
         assert self._turn is not None, "bring comes first"
         self.reader = AnswerReader()
         turn, asked, last = self._turn, self._conversation.loosen(), len(self._turn.messages) - 1
-        if not asked:
-            return self._append(turn, last, is_query=True)
-        self._conversation.add(turn, last, None)
-        results = to_tool_results(turn.messages[last], asked) or []
-        return self._channel.answer_calls(dict(zip(asked, results, strict=True)), patience)
+        if asked:
+            self._conversation.add(turn, last, None)
+            results = to_tool_results(turn.messages[last], asked) or []
+            self._channel.answer_calls(dict(zip(asked, results, strict=True)), patience)
+        else:
+            self._append(turn, last, is_query=True)
 
     def count_context(self, patience: Patience) -> JsonObject:
         """Return the CLI's count of what it holds; it asks upstream's count_tokens for it."""
         turn, self._turn = self._turn, None
-        names = {to_name(tool) for tool in self._told["tools"]}
+        names = {to_name(tool) for tool in self._channel.tools}
         for _ in range(COUNT_ATTEMPTS):
             usage = self._channel.request("get_context_usage", patience)
             if {tool.get("name") for tool in usage.get("mcpTools") or []} == names:
@@ -1758,30 +1705,27 @@ class Session:
 
     def _tell(self, turn: Turn, tools: list[JsonObject], patience: Patience) -> None:
         """Tell what a turn needs, as far as it was not told before."""
-        channel, told = self._channel, self._told
-        if tools != told["tools"]:  # first: they take the CLI a moment
+        channel = self._channel
+        if tools != channel.tools:  # first: they take the CLI a moment
             channel.change_tools(tools, patience)
         model = resolve_model(turn.model, self.models)
-        settings = to_flag_settings(turn, model)
-        if channel.is_held or settings != told["settings"]:
-            channel.request("apply_flag_settings", patience, settings=settings)
-        if turn.system != told["system"]:
+        self._settings = to_flag_settings(turn, model)
+        if self._settings != channel.settings:
+            channel.request("apply_flag_settings", patience, settings=self._settings)
+        if turn.system != self._system:
             prompt = turn.system or DEFAULT_SYSTEM_PROMPT
             change = {"model": model, "system_prompt": prompt, "only_if_model_is_current": True}
             channel.request("set_model", patience, **change)
         # null leaves thinking to the extra body; 0 turns it off where the model can be without
         tokens = None if turn.extra_body.get("thinking") else 0
-        if tokens != told["thinking"]:
+        if tokens != self._thinking:
             channel.request("set_max_thinking_tokens", patience, max_thinking_tokens=tokens)
-        told |= {"system": turn.system, "tools": tools, "thinking": tokens, "settings": settings}
+        self._system, self._thinking = turn.system, tokens
 
     def _append(self, turn: Turn, index: int, *, is_query: bool = False) -> None:
-        model = resolve_model(turn.model, self.models)
-        line = to_line(turn, index, model, is_query=is_query)
+        line = to_line(turn, index, self._settings["model"], is_query=is_query)
         self._conversation.add(turn, index, line)
         self._channel.send(line)
-
-    # ---- the answer and after
 
     def read(self, patience: Patience) -> Generator[list[Event], None, list[Event]]:
         """Yield the answer's events in batches of those that were ready together.
@@ -1793,7 +1737,7 @@ class Session:
             batch: list[Event] = []
             failure: ApiError | None = None
             try:
-                while not batch or (self.process.has_line() and not reader.done):
+                while not batch or (self.process.lines and not reader.done):
                     line = self._channel.next(patience)
                     if line.get("status") == "requesting" and not reader.is_called:
                         self._channel.hold_calls()
@@ -1822,17 +1766,18 @@ class Session:
             return False  # told in part, or nothing that could be cut to
         if not conversation.is_loose:
             return True  # it was asked nothing
-        if not reader.done:
-            return reader.has_failed or (reader.is_called and channel.interrupt())
-        names = {tool.get("name") for tool in self._told["tools"]}
-        if not (reader.can_go_on and names.issuperset(reader.calls.values())):
-            return not channel.applying  # it would ask again: certain not to, or killed
-        conversation.add_answer(reader)
+        names = {tool.get("name") for tool in channel.tools}
         try:
+            if not reader.done:
+                return reader.has_failed or (reader.is_called and channel.interrupt())
+            if not (reader.can_go_on and names.issuperset(reader.calls.values())):
+                return not channel.applying  # it would ask again: certain not to, or killed
+            conversation.add_answer(reader)
             due = set(conversation.calls_due)
             if not channel.applying and (not due or channel.is_settled(due)):
-                channel.apply(self._told["settings"])  # likely those of the next turn too
-        except (ProcessDied, CliFailed):
+                channel.apply(self._settings)  # likely those of the next turn too
+        except (ProcessDied, CliFailed) as exc:
+            log.warning("%s", exc)
             return False
         return True
 
@@ -1866,17 +1811,12 @@ class Fleet:
         self._states: dict[Session, tuple[str, float]] = {}
 
     def put(self, session: Session, state: str) -> None:
-        """Take in a session, or let it change its state."""
         self._states.pop(session, None)
         self._states[session] = (state, time.monotonic())
 
     def all(self, *states: str) -> list[Session]:
         """Return the sessions in these states, the longest there first."""
         return [session for session, (state, _) in self._states.items() if state in states]
-
-    def snapshot(self, waiting: int) -> Snapshot:
-        pids = ([s.process.pid for s in self.all(state)] for state in Snapshot._fields[:-1])
-        return Snapshot._make([*pids, waiting])
 
     def room(self) -> int:
         """Return how many more sessions may be lent."""
@@ -1892,10 +1832,8 @@ class Fleet:
         of_blank = 1 if len(self.all("busy", "idle")) < kept else BLANK_COST
         costs = {}
         for session in self.all("spare", "idle"):
-            if session.is_new or not waiter.is_new_wanted:
-                cost = session.cost(waiter, may_cut=may_cut)
-                if cost is not None:
-                    costs[session] = cost + of_blank * (session.base is None)
+            if (cost := session.cost(waiter, may_cut=may_cut)) is not None:
+                costs[session] = cost + of_blank * (session.base is None)
         return min(costs, key=costs.__getitem__, default=None)
 
     def end(self, session: Session) -> None:
@@ -1904,18 +1842,8 @@ class Fleet:
         (process.finish if is_idle else process.kill)()
         self.put(session, "ending")
 
-    def end_all(self) -> None:
-        """End the idle ones; kill the others, which whoever has them notices, and gives back."""
-        for session in self.all("spare", "idle"):
-            self.end(session)
-        for session in self.all("busy", "starting"):
-            session.process.kill()
-
     def end_unfit(self) -> bool:
-        """End idle sessions that are dead, old, or of another executable than today's.
-
-        Say whether a spare ended right after its start.
-        """
+        """End the dead, the old, those of an old CLI; say whether a spare died at its start."""
         now, stamp, has_failed = time.monotonic(), self._stamp(), False
         for session in self.all("spare", "idle"):
             age, is_dead = now - session.process.started_at, not session.process.is_alive()
@@ -1924,25 +1852,17 @@ class Fleet:
                 self.end(session)
         return has_failed
 
-    def retire(self) -> None:
+    def retire(self, *, incoming: int) -> None:
         """End what is over the number that may serve, and what was long idle over those kept."""
         kept = self._settings.processes
         used = self.all("idle") if kept else self.all("spare", "idle")
-        over, room = len(self.all("spare", "idle", "starting")) - kept, self.room()
+        over, room = len(self.all("spare", "idle", "starting")) - kept, self.room() - incoming
         for rank, session in enumerate(used):
             was_long_idle = time.monotonic() - self._states[session][1] > IDLE_S
             if rank < len(used) - room or (rank < over and was_long_idle):
                 self.end(session)
 
-    def make_room(self) -> bool:
-        """Say whether one more process may serve; end the one least recently used for it."""
-        used, room = self.all("idle"), self.room()
-        if 0 < room <= len(used):
-            self.end(used[0])
-        return room > 0
-
     def lacks_spare(self) -> bool:
-        """Say whether there should be a blank process that is not there."""
         is_wanted = self._settings.processes >= (2 if self.all("busy", "idle") else 1)
         return is_wanted and not self.all("starting", "spare")
 
@@ -1977,17 +1897,14 @@ class Pool:
         self._fleet = Fleet(settings, stamp)
         self._waiters: list[Demand] = []
         self._spare_at = 0.0  # monotonic; when the next spare may be started
-        self._refused_at: float | None = None  # monotonic
+        self._rehearse_at = 0.0  # monotonic; once refused, when the next spare tries again
         self._closed = False
         # One thread forks all processes, since on Linux they die with the thread that forked them.
         self._keeper = threading.Thread(target=self._keep, name="cc2api-keeper", daemon=True)
         self._keeper.start()
 
     def acquire(self, waiter: Demand) -> Session:
-        """Take the session in which a request costs least; wait in order.
-
-        Raises ApiError (529), CliFailed, and what the patience raises.
-        """
+        """Take the session that costs least; wait in order. Raises ApiError, as the patience."""
         with self._changed:
             if self._closed:
                 raise CliFailed(_CLOSING, status=503)
@@ -2016,17 +1933,29 @@ class Pool:
     def give_back(self, session: Session, *, usable: bool) -> None:
         """Take a session back: keep it where it can be used again, else end it at once."""
         with self._changed:
-            self._take_in(session, usable=usable)
+            if usable:
+                self.failure = self.failure if session.is_new else ""
+                self._fleet.put(session, "spare" if session.base is None else "idle")
+            is_spent = session.base and not self._settings.processes  # a blank one is for a waiter
+            if not usable or is_spent or session.turns >= MAX_SESSION_TURNS or self._closed:
+                self._fleet.end(session)
+                self._changed.notify_all()
+            self._serve_waiters()
 
     def snapshot(self) -> Snapshot:
         with self._changed:
-            return self._fleet.snapshot(len(self._waiters))
+            states = map(self._fleet.all, Snapshot._fields[:-1])
+            pids = [[session.process.pid for session in sessions] for sessions in states]
+            return Snapshot._make([*pids, len(self._waiters)])
 
     def close(self) -> None:
         """End every process, lent ones too, and wait until the last is reaped."""
         with self._changed:
             self._closed = True
-            self._fleet.end_all()
+            for session in self._fleet.all("spare", "idle"):
+                self._fleet.end(session)
+            for session in self._fleet.all("busy", "starting"):
+                session.process.kill()  # whoever has it notices, and gives it back
             while self._waiters:
                 self._waiters.pop().served.set_exception(CliFailed(_CLOSING, status=503))
             self._changed.notify_all()
@@ -2047,19 +1976,7 @@ class Pool:
                 self._changed.notify_all()
             self._fleet.put(session, "busy")
             self._waiters.remove(waiter)
-            session.claim(waiter)
             waiter.served.set_result(session)
-
-    def _take_in(self, session: Session, *, usable: bool) -> None:
-        """Keep a session for others, or end it, and see who waits for one."""
-        if usable:
-            self.failure = self.failure if session.is_new else ""
-            self._fleet.put(session, "spare" if session.base is None else "idle")
-        is_spent = session.base and not self._settings.processes  # a blank one is for a waiter
-        if not usable or is_spent or session.turns >= MAX_SESSION_TURNS or self._closed:
-            self._fleet.end(session)
-            self._changed.notify_all()
-        self._serve_waiters()
 
     def _note_failure(self, problem: str) -> None:
         if problem != self.failure:
@@ -2071,10 +1988,10 @@ class Pool:
 
     def _keep(self) -> None:
         """Run the keeper thread: start for waiters first, then spares; reap; until all are gone."""
-        while True:
+        is_over = False
+        while not is_over:
             try:
-                if self._keep_once():
-                    return
+                is_over = self._keep_once()
             except Exception:  # without this thread nothing works any more
                 log.exception("the keeper goes on")
                 time.sleep(REAP_TICK_S)
@@ -2086,10 +2003,10 @@ class Pool:
             if self._closed and not (gone or fleet.all("ending", "busy", "starting")):
                 return True
             self._serve_waiters()
-            fleet.retire()
             new = sum(waiter.is_new_wanted for waiter in self._waiters)
             lacking = max(new, len(self._waiters) - len(fleet.all("starting")))
-            is_for_waiter = lacking > 0 and fleet.make_room()
+            is_for_waiter = lacking > 0 and fleet.room() > 0
+            fleet.retire(incoming=is_for_waiter)
             spare_in_s = self._spare_at - time.monotonic()
             is_due = is_for_waiter or (spare_in_s <= 0 and not self._closed and fleet.lacks_spare())
             if not is_due and not gone:
@@ -2110,14 +2027,13 @@ class Pool:
             with self._changed:
                 self._note_failure(f"claude cannot be started: {exc}")
                 if self._waiters and for_waiter:
-                    failure = CliFailed(self.failure, status=503)
-                    self._waiters.pop(0).served.set_exception(failure)
+                    self._waiters.pop(0).served.set_exception(CliFailed(self.failure, status=503))
             return
         with self._changed:
-            if self._refused_at and time.monotonic() - self._refused_at > REHEARSE_AGAIN_S:
+            if time.monotonic() > self._rehearse_at:
                 self.refusal = ""
             if for_waiter or self.refusal:
-                return self._take_in(session, usable=True)
+                return self.give_back(session, usable=True)
             self._fleet.put(session, "starting")
         threading.Thread(None, self._prime, "cc2api-prime", [session], daemon=True).start()
 
@@ -2131,12 +2047,12 @@ class Pool:
             problem = exc
         with self._changed:
             if isinstance(problem, CliRefused):
-                if self._refused_at is None:  # once is enough
+                if not self._rehearse_at:  # once is enough
                     log.warning("%s: each new conversation takes a process of its own", problem)
-                self.refusal, self._refused_at = str(problem), time.monotonic()
+                self.refusal, self._rehearse_at = str(problem), time.monotonic() + REHEARSE_AGAIN_S
             elif problem and not self._closed:
                 self._note_failure(str(problem) or repr(problem))
-            self._take_in(session, usable=problem is None)
+            self.give_back(session, usable=problem is None)
             self._changed.notify_all()
 
 

@@ -93,6 +93,17 @@ def test_garbage_on_stdout_is_skipped(start_fake: Any) -> None:
     gateway.wait_for_log("not JSON")
 
 
+def test_garbage_is_not_taken_for_a_line_that_is_there(caplog: Any) -> None:
+    process = cc2api.Process(["sh", "-c", "echo garbage; exec sleep 60"], os.environ, "/", None)
+    try:
+        wait_until(lambda: process.has_lines() or "not JSON" in caplog.text)
+        assert not process.has_lines()
+    finally:
+        process.kill()
+        wait_until(lambda: not process.is_alive())
+        process.close()
+
+
 def test_a_turn_that_ends_without_an_answer_is_a_502(start_fake: Any) -> None:
     gateway = start_fake()
     assert gateway.ask("silent-end").status == 502
@@ -172,10 +183,10 @@ def test_the_keeper_goes_on_whatever_happens(
 
     retire = cc2api.Fleet.retire
 
-    def fail_once(fleet: cc2api.Fleet) -> None:
+    def fail_once(fleet: cc2api.Fleet, *, incoming: int) -> None:
         if next(failures, None):
             raise RuntimeError("something unheard of")
-        retire(fleet)
+        retire(fleet, incoming=incoming)
 
     with InProcessGateway(tmp_path, processes=2) as gateway:
         wait_until(lambda: len(gateway.now.spare) == 1)
