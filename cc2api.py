@@ -70,6 +70,9 @@ from pathlib import Path
 from socketserver import BaseRequestHandler, TCPServer
 from typing import Any, Final, NamedTuple, TypeVar
 
+if sys.version_info < (3, 10):  # noqa: UP036 - so that it is one line, the file is 3.8's syntax
+    sys.exit("cc2api needs Python 3.10 or newer, and this is " + sys.version.partition(" ")[0])
+
 __version__ = "0.1.0"
 
 JsonObject = dict[str, Any]
@@ -589,20 +592,17 @@ def _check_tool_pairs(messages: Iterable[list[Said]]) -> None:
         results = {str(block.get("tool_use_id")) for _, _, block in said}  # server tools' too
         calls: dict[str, str] = {}
         for _, path, block in said:
-            problem, call = "", str(block.get("id"))
-            match block["type"]:
-                case "tool_result" if (call := block["tool_use_id"]) in asked:
-                    del asked[call]
-                case "tool_result":
-                    problem = f"unexpected `tool_use_id` found in `tool_result` blocks: {call}"
-                case "tool_use" if call in seen:
-                    problem = "`tool_use` ids must be unique"
-                case "tool_use":
-                    seen.add(call)
-                    calls[call] = path.rpartition(".content.")[0]
-                case "server_tool_use" if call not in results:
-                    name = block["name"]
-                    problem = f"`{name}` tool use with id `{call}` was found without its result"
+            problem, kind, call = "", block["type"], str(block.get("id"))
+            if kind == "tool_result" and asked.pop(call := block["tool_use_id"], None) is None:
+                problem = f"unexpected `tool_use_id` found in `tool_result` blocks: {call}"
+            elif kind == "tool_use" and call in seen:
+                problem = "`tool_use` ids must be unique"
+            elif kind == "tool_use":
+                seen.add(call)
+                calls[call] = path.rpartition(".content.")[0]
+            elif kind == "server_tool_use" and call not in results:
+                name = block["name"]
+                problem = f"`{name}` tool use with id `{call}` was found without its result"
             if problem:
                 raise InvalidRequest(f"{path}: {problem}")
         if asked:
@@ -828,44 +828,48 @@ class AnswerReader:
         """Return the events that a line brings. Raises the ApiError that a failure line means."""
         if line.get("parent_tool_use_id") is not None or self.done:
             return []
-        match line:
-            case {"type": "stream_event", "event": {"type": _} as event}:
-                # After a failure come closing events of the CLI's own making, without a stop
-                # reason, and then `result`; after a refusal the true message_delta.
-                if not self._cli_error or _object(event.get("delta")).get("stop_reason"):
-                    return self._feed_event(event)
-            case {"type": "result"}:
-                self.has_failed = True
-                raise to_api_error(line, self._cli_error)
-            case {"status": "requesting"}:
-                self.is_called = True
-            case {"type": "rate_limit_event"}:
-                self.rate_limits = to_rate_limit_headers(line.get("rate_limit_info"))
-            case {"type": "assistant", "error": error} if error:
-                self._cli_error = str(error)
-            case {"type": "assistant", "message": {"content": [*blocks]}}:
-                self.content += [block for block in blocks if isinstance(block, dict)]
+        kind, event = line.get("type"), _object(line.get("event"))
+        if kind == "stream_event" and "type" in event:
+            # After a failure come closing events of the CLI's own making, without a stop reason,
+            # and then `result`; after a refusal the true message_delta.
+            if not self._cli_error or _object(event.get("delta")).get("stop_reason"):
+                return self._feed_event(event)
+        elif kind == "result":
+            self.has_failed = True
+            raise to_api_error(line, self._cli_error)
+        elif line.get("status") == "requesting":
+            self.is_called = True
+        elif line.get("subtype") == "api_retry":
+            log.warning("claude retries by itself: %s", line.get("error_status"))
+        elif kind == "rate_limit_event":
+            self.rate_limits = to_rate_limit_headers(line.get("rate_limit_info"))
+        elif kind == "assistant" and line.get("error"):
+            self._cli_error = str(line["error"])
+        elif kind == "assistant":
+            blocks = _object(line.get("message")).get("content") or []
+            self.content += [block for block in blocks if isinstance(block, dict)]
         return []
 
     def _feed_event(self, event: Event) -> list[Event]:
         if self._started == (event["type"] == "message_start"):
             return []
-        match event:
-            case {"type": "message_start"}:
-                self._started = self.is_called = True
-            case {"type": "content_block_start", "content_block": {"type": kind, **said}}:
-                self._blocks += 1
-                # some Anthropic-compatible upstreams leave these out, and SDKs stumble over that
-                block = {"type": kind} | _BLOCK_DEFAULTS.get(str(kind), {}) | said
-                return [{**event, "content_block": block}]
-            case {"type": "message_delta", "delta": {"stop_reason": str(reason)}}:
-                self._stop_reason, self.done = reason, True
-                # it always follows; made here, the process can be stopped before it goes on
-                return [event, {"type": "message_stop"}]
-            case {"type": "message_stop"}:
-                # without a stop reason: upstream's stream broke between two blocks, and the CLI is
-                # about to ask for the rest by a second call (seen, 2.1.330)
-                raise CliFailed("upstream's stream ended before its answer was complete")
+        kind, reason = event["type"], _object(event.get("delta")).get("stop_reason")
+        if kind == "message_start":
+            self._started = self.is_called = True
+        elif kind == "content_block_start":
+            self._blocks += 1
+            # some Anthropic-compatible upstreams leave these out, and SDKs stumble over that
+            block = event["content_block"]
+            defaults = {"type": block["type"], **_BLOCK_DEFAULTS.get(str(block["type"]), {})}
+            return [{**event, "content_block": {**defaults, **block}}]
+        elif kind == "message_delta" and isinstance(reason, str):
+            self._stop_reason, self.done = reason, True
+            # it always follows; made here, the process can be stopped before it goes on
+            return [event, {"type": "message_stop"}]
+        elif kind == "message_stop":
+            # without a stop reason: upstream's stream broke between two blocks, and the CLI is
+            # about to ask for the rest by a second call (seen, 2.1.330)
+            raise CliFailed("upstream's stream ended before its answer was complete")
         return [event]
 
 
@@ -913,30 +917,33 @@ class MessageAssembler:
         self.pieces: list[str] = []  # what the deltas of the latest block say; it gets them whole
 
     def add(self, event: Event) -> None:
+        """Take the next event that an AnswerReader gave out."""
+        kind, delta = event["type"], _object(event.get("delta"))
         content = self.message.get("content", [])
-        match event:
-            case {"type": "message_start", "message": message}:
-                self.message = {**message, "content": [], "usage": dict(message["usage"])}
-            case {"type": "content_block_start", "content_block": block}:
-                content.append(dict(block))
-                self.pieces = []
-            case {"delta": {"text": piece} | {"thinking": piece} | {"partial_json": piece}}:
-                self.pieces.append(piece)
-            case {"delta": {"signature": signature}}:
-                content[-1]["signature"] = signature
-            case {"delta": {"citation": citation}}:
-                content[-1]["citations"] = [*(content[-1].get("citations") or []), citation]
-            case {"delta": {"type": "compaction_delta", "content": summary}}:
-                content[-1]["content"] = summary
-            case {"type": "content_block_stop"} if said := "".join(self.pieces):
-                if (kind := content[-1]["type"]) in ("text", "thinking"):
-                    content[-1][kind] += said
-                else:
-                    content[-1]["input"] = parse_input(said)
-            case {"type": "message_delta", "delta": delta}:
-                extra = {"context_management": event.get("context_management")}
-                self.message |= {**delta, **without_nulls(extra)}
-                self.message["usage"] |= without_nulls(event.get("usage") or {})
+        pieces = [delta[name] for name in ("text", "thinking", "partial_json") if name in delta]
+        if kind == "message_start":
+            usage = dict(event["message"]["usage"])
+            self.message = {**event["message"], "content": [], "usage": usage}
+        elif kind == "content_block_start":
+            content.append(dict(event["content_block"]))
+            self.pieces = []
+        elif pieces:
+            self.pieces += pieces
+        elif "signature" in delta:
+            content[-1]["signature"] = delta["signature"]
+        elif "citation" in delta:
+            content[-1]["citations"] = [*(content[-1].get("citations") or []), delta["citation"]]
+        elif delta.get("type") == "compaction_delta":
+            content[-1]["content"] = delta.get("content")
+        elif kind == "content_block_stop" and (said := "".join(self.pieces)):
+            if (block := content[-1]["type"]) in ("text", "thinking"):
+                content[-1][block] += said
+            else:
+                content[-1]["input"] = parse_input(said)
+        elif kind == "message_delta":
+            extra = {"context_management": event.get("context_management")}
+            self.message |= {**delta, **without_nulls(extra)}
+            self.message["usage"] |= without_nulls(event.get("usage") or {})
 
 
 def parse_input(text: str) -> Any:
@@ -1338,20 +1345,21 @@ class Channel:
         if patience:
             self.process.wait(patience)
         line = self.process.lines.popleft()
-        match line:
-            case {"request": {"message": {"id": _, "method": "tools/call"} as call}}:
-                meta = (call.get("params") or {}).get("_meta") or {}
-                self.calls[str(meta.get("claudecode/toolUseId"))] = line
-            case {"request": {"message": {"id": _, "method": str(method)}}}:
-                self._is_listed = self._is_listed or method == "tools/list"
-                replies = {"initialize": SERVER_INFO, "tools/list": {"tools": self._tools}}
-                self._reply(line, replies.get(method, {}))
-            case {"response": {"request_id": self.applying}}:
-                self.applying = ""
-            case {"type": "result"}:
-                self.results_due -= 1
-                if isinstance(cost := line.get("total_cost_usd"), (int, float)):
-                    self.cost_usd = float(cost)
+        message = _object(_object(line.get("request")).get("message"))
+        method = str(message.get("method"))
+        if method == "tools/call":
+            meta = _object(_object(message.get("params")).get("_meta"))
+            self.calls[str(meta.get("claudecode/toolUseId"))] = line
+        elif "id" in message:
+            self._is_listed = self._is_listed or method == "tools/list"
+            replies = {"initialize": SERVER_INFO, "tools/list": {"tools": self._tools}}
+            self._reply(line, replies.get(method, {}))
+        elif self.applying and _object(line.get("response")).get("request_id") == self.applying:
+            self.applying = ""
+        elif line.get("type") == "result":
+            self.results_due -= 1
+            if isinstance(cost := line.get("total_cost_usd"), (int, float)):
+                self.cost_usd = float(cost)
         return line
 
     def next_ready(self) -> JsonObject | None:
@@ -2179,20 +2187,19 @@ def to_tool_use(call_id: str, kind: str, call: JsonObject, path: str) -> JsonObj
 
 def to_block(part: JsonObject, path: str) -> JsonObject:
     """Return a part of a message's content as a block."""
-    match part.get("type"):
-        case "text" | "refusal" as kind:
-            return {"type": "text", "text": require(part, kind, str, path)}
-        case "image_url":
-            image, path = require(part, "image_url", dict, path), f"{path}.image_url"
-            source = to_source(require(image, "url", str, path))
-            check_image(f"{path}.url", source)
-            return {"type": "image", "source": source}
-        case "file":
-            file, path = require(part, "file", dict, path), f"{path}.file"
-            data, title = require(file, "file_data", str, path), file.get("filename") or None
-            url = data if data.startswith("data:") else f"data:application/pdf;base64,{data}"
-            return without_nulls({"type": "document", "title": title, "source": to_source(url)})
-    raise InvalidRequest(f"{path}.type: Input should be 'text', 'image_url' or 'file'")
+    kind = part.get("type")
+    if kind in ("text", "refusal"):
+        return {"type": "text", "text": require(part, kind, str, path)}
+    if kind not in ("image_url", "file"):
+        raise InvalidRequest(f"{path}.type: Input should be 'text', 'image_url' or 'file'")
+    inner, path = require(part, kind, dict, path), f"{path}.{kind}"
+    if kind == "image_url":
+        source = to_source(require(inner, "url", str, path))
+        check_image(f"{path}.url", source)
+        return {"type": "image", "source": source}
+    data, title = require(inner, "file_data", str, path), inner.get("filename") or None
+    url = data if data.startswith("data:") else f"data:application/pdf;base64,{data}"
+    return without_nulls({"type": "document", "title": title, "source": to_source(url)})
 
 
 def to_source(url: str) -> JsonObject:
@@ -2311,25 +2318,19 @@ def _to_delta(event: Event, answer: MessageAssembler, style: ChatStyle) -> JsonO
     block = content[-1] if content else {}
     is_call = block.get("type") == "tool_use"
     is_custom = is_call and block["name"] in style.custom_tools  # its input is inside JSON: whole
-    match event:
-        case {"type": "message_start"}:
-            return {"role": "assistant", "content": ""}
-        case {"type": "message_stop"}:
-            return {}
-        case {"delta": {"type": "text_delta", "text": text}} if text:
-            return {"content": text}
-        case {"delta": {"type": "thinking_delta", "thinking": text}} if text:
-            return {"reasoning_content": text}
-        case {"type": "content_block_stop"} if is_custom:
-            call = _to_call(block, "", style)
-        case {"type": "content_block_start"} if is_call and not is_custom:
-            call = _to_call(block, "", style)
-        case {"delta": {"partial_json": text}} if text and is_call and not is_custom:
-            call = {"function": {"arguments": text}}
-        case {"type": "content_block_stop"} if is_call and not any(answer.pieces):
-            call = {"function": {"arguments": json.dumps(block["input"])}}
-        case _:
-            return None
+    kind, delta = event["type"], _object(event.get("delta"))
+    if kind in ("message_start", "message_stop"):
+        return {"role": "assistant", "content": ""} if kind == "message_start" else {}
+    for ours, theirs in (("text", "content"), ("thinking", "reasoning_content")):
+        if delta.get(ours):
+            return {theirs: delta[ours]}
+    is_end, arguments = kind == "content_block_stop", delta.get("partial_json")
+    if is_call and kind == ("content_block_stop" if is_custom else "content_block_start"):
+        call = _to_call(block, "", style)
+    elif is_call and not is_custom and (arguments or (is_end and not any(answer.pieces))):
+        call = {"function": {"arguments": arguments or json.dumps(block["input"])}}
+    else:
+        return None
     index = sum(block["type"] == "tool_use" for block in content) - 1
     return {"tool_calls": [{"index": index, **call}]}
 
