@@ -28,7 +28,7 @@ Rules that hold throughout:
 Facts about the CLI were seen on 2.1.300 to 2.1.331 talking to a scripted API; each one relied on is
 pinned by a test in tests/. Sections, each using only what stands above it: Settings, Errors, API
 keys, Requests, Lines, Events, Finding the CLI, Process, Conversation, Pool, Chat completions,
-Metrics, Service, Status, HTTP, Routes, Demo, Command line.
+Responses, Metrics, Service, Status, HTTP, Routes, Demo, Command line.
 """
 
 from __future__ import annotations
@@ -2154,8 +2154,9 @@ def _unwrapped(owner: JsonObject, path: str) -> tuple[str, JsonObject, str]:
 def to_tool(kind: str, tool: JsonObject, path: str) -> JsonObject:
     """Return a function or custom tool in Anthropic's form."""
     said = {"name": require(tool, "name", str, path), "description": tool.get("description")}
-    is_raw = kind == "custom"
-    schema = _NO_INPUT | _RAW_INPUT if is_raw else tool.get("parameters") or _NO_INPUT
+    parameters = optional(tool, "parameters", dict, path) or _NO_INPUT
+    schema = _RAW_INPUT if kind == "custom" else parameters
+    schema = {"type": "object", **schema}
     return without_nulls({**said, "strict": tool.get("strict"), "input_schema": schema})
 
 
@@ -2185,6 +2186,15 @@ def to_tool_use(call_id: str, kind: str, call: JsonObject, path: str) -> JsonObj
     return {"type": "tool_use", "id": call_id, "name": name, "input": given}
 
 
+def to_blocks(
+    owner: JsonObject, name: str, path: str, to_block: Callable[[JsonObject, str], JsonObject]
+) -> list[JsonObject]:
+    """Return a text or list of parts as blocks, less blank texts, which Anthropic does not take."""
+    said = {name: as_blocks(owner.get(name))}
+    blocks = [to_block(part, place) for place, part in objects(said, name, path)]
+    return [b for b in blocks if b["type"] != "text" or b["text"].strip()]
+
+
 def to_block(part: JsonObject, path: str) -> JsonObject:
     """Return a part of a message's content as a block."""
     kind = part.get("type")
@@ -2194,11 +2204,24 @@ def to_block(part: JsonObject, path: str) -> JsonObject:
         raise InvalidRequest(f"{path}.type: Input should be 'text', 'image_url' or 'file'")
     inner, path = require(part, kind, dict, path), f"{path}.{kind}"
     if kind == "image_url":
-        source = to_source(require(inner, "url", str, path))
-        check_image(f"{path}.url", source)
-        return {"type": "image", "source": source}
-    data, title = require(inner, "file_data", str, path), inner.get("filename") or None
-    url = data if data.startswith("data:") else f"data:application/pdf;base64,{data}"
+        return to_image(require(inner, "url", str, path), f"{path}.url")
+    return to_document(inner, path)
+
+
+def to_image(url: str, path: str) -> JsonObject:
+    """Return an image block for its URL."""
+    source = to_source(url)
+    check_image(path, source)
+    return {"type": "image", "source": source}
+
+
+def to_document(file: JsonObject, path: str) -> JsonObject:
+    """Return a document block for a file with `file_data` or, of the Responses API, `file_url`."""
+    url = optional(file, "file_url", str, path)
+    if url is None:
+        data = require(file, "file_data", str, path)
+        url = data if data.startswith("data:") else f"data:application/pdf;base64,{data}"
+    title = file.get("filename") or None
     return without_nulls({"type": "document", "title": title, "source": to_source(url)})
 
 
@@ -2220,10 +2243,8 @@ def _chat_messages(body: JsonObject) -> tuple[list[JsonObject], list[Placed]]:
     system: list[JsonObject] = []
     messages: list[Placed] = []
     for path, message in objects(body, "messages"):
-        said = {"content": as_blocks(message.get("content") or message.get("refusal"))}
-        parts = [to_block(part, place) for place, part in objects(said, "content", path)]
-        # blank texts OpenAI takes and Anthropic does not
-        blocks = [b for b in parts if b["type"] != "text" or b["text"].strip()]
+        said = {"content": message.get("content") or message.get("refusal")}
+        blocks = to_blocks(said, "content", path, to_block)
         role = message.get("role")
         if role in ("system", "developer"):
             system += blocks
@@ -2355,7 +2376,566 @@ def to_openai_error(error: ApiError) -> tuple[int, JsonObject]:
     param = re.sub(r"\.(\d+)", r"[\1]", path[1]) if path and status == 400 else None
     if "prompt is too long" in message or "context limit" in message:
         code = "context_length_exceeded"
+    code = code or _object(error.details).get("error_code")
     return status, {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+# ==================================================================== Responses
+# OpenAI's Responses API to a Turn and back, by responses-api.md, whose sections are named here.
+# Pure, and without a memory: a request brings its whole conversation as `input`, a list of items,
+# and what refers to anything kept is refused. An answer is a list of items too; one writer makes
+# both its stream and its body, so they cannot differ.
+
+_SEAL: Final = "cc2api:"  # before a thinking block that we gave out as `encrypted_content`
+_SEALED: Final = {"thinking": ("thinking", "signature"), "redacted_thinking": ("data",)}
+_NOT_KEPT: Final = "nothing is kept here; send the whole conversation as `input`"
+# Fields that ignoring would give another answer than was asked for.
+_REFUSED: Final = {
+    **{"previous_response_id": f"Previous response not found: {_NOT_KEPT}"},
+    **{"conversation": _NOT_KEPT, "prompt": "prompts are not kept here; send what it says"},
+    **{"background": "answers are not kept here", "top_logprobs": "no model here tells these"},
+}
+_FINISHED: Final = ("web_search_call", "file_search_call", "code_interpreter_call")
+_RAW_HINT: Final = "`input` is the raw text itself: not wrapped in JSON, not quoted."
+_DEFAULT_REFUSAL: Final = "The model refused to answer."
+
+
+class ResponseStyle(NamedTuple):
+    """How the client wants its response, beyond what a Turn says."""
+
+    response: JsonObject  # while nothing is said yet (section 2.1)
+    calls: Mapping[str, JsonObject]  # what the call of a tool says it is, by its name upstream
+
+
+def parse_responses_request(
+    body: JsonObject, created: int, *, is_count: bool = False
+) -> tuple[Turn, ResponseStyle]:
+    """Check a request; return the Turn, and the style of the answer. Raises InvalidRequest."""
+    for name, problem in _REFUSED.items():
+        if body.get(name):
+            is_id = name == "previous_response_id"  # whose code is OpenAI's own
+            details = {"error_code": "previous_response_not_found"} if is_id else None
+            raise InvalidRequest(f"{name}: {problem}", details=details)
+    if "message.output_text.logprobs" in (optional(body, "include", list) or []):
+        raise InvalidRequest("include: logprobs are not supported by this gateway")
+    said = _Input(as_blocks(optional(body, "instructions", str) or ""))
+    for path, item in _items(body):
+        said.read(path, item)
+    changed = {name: optional(body, name, dict) or {} for name in ("reasoning", "text")}
+    reasoning, text = ({**changed[name], **said.changes.get(name, {})} for name in changed)
+    tools, calls = _to_tools([*objects(body, "tools"), *said.tools])
+    chosen, tools = _choose(body, tools)
+    effort = optional(reasoning, "effort", str, "reasoning")
+    effort = _OPENAI_EFFORTS.get(str(effort), effort)
+    wants_summary = effort and (reasoning.get("summary") or reasoning.get("generate_summary"))
+    translated = {
+        **to_shared_fields({**body, "tool_choice": chosen}, tools),
+        "system": said.system,
+        "max_tokens": body.get("max_output_tokens"),
+        "effort": effort if effort in (None, *EFFORTS) else "max",  # Codex has an `ultra`
+        "thinking": {"type": "adaptive", "display": "summarized"} if wants_summary else None,
+        "output_format": to_output_format(
+            optional(text, "format", dict, "text") or {}, said.system
+        ),
+    }
+    turn = to_turn(translated, said.placed(is_count=is_count), is_count=is_count)
+    response = _to_blank(body, created)
+    response |= {"text": {"format": {"type": "text"}, **text}}
+    response |= {"reasoning": {name: reasoning.get(name) for name in ("effort", "summary")}}
+    return turn, ResponseStyle(response, calls)
+
+
+def _to_blank(body: JsonObject, created: int) -> JsonObject:
+    """Return a response in which nothing is said yet, with what the request asked for."""
+    echoed = ("instructions", "temperature", "top_p", "max_output_tokens", "user", "model")
+    return {
+        **{"id": f"resp_{uuid.uuid4().hex}", "object": "response", "status": "in_progress"},
+        **{"created_at": created, "completed_at": None, "error": None, "incomplete_details": None},
+        **{"output": [], "usage": None, "previous_response_id": None, "store": False},
+        **{"background": False, "truncation": "disabled", "service_tier": "default"},
+        **{"top_logprobs": 0, "parallel_tool_calls": body.get("parallel_tool_calls") is not False},
+        **{name: body.get(name) for name in echoed},
+        **{"metadata": body.get("metadata") or {}, "tools": body.get("tools") or []},
+        "tool_choice": body.get("tool_choice") or "auto",
+    }
+
+
+# ---- items
+
+
+def _items(body: JsonObject) -> Iterator[Placed]:
+    given = body.get("input")
+    if not given:
+        raise InvalidRequest("input: Field required")
+    listed = [{"role": "user", "content": given}] if isinstance(given, str) else given
+    return objects({"input": listed}, "input")
+
+
+class _Input:
+    """What the items of `input` say (section 1.2); each becomes a message of its own, to be merged.
+
+    Refused items are told by their place: those of tools that OpenAI runs, and what points to
+    something kept. Raises InvalidRequest.
+    """
+
+    def __init__(self, instructions: list[JsonObject]) -> None:
+        self.system = instructions
+        self.tools: list[Placed] = []  # that came with items
+        self.changes: JsonObject = {}  # to the fields `reasoning` and `text`
+        self._messages: list[Placed] = []
+        self._thinking: list[JsonObject] = []  # before the next item of the same answer
+        self._calls: set[str] = set()  # without an output so far
+
+    def read(self, path: str, item: JsonObject) -> None:
+        """Take the next item."""
+        kind = item.get("type") or ("message" if "role" in item else "item_reference")
+        if kind in _FINISHED:  # by another provider; the answer that came of it is there
+            return
+        if kind not in _READERS:
+            problem = f"items of type {kind!r} are not supported by this gateway"
+            raise InvalidRequest(f"{path}.type: {problem}")
+        if item.get("execution") == "server":
+            raise InvalidRequest(f"{path}.execution: only 'client' is supported by this gateway")
+        _READERS[str(kind)](self, path, item)
+
+    def placed(self, *, is_count: bool) -> list[Placed]:
+        """Return the messages; in front of what a user says between two answers stand results."""
+        by_side = itertools.groupby(self._messages, lambda one: one[1]["role"] == "assistant")
+        runs = [sorted(run, key=lambda one: "result" not in one[1]) for _, run in by_side]
+        if not runs or (runs[-1][-1][1]["role"] == "assistant" and not is_count):
+            raise InvalidRequest("input: The last item must be a user's message or a tool's output")
+        return list(itertools.chain.from_iterable(runs))
+
+    def _add(self, role: str, path: str, blocks: list[JsonObject], **more: bool) -> None:
+        content = self._thinking + blocks if role == "assistant" else blocks
+        self._thinking = []  # of an answer that went no further: the API takes none at the end
+        self._messages.append((path, {"role": role, "content": content, **more}))
+
+    def message(self, path: str, item: JsonObject) -> None:
+        role = item.get("role")
+        blocks = to_blocks(item, "content", path, _to_block)
+        if role in ("developer", "system"):
+            if any(block["type"] != "text" for block in blocks):
+                raise InvalidRequest(f"{path}.content: Input should be text")
+            if not self._messages:
+                self.system += blocks
+                return
+            # As a system prompt it would end the caching, and the process that was kept, each time
+            # that Codex adds one.
+            role = "system"
+        if blocks or role not in ("assistant", "system"):
+            self._add(str(role), path, blocks)
+
+    def reasoning(self, path: str, item: JsonObject) -> None:
+        """Take our own; other providers' is of no use here."""
+        self._thinking += _unseal(item.get("encrypted_content"))
+
+    def call(self, path: str, item: JsonObject) -> None:
+        kind, call_id = item["type"].partition("_")[0], require(item, "call_id", str, path)
+        if kind == "tool":
+            given = json.dumps(require(item, "arguments", dict, path))
+            item = {"name": "tool_search", "arguments": given}
+        named = {**item, "name": _upstream_name(item, path)}
+        self._calls.add(call_id)
+        self._add("assistant", path, [to_tool_use(call_id, kind, named, path)])
+
+    def output(self, path: str, item: JsonObject) -> None:
+        call_id = require(item, "call_id", str, path)
+        require(item, "output", object, path)
+        if call_id not in self._calls:
+            problem = f"No tool call found for function call output with call_id {call_id}."
+            raise InvalidRequest(f"{path}.call_id: {problem}")
+        self._calls.discard(call_id)
+        content = to_blocks(item, "output", path, _to_block)
+        result = {"type": "tool_result", "tool_use_id": call_id, "content": content}
+        self._add("user", path, [result], result=True)
+
+    def found_tools(self, path: str, item: JsonObject) -> None:
+        found = list(objects(item, "tools", path))
+        self.tools += found
+        self.output(path, {**item, "output": json.dumps([tool for _, tool in found])})
+
+    def more_tools(self, path: str, item: JsonObject) -> None:
+        self.tools += objects(item, "tools", path)
+
+    def configuration(self, path: str, item: JsonObject) -> None:
+        given = {name: optional(item, name, dict, path) for name in ("reasoning", "text")}
+        self.changes |= without_nulls(given)
+
+    def reference(self, path: str, item: JsonObject) -> None:
+        problem = f"Item with id {item.get('id')!r} not found. Items are not persisted here"
+        hint = "set store to false (AI SDK: providerOptions.openai.store)"
+        raise InvalidRequest(f"{path}.id: {problem}: {hint}, so that they are sent whole")
+
+
+_READERS: Final[dict[str, Callable[[_Input, str, JsonObject], None]]] = {
+    **{"message": _Input.message, "reasoning": _Input.reasoning},
+    **dict.fromkeys(("function_call", "custom_tool_call", "tool_search_call"), _Input.call),
+    **dict.fromkeys(("function_call_output", "custom_tool_call_output"), _Input.output),
+    **{"tool_search_output": _Input.found_tools, "additional_tools": _Input.more_tools},
+    **{"configuration_update": _Input.configuration, "item_reference": _Input.reference},
+}
+
+
+def _to_block(part: JsonObject, path: str) -> JsonObject:
+    """Return a part of an item's content as a block."""
+    kind = str(part.get("type"))
+    if kind in ("text", "input_text", "output_text"):
+        return {"type": "text", "text": require(part, "text", str, path)}
+    if kind in ("input_image", "input_file") and part.get("file_id"):
+        raise InvalidRequest(f"{path}.file_id: files are not kept here; send the data or a URL")
+    if kind == "input_image":
+        return to_image(require(part, "image_url", str, path), f"{path}.image_url")
+    if kind == "input_file":
+        return to_document(part, path)
+    if kind == "refusal":
+        return {"type": "text", "text": require(part, "refusal", str, path)}
+    known = "'input_text', 'output_text', 'refusal', 'input_image' or 'input_file'"
+    raise InvalidRequest(f"{path}.type: Input should be {known}")
+
+
+def _seal(block: JsonObject) -> str:
+    """Return a thinking block as `encrypted_content`, whole: clients cut summaries anew."""
+    return _SEAL + base64.urlsafe_b64encode(json.dumps(block).encode("ascii")).decode("ascii")
+
+
+def _unseal(sealed: Any) -> list[JsonObject]:
+    """Return the block that was sealed; none of what is not our own, or damaged."""
+    if isinstance(sealed, str) and sealed.startswith(_SEAL):
+        with contextlib.suppress(ValueError, InvalidRequest):
+            block = parse_json(base64.urlsafe_b64decode(sealed[len(_SEAL) :]))
+            names = _SEALED.get(str(block.get("type")), ("type",))
+            if block["type"] in _SEALED and all(isinstance(block.get(n), str) for n in names):
+                return [{name: block[name] for name in ("type", *names)}]
+    return []
+
+
+# ---- tools
+
+
+def _upstream_name(tool: JsonObject, path: str) -> str:
+    """Return the name under which a tool goes upstream, by its own and its namespace's."""
+    name, namespace = require(tool, "name", str, path), optional(tool, "namespace", str, path)
+    return f"{namespace}__{name}" if namespace else name
+
+
+def _to_tools(placed: Iterable[Placed]) -> tuple[list[JsonObject], dict[str, JsonObject]]:
+    """Return tools in Anthropic's form, and what their calls are, by name (section 1.3)."""
+    tools: dict[str, JsonObject] = {}
+    calls: dict[str, JsonObject] = {}
+    for path, tool, namespace in _flattened(placed):
+        kind = require(tool, "type", str, path)
+        if kind.startswith("web_search"):  # Codex always has one
+            log.info("a tool of type web_search was dropped: OpenAI runs these")
+            continue
+        if kind == "tool_search" and tool.get("execution") == "client":
+            tool = {**tool, "name": kind}
+        elif kind not in ("function", "custom"):
+            raise InvalidRequest(f"{path}.type: tools of this type are run by OpenAI, not here")
+        call = {"type": f"{kind}_tool_call" if kind == "custom" else f"{kind}_call"}
+        call |= {"name": require(tool, "name", str, path)}
+        call |= without_nulls({"namespace": namespace.get("name")})
+        name = _upstream_name(call, path)
+        described = {**tool, "name": name, "description": _describe(tool, namespace, path)}
+        said = (to_tool(kind, described, path), call)
+        if said != (tools.setdefault(name, said[0]), calls.setdefault(name, call)):
+            raise InvalidRequest(f"{path}.name: there is another tool of the name {name}")
+    return list(tools.values()), calls
+
+
+def _flattened(placed: Iterable[Placed]) -> Iterator[tuple[str, JsonObject, JsonObject]]:
+    """Yield tools with their paths, and the namespaces that they are in, {} for none."""
+    for path, tool in placed:
+        if tool.get("type") != "namespace":
+            yield path, tool, {}
+            continue
+        require(tool, "name", str, path)
+        for place, inner in objects(tool, "tools", path):
+            yield place, inner, tool
+
+
+def _describe(tool: JsonObject, namespace: JsonObject, path: str) -> str | None:
+    """Return a tool's description with what else the model is to know of it."""
+    texts = [optional(owner, "description", str, path) for owner in (namespace, tool)]
+    if tool["type"] == "custom":
+        texts.append(_RAW_HINT)
+        form = optional(tool, "format", dict, path) or {}
+        if definition := optional(form, "definition", str, f"{path}.format"):
+            texts.append(f"It follows this {form.get('syntax')} grammar:\n{definition}")
+    return "\n\n".join(filter(None, texts)) or None
+
+
+def _choose(body: JsonObject, tools: list[JsonObject]) -> tuple[Any, list[JsonObject]]:
+    """Return a tool_choice by names upstream, and the tools that it leaves."""
+    choice = body.get("tool_choice")
+    if not isinstance(choice, dict):
+        return choice, tools
+    if choice.get("type") in ("function", "custom"):
+        return {"name": _upstream_name(choice, "tool_choice")}, tools
+    if choice.get("type") != "allowed_tools":
+        known = "'function', 'custom' or 'allowed_tools'"
+        raise InvalidRequest(f"tool_choice.type: Input should be {known}")
+    named = [_upstream_name(tool, path) for path, tool in objects(choice, "tools", "tool_choice")]
+    return choice.get("mode"), [tool for tool in tools if tool["name"] in named]
+
+
+# ---- answers
+
+
+class _Form(NamedTuple):
+    """How items of a type are streamed (section 2.4)."""
+
+    prefix: str  # of their ids
+    source: str  # the field of upstream's deltas with their text, "" where these do not say it
+    events: str  # what the events that say it are called
+    whole: str  # the field that has it in the end,
+    part: str = ""  # in a part of this type; "" where the field is the item's own,
+    parts: str = ""  # in this list of the item's
+    part_events: str = ""  # what the events of the part are called
+
+
+_IN_CONTENT: Final = ("content", "content_part")
+_IN_SUMMARY: Final = ("summary_text", "summary", "reasoning_summary_part")
+_FORMS: Final = {
+    "message": _Form("msg", "text", "output_text", "text", "output_text", *_IN_CONTENT),
+    "refusal": _Form("msg", "text", "refusal", "refusal", "refusal", *_IN_CONTENT),
+    "reasoning": _Form("rs", "thinking", "reasoning_summary_text", "text", *_IN_SUMMARY),
+    "function_call": _Form("fc", "partial_json", "function_call_arguments", "arguments"),
+    "custom_tool_call": _Form("ctc", "", "custom_tool_call_input", "input"),
+    "tool_search_call": _Form("tsc", "", "", "arguments"),
+}
+_KINDS: Final = {
+    **{"text": "message", "thinking": "reasoning", "redacted_thinking": "reasoning"},
+    "refusal": "refusal",
+}
+
+
+class _Item:
+    """One output item as it comes: `begin`, `say` and `end` yield its events."""
+
+    def __init__(self, kind: str, block: JsonObject, call: JsonObject, name: str, index: int):
+        self.kind, self._block, self._call = kind, block, call
+        self._form = _FORMS[kind]
+        self._place = {"item_id": f"{self._form.prefix}_{name}{index}", "output_index": index}
+        self._pieces: list[str] = []  # of its text
+        self._has_part = False  # it has said more than blanks
+
+    def begin(self) -> Iterator[JsonObject]:
+        """Begin. A message waits until it says something, and a search is known at its end."""
+        if self.kind not in ("message", "refusal", "tool_search_call"):
+            yield self._added()
+
+    def say(self, delta: JsonObject) -> Iterator[JsonObject]:
+        """Say what a delta, or the beginning of a block, says of its text."""
+        if text := delta.get(self._form.source):
+            yield from self._say(text)
+
+    def end(self) -> Iterator[JsonObject]:
+        """Finish; a message that has said nothing is none."""
+        given = self._block.get("input")
+        if self.kind == "function_call" and not self._pieces:
+            yield from self._say(json.dumps(given))
+        if self.kind == "custom_tool_call":  # its text was in JSON; the model may write anything
+            raw = _object(given).get("input")
+            yield from self._say(raw if isinstance(raw, str) else json.dumps(given))
+        said = "".join(self._pieces)
+        if self.kind == "tool_search_call":
+            yield self._added()
+        elif self._has_part or not self._form.parts:
+            more = {"name": self._call["name"]} if self.kind == "function_call" else {}
+            yield self._event("done", **{self._form.whole: said}, **more)
+        if self._has_part:
+            yield self._part_event("done", said)
+        if self._has_part or self.kind != "message":
+            place = {"output_index": self._place["output_index"]}
+            yield {"type": "response.output_item.done", **place, "item": self._to_item(said)}
+
+    def _say(self, text: str) -> Iterator[JsonObject]:
+        self._pieces.append(text)
+        if self._form.parts and not self._has_part:
+            text = "".join(self._pieces)
+            if not text.strip():
+                return
+            self._has_part = True
+            if self.kind != "reasoning":
+                yield self._added()
+            yield self._part_event("added", "")
+        if text:
+            yield self._event("delta", delta=text)
+
+    def _added(self) -> JsonObject:
+        item = self._to_item("")
+        item.pop("encrypted_content", None)
+        if "status" in item:
+            item["status"] = "in_progress"
+        if self._form.parts:
+            item[self._form.parts] = []
+        place = {"output_index": self._place["output_index"]}
+        return {"type": "response.output_item.added", **place, "item": item}
+
+    def _event(self, kind: str, **said: Any) -> JsonObject:
+        """Return an event of the item's text."""
+        more: JsonObject = {f"{self._form.parts}_index": 0} if self._form.parts else {}
+        more |= {"logprobs": []} if self.kind == "message" else {}
+        return {"type": f"response.{self._form.events}.{kind}", **self._place, **more, **said}
+
+    def _part_event(self, kind: str, said: str) -> JsonObject:
+        index = {f"{self._form.parts}_index": 0, "part": self._part(said)}
+        return {"type": f"response.{self._form.part_events}.{kind}", **self._place, **index}
+
+    def _part(self, said: str) -> JsonObject:
+        more: JsonObject = {"annotations": [], "logprobs": []} if self.kind == "message" else {}
+        return {"type": self._form.part, self._form.whole: said, **more}
+
+    def _to_item(self, said: str) -> JsonObject:
+        item = {"id": self._place["item_id"], "type": self.kind}
+        if self.kind == "reasoning":
+            summary = [self._part(said)] if self._has_part else []
+            return {**item, "summary": summary, "encrypted_content": _seal(self._block)}
+        if self._form.parts:
+            item |= {"type": "message", "role": "assistant", "status": "completed"}
+            return {**item, "content": [self._part(said)]}
+        item |= {**self._call, "status": "completed", "call_id": self._block["id"]}
+        is_search = self.kind == "tool_search_call"
+        return {**item, self._form.whole: self._block["input"] if is_search else said}
+
+
+class ResponseWriter:
+    """Write the events of one answer as those of a response; each call returns what is due.
+
+    The end of an item is held back until more is known: the next block may go on with its text,
+    and a call that max_tokens cut short must not look whole (section 2.3).
+    """
+
+    def __init__(self, style: ResponseStyle) -> None:
+        self._style = style
+        self._answer = MessageAssembler()
+        self._written = 0  # events
+        self._output: list[JsonObject] = []  # the items that are finished
+        self._item: _Item | None = None  # the one that is not
+
+    def feed(self, event: Event) -> list[JsonObject]:
+        """Take the next event that an AnswerReader gave out."""
+        self._answer.add(event)
+        return self._numbered(self._read(event))
+
+    def live(self) -> list[JsonObject]:
+        """Show life: by beginning, later by an event, since comments leave Codex' clock running."""
+        return self._numbered([{"type": "keepalive"}] if self._written else self._begin())
+
+    def fail(self, error: ApiError) -> list[JsonObject]:
+        """End with a failure, told so that Codex does not repeat in vain (section 3)."""
+        end = self._to_event("failed", error=_to_failure(error))
+        return self._numbered([*self._begin(), end])
+
+    def _numbered(self, events: Iterable[JsonObject]) -> list[JsonObject]:
+        numbered = []
+        for event in events:
+            numbered.append({"type": event["type"], "sequence_number": self._written, **event})
+            self._written += 1
+            if event["type"] == "response.output_item.done":
+                self._output.append(event["item"])
+        return numbered
+
+    def _read(self, event: Event) -> Iterator[JsonObject]:
+        kind = event["type"]
+        if kind == "message_start":
+            yield from self._begin()
+        elif kind == "content_block_start":
+            yield from self._start(self._answer.message["content"][-1])
+        elif kind == "content_block_delta" and self._item:
+            yield from self._item.say(event["delta"])
+        elif kind == "message_stop":
+            yield from self._finish()
+
+    def _begin(self) -> list[JsonObject]:
+        if self._written:
+            return []
+        return [self._to_event(status, "in_progress") for status in ("created", "in_progress")]
+
+    def _start(self, block: JsonObject) -> Iterator[JsonObject]:
+        """Begin the next item, or go on with a message whose next text this is."""
+        kind, call = _KINDS.get(block["type"]), {}
+        if block["type"] == "tool_use":
+            plain = {"type": "function_call", "name": block["name"]}
+            call = self._style.calls.get(block["name"], plain)
+            kind = call["type"]
+        if kind is None:  # what upstream's own tools do is left out, and ends no text
+            return
+        if not (self._item and self._item.kind == kind == "message"):
+            yield from self._end()
+            name = self._style.response["id"].partition("_")[2]
+            self._item = _Item(kind, block, call, name, len(self._output))
+            yield from self._item.begin()
+        yield from self._item.say(block)
+
+    def _end(self) -> Iterator[JsonObject]:
+        item, self._item = self._item, None
+        if item:
+            yield from item.end()
+
+    def _finish(self) -> Iterator[JsonObject]:
+        message = self._answer.message
+        finish = _FINISH_REASONS.get(message["stop_reason"])
+        is_cut = finish == "length"
+        if not (is_cut and self._item and self._item.kind.endswith("_call")):
+            yield from self._end()
+        if finish == "content_filter":  # in an item of its own: Codex drops what stands beside it
+            details = _object(message.get("stop_details"))
+            text = str(details.get("explanation") or _DEFAULT_REFUSAL)
+            yield from self._start({"type": "refusal", "text": text})
+            yield from self._end()
+        usage = to_openai_usage(message["usage"], "input", "output")
+        if is_cut:
+            details = {"reason": "max_output_tokens"}
+            yield self._to_event("incomplete", usage=usage, incomplete_details=details)
+        else:
+            yield self._to_event("completed", usage=usage, completed_at=int(time.time()))
+
+    def _to_event(self, name: str, status: str = "", **said: Any) -> JsonObject:
+        """Return an event with the response as far as it has come."""
+        told = without_nulls({"model": self._answer.message.get("model")})
+        told |= {"status": status or name, "output": list(self._output), **said}
+        return {"type": f"response.{name}", "response": {**self._style.response, **told}}
+
+
+def to_response(message: JsonObject, style: ResponseStyle) -> JsonObject:
+    """Return a finished message as a response."""
+    writer = ResponseWriter(style)
+    writer.feed({"type": "message_start", "message": message})
+    for block in message["content"]:
+        writer.feed({"type": "content_block_start", "content_block": block})
+    response: JsonObject = writer.feed({"type": "message_stop"})[-1]["response"]
+    return response
+
+
+# ---- errors
+
+
+def to_responses_error(error: ApiError) -> tuple[int, JsonObject]:
+    """Return OpenAI's status and envelope, with what Codex does not repeat (section 3)."""
+    status, body = to_openai_error(error)
+    inner = body["error"]
+    if inner["code"] == "overloaded":
+        inner["code"] = "server_is_overloaded"
+    if error.status == 429 and error.should_retry is False:  # a window of the plan is used up
+        resets_at = int(time.time()) + (error.retry_after_s or 0)
+        inner |= {"type": "usage_limit_reached", "resets_at": resets_at}
+    return status, body
+
+
+def _to_failure(error: ApiError) -> JsonObject:
+    """Return the `error` of a response that failed; Codex repeats other codes than these four."""
+    status, body = to_responses_error(error)
+    inner, code = body["error"], body["error"]["code"]
+    message = inner["message"]
+    if inner["type"] == "usage_limit_reached":
+        code = "insufficient_quota"
+    elif code == "rate_limit_exceeded":  # Codex waits for as long as the message says
+        message += f" Please try again in {error.retry_after_s or 5}s."
+    elif code not in ("server_is_overloaded", "insufficient_quota", "context_length_exceeded"):
+        code = "invalid_prompt" if status < 500 else "server_error"
+    return {"code": code, "message": message}
 
 
 # ====================================================================== Metrics
@@ -2720,7 +3300,7 @@ def status_text(service: Service, url: str) -> str:
     now, metrics = service.pool.snapshot(), service.metrics
     asked = failed = 0.0
     for labels, count in metrics.series("cc2api_requests_total"):
-        if labels["route"] in ("messages", "chat_completions"):
+        if labels["route"] in ("messages", "chat_completions", "responses"):
             asked += count
             failed += count * (labels["status"] >= "400")
     tokens = dict.fromkeys(_TOKEN_KINDS.values(), 0.0)
@@ -3009,14 +3589,14 @@ class Response:
         self.status = 0  # what was sent, 0 while nothing was
         self.closes = True  # the connection ends with it
         self._stream, self._head, self._headers = stream, head, dict(headers)
-        self._life = b""  # what shows life in a stream
+        self._life: Callable[[], bytes] | None = None  # what shows life in a stream
         self._last_write_at = time.monotonic()
 
     def add_headers(self, headers: Mapping[str, str]) -> None:
         self._headers |= headers
 
-    def stream_with(self, life: bytes) -> None:
-        """Make it a stream; `life` is written into it after KEEPALIVE_S of silence."""
+    def stream_with(self, life: Callable[[], bytes]) -> None:
+        """Make it a stream; `life` tells what is written into it after KEEPALIVE_S of silence."""
         self._life = life
 
     def tick(self) -> None:
@@ -3024,7 +3604,7 @@ class Response:
         if self._stream.has_left():
             raise ClientGone
         if self._life and time.monotonic() - self._last_write_at >= KEEPALIVE_S:
-            self.write_chunk(self._life)
+            self.write_chunk(self._life())
 
     def send_json(self, status: int, body: JsonObject) -> bytes:
         """Write a whole answer in JSON; return its body."""
@@ -3129,7 +3709,6 @@ CORS_HEADERS: Final = {
     "access-control-expose-headers": "request-id, x-request-id, retry-after",
     "access-control-max-age": "600",
 }
-COMMENT: Final = b": waiting\n\n"  # which clients skip; some are confused by an event so early
 
 
 def to_frame(event: JsonObject) -> bytes:
@@ -3144,12 +3723,24 @@ def to_anthropic_error(error: ApiError) -> tuple[int, JsonObject]:
     return error.status, {"type": "error", "error": without_nulls(inner)}
 
 
-# What is asked, how an event of its answer is written, and the finished message.
-Asked = tuple[Turn, Callable[[Event], bytes], Callable[[JsonObject], JsonObject]]
+def _comment() -> bytes:
+    return b": waiting\n\n"  # which clients skip; some are confused by an event so early
+
+
+class Asked(NamedTuple):
+    """What is asked, and how its answer is written."""
+
+    turn: Turn
+    encode: Callable[[Event], bytes]
+    finish: Callable[[JsonObject], JsonObject]  # of a whole message
+    wait: Callable[[], bytes] = _comment  # shows life in a stream before its first event
+    live: Callable[[], bytes] = _comment  # and after it
+    fail: Callable[[ApiError], bytes] | None = None  # ends a stream, where an event alone does not
 
 
 def _ask_messages(body: JsonObject, betas: str) -> Asked:
-    return parse_messages_request(body, betas), to_frame, dict
+    turn = parse_messages_request(body, betas)
+    return Asked(turn, to_frame, dict, live=lambda: to_frame({"type": "ping"}))
 
 
 def _ask_chat(body: JsonObject, betas: str) -> Asked:
@@ -3161,7 +3752,27 @@ def _ask_chat(body: JsonObject, betas: str) -> Asked:
         end = b"data: [DONE]\n\n" if event["type"] == "message_stop" else b""
         return b"".join(map(to_frame, to_chunks(event, answer, style))) + end
 
-    return turn, encode, lambda message: to_completion(message, style)
+    return Asked(turn, encode, lambda message: to_completion(message, style))
+
+
+def _ask_responses(body: JsonObject, betas: str) -> Asked:
+    turn, style = parse_responses_request(body, int(time.time()))
+    writer = ResponseWriter(style)
+
+    def frames(events: list[JsonObject]) -> bytes:
+        return b"".join(map(to_frame, events))
+
+    def live() -> bytes:
+        return frames(writer.live())
+
+    return Asked(
+        turn,
+        encode=lambda event: frames(writer.feed(event)),
+        finish=lambda message: to_response(message, style),
+        wait=live,
+        live=live,
+        fail=lambda error: frames(writer.fail(error)),
+    )
 
 
 class Dialect(NamedTuple):
@@ -3169,11 +3780,11 @@ class Dialect(NamedTuple):
 
     read: Callable[[JsonObject, str], Asked]  # a body, anthropic-beta
     to_error: Callable[[ApiError], tuple[int, JsonObject]]
-    life: bytes  # shows life in a stream that has begun
 
 
-ANTHROPIC: Final = Dialect(_ask_messages, to_anthropic_error, to_frame({"type": "ping"}))
-OPENAI: Final = Dialect(_ask_chat, to_openai_error, COMMENT)
+ANTHROPIC: Final = Dialect(_ask_messages, to_anthropic_error)
+OPENAI: Final = Dialect(_ask_chat, to_openai_error)
+RESPONSES: Final = Dialect(_ask_responses, to_responses_error)
 
 
 def cors_headers(head: Head, settings: Settings) -> dict[str, str]:
@@ -3242,7 +3853,8 @@ class Handler(BaseRequestHandler):
     def _answer(self, head: Head, failure: ApiError | None = None) -> None:
         """Run a route; whatever it raises is answered here and nowhere else. Raises ClientGone."""
         path = re.sub(r"\A(/v1)+(?=/)", "", head.path)
-        route = ROUTES.get("/models/" if path.startswith("/models/") else path, NO_ROUTE)
+        path = "/models/" if path.startswith("/models/") else path
+        route = ROUTES.get(f"{head.method} {path}") or ROUTES.get(path, NO_ROUTE)
         if path == "/" and "text/html" in head.get("accept"):
             route = PAGE_ROUTE
         client, service = str(self.client_address[0]), self._service
@@ -3250,6 +3862,7 @@ class Handler(BaseRequestHandler):
         ids = dict.fromkeys(("request-id", "x-request-id"), self._record.request_id)
         self._out = Response(self._stream, head, ids | cors_headers(head, service.settings))
         self._head, self._dialect = head, route.dialect
+        self._asked: Asked | None = None
         try:
             if failure:
                 raise failure
@@ -3280,8 +3893,12 @@ class Handler(BaseRequestHandler):
         should_retry = False if (error.status, status) == (402, 429) else error.should_retry
         told = without_nulls({"retry-after": error.retry_after_s, "x-should-retry": should_retry})
         self._out.add_headers({name: str(value).lower() for name, value in told.items()})
+        fail = self._asked.fail if self._asked and self._asked.turn.stream else None
         with contextlib.suppress(ClientGone):
-            if self._out.status:
+            if fail and (self._out.status or error.status in (502, 504)):
+                # a failure that was paid for, by its status Codex would repeat it thirty times
+                self._out.write_chunk(fail(error), is_last=True)
+            elif self._out.status:
                 self._out.write_chunk(to_frame(body), is_last=True)
             else:
                 self._out.send_json(status, body)
@@ -3350,20 +3967,31 @@ class Handler(BaseRequestHandler):
 
     def count_tokens(self) -> None:
         body, betas = self._read_json(), self._head.get("anthropic-beta")
-        turn = parse_messages_request(body, betas, is_count=True)
+        self._out.send_json(200, self._count(parse_messages_request(body, betas, is_count=True)))
+
+    def response_tokens(self) -> None:
+        turn, _ = parse_responses_request(self._read_json(), 0, is_count=True)
+        self._out.send_json(200, {"object": "response.input_tokens", **self._count(turn)})
+
+    def _count(self, turn: Turn) -> JsonObject:
         self._record.note_turn(turn, is_known=self._service.knows(turn.model))
         count = {"input_tokens": self._service.count_tokens(turn, self._caller, self._out.tick)}
         self._record.note_usage(count)
-        self._out.send_json(200, count)
+        return count
+
+    def upgrade(self) -> None:
+        """Refuse a WebSocket so that Codex comes by HTTP at once (responses-api.md 2.5)."""
+        raise ApiError("WebSockets are not spoken here; POST, please", status=426)
 
     def ask(self) -> None:
         """Have a model answer: write its events as they come, or the whole message."""
         service, record, out = self._service, self._record, self._out
         body, betas = self._read_json(), self._head.get("anthropic-beta")
-        turn, encode, finish = self._dialect.read(body, betas)
+        asked = self._dialect.read(body, betas)
+        self._asked, turn = asked, asked.turn
         record.note_turn(turn, is_known=service.knows(turn.model))
         if turn.stream:
-            out.stream_with(COMMENT)
+            out.stream_with(asked.wait)
         assembler = MessageAssembler()
         with contextlib.closing(service.answer(turn, self._caller, out.tick, record)) as answer:
             for batch in answer:
@@ -3371,15 +3999,15 @@ class Handler(BaseRequestHandler):
                 with upstream_protocol():
                     for event in () if turn.stream else batch:
                         assembler.add(event)
-                    frames = b"".join(map(encode, batch)) if turn.stream else b""
+                    frames = b"".join(map(asked.encode, batch)) if turn.stream else b""
                     record.note_events(batch)
                 out.write_chunk(frames, is_last=batch[-1:] == [{"type": "message_stop"}])
                 if turn.stream:
                     record.debug("response", frames)
-                    out.stream_with(self._dialect.life)
+                    out.stream_with(asked.live)
         if not turn.stream:
             with upstream_protocol():
-                body = finish(assembler.message)
+                body = asked.finish(assembler.message)
             record.debug("response", out.send_json(200, body))
 
     def _read_json(self) -> JsonObject:
@@ -3412,6 +4040,9 @@ ROUTES: Final = {
     "/messages": Route("POST", "messages", Handler.ask),
     "/messages/count_tokens": Route("POST", "count_tokens", Handler.count_tokens),
     "/chat/completions": Route("POST", "chat_completions", Handler.ask, OPENAI),
+    "/responses": Route("POST", "responses", Handler.ask, RESPONSES),
+    "GET /responses": Route("GET", "upgrade", Handler.upgrade, RESPONSES),
+    "/responses/input_tokens": Route("POST", "response_tokens", Handler.response_tokens, RESPONSES),
     "/models": Route("GET", "models", Handler.models),
     "/models/": Route("GET", "model", Handler.models),
 }
