@@ -2488,7 +2488,7 @@ class _Input:
 
     def read(self, path: str, item: JsonObject) -> None:
         """Take the next item."""
-        kind = item.get("type") or ("message" if "role" in item else "item_reference")
+        kind = str(item.get("type") or ("message" if "role" in item else "item_reference"))
         if kind in _FINISHED:  # by another provider; the answer that came of it is there
             return
         if kind not in _READERS:
@@ -2496,7 +2496,7 @@ class _Input:
             raise InvalidRequest(f"{path}.type: {problem}")
         if item.get("execution") == "server":
             raise InvalidRequest(f"{path}.execution: only 'client' is supported by this gateway")
-        _READERS[str(kind)](self, path, item)
+        _READERS[kind](self, path, item)
 
     def placed(self, *, is_count: bool) -> list[Placed]:
         """Return the messages; in front of what a user says between two answers stand results."""
@@ -2604,8 +2604,8 @@ def _unseal(sealed: Any) -> list[JsonObject]:
     if isinstance(sealed, str) and sealed.startswith(_SEAL):
         with contextlib.suppress(ValueError, InvalidRequest):
             block = parse_json(base64.urlsafe_b64decode(sealed[len(_SEAL) :]))
-            names = _SEALED.get(str(block.get("type")), ("type",))
-            if block["type"] in _SEALED and all(isinstance(block.get(n), str) for n in names):
+            names = _SEALED.get(str(block.get("type")))
+            if names and all(isinstance(block.get(name), str) for name in ("type", *names)):
                 return [{name: block[name] for name in ("type", *names)}]
     return []
 
@@ -2619,26 +2619,32 @@ def _upstream_name(tool: JsonObject, path: str) -> str:
     return f"{namespace}__{name}" if namespace else name
 
 
+_CALL_TYPES: Final = {
+    **{"function": "function_call", "custom": "custom_tool_call"},
+    "tool_search": "tool_search_call",
+}
+
+
 def _to_tools(placed: Iterable[Placed]) -> tuple[list[JsonObject], dict[str, JsonObject]]:
     """Return tools in Anthropic's form, and what their calls are, by name (section 1.3)."""
     tools: dict[str, JsonObject] = {}
     calls: dict[str, JsonObject] = {}
     for path, tool, namespace in _flattened(placed):
         kind = require(tool, "type", str, path)
-        if kind.startswith("web_search"):  # Codex always has one
-            log.info("a tool of type web_search was dropped: OpenAI runs these")
+        is_remote = kind == "tool_search" and tool.get("execution") != "client"
+        if is_remote or kind.startswith("web_search"):  # Codex always has the latter
+            log.info("a search that OpenAI runs was dropped from the tools")
             continue
-        if kind == "tool_search" and tool.get("execution") == "client":
-            tool = {**tool, "name": kind}
-        elif kind not in ("function", "custom"):
+        if kind not in _CALL_TYPES:
             raise InvalidRequest(f"{path}.type: tools of this type are run by OpenAI, not here")
-        call = {"type": f"{kind}_tool_call" if kind == "custom" else f"{kind}_call"}
-        call |= {"name": require(tool, "name", str, path)}
-        call |= without_nulls({"namespace": namespace.get("name")})
-        name = _upstream_name(call, path)
+        call, name = {"type": _CALL_TYPES[kind], "execution": "client"}, kind
+        if kind != "tool_search":
+            said = {"name": require(tool, "name", str, path), "namespace": namespace.get("name")}
+            call = {"type": _CALL_TYPES[kind], **without_nulls(said)}
+            name = _upstream_name(call, path)
         described = {**tool, "name": name, "description": _describe(tool, namespace, path)}
-        said = (to_tool(kind, described, path), call)
-        if said != (tools.setdefault(name, said[0]), calls.setdefault(name, call)):
+        both = (to_tool(kind, described, path), call)
+        if both != (tools.setdefault(name, both[0]), calls.setdefault(name, call)):
             raise InvalidRequest(f"{path}.name: there is another tool of the name {name}")
     return list(tools.values()), calls
 
