@@ -2186,42 +2186,32 @@ def to_tool_use(call_id: str, kind: str, call: JsonObject, path: str) -> JsonObj
     return {"type": "tool_use", "id": call_id, "name": name, "input": given}
 
 
-def to_blocks(
-    owner: JsonObject, name: str, path: str, to_block: Callable[[JsonObject, str], JsonObject]
-) -> list[JsonObject]:
-    """Return a text or list of parts as blocks, less blank texts, which Anthropic does not take."""
+def to_blocks(owner: JsonObject, name: str, path: str) -> list[JsonObject]:
+    """Return a text or a list of parts as blocks, less blank texts, which Anthropic refuses."""
     said = {name: as_blocks(owner.get(name))}
     blocks = [to_block(part, place) for place, part in objects(said, name, path)]
     return [b for b in blocks if b["type"] != "text" or b["text"].strip()]
 
 
 def to_block(part: JsonObject, path: str) -> JsonObject:
-    """Return a part of a message's content as a block."""
-    kind = part.get("type")
-    if kind in ("text", "refusal"):
-        return {"type": "text", "text": require(part, kind, str, path)}
-    if kind not in ("image_url", "file"):
-        raise InvalidRequest(f"{path}.type: Input should be 'text', 'image_url' or 'file'")
-    inner, path = require(part, kind, dict, path), f"{path}.{kind}"
-    if kind == "image_url":
-        return to_image(require(inner, "url", str, path), f"{path}.url")
-    return to_document(inner, path)
-
-
-def to_image(url: str, path: str) -> JsonObject:
-    """Return an image block for its URL."""
-    source = to_source(url)
-    check_image(path, source)
-    return {"type": "image", "source": source}
-
-
-def to_document(file: JsonObject, path: str) -> JsonObject:
-    """Return a document block for a file with `file_data` or, of the Responses API, `file_url`."""
-    url = optional(file, "file_url", str, path)
+    """Return a part of a message's content, in either API's form, as a block."""
+    kind = str(part.get("type"))
+    if kind in ("text", "input_text", "output_text", "refusal"):
+        return {"type": "text", "text": require(part, kind.rpartition("_")[2], str, path)}
+    if kind in ("image_url", "file"):
+        part, path = require(part, kind, dict, path), f"{path}.{kind}"
+    if kind in ("image_url", "input_image"):
+        name = "url" if kind == "image_url" else "image_url"
+        source = to_source(require(part, name, str, path))
+        check_image(f"{path}.{name}", source)
+        return {"type": "image", "source": source}
+    if kind not in ("file", "input_file"):
+        raise InvalidRequest(f"{path}.type: Input should be a type of text, image or file")
+    url = optional(part, "file_url", str, path)
     if url is None:
-        data = require(file, "file_data", str, path)
+        data = require(part, "file_data", str, path)
         url = data if data.startswith("data:") else f"data:application/pdf;base64,{data}"
-    title = file.get("filename") or None
+    title = part.get("filename") or None
     return without_nulls({"type": "document", "title": title, "source": to_source(url)})
 
 
@@ -2244,7 +2234,7 @@ def _chat_messages(body: JsonObject) -> tuple[list[JsonObject], list[Placed]]:
     messages: list[Placed] = []
     for path, message in objects(body, "messages"):
         said = {"content": message.get("content") or message.get("refusal")}
-        blocks = to_blocks(said, "content", path, to_block)
+        blocks = to_blocks(said, "content", path)
         role = message.get("role")
         if role in ("system", "developer"):
             system += blocks
@@ -2513,7 +2503,7 @@ class _Input:
 
     def message(self, path: str, item: JsonObject) -> None:
         role = item.get("role")
-        blocks = to_blocks(item, "content", path, _to_block)
+        blocks = to_blocks(item, "content", path)
         if role in ("developer", "system"):
             if any(block["type"] != "text" for block in blocks):
                 raise InvalidRequest(f"{path}.content: Input should be text")
@@ -2546,7 +2536,7 @@ class _Input:
             problem = f"No tool call found for function call output with call_id {call_id}."
             raise InvalidRequest(f"{path}.call_id: {problem}")
         self._calls.discard(call_id)
-        content = to_blocks(item, "output", path, _to_block)
+        content = to_blocks(item, "output", path)
         result = {"type": "tool_result", "tool_use_id": call_id, "content": content}
         self._add("user", path, [result], result=True)
 
@@ -2577,23 +2567,6 @@ _READERS: Final[dict[str, Callable[[_Input, str, JsonObject], None]]] = {
 }
 
 
-def _to_block(part: JsonObject, path: str) -> JsonObject:
-    """Return a part of an item's content as a block."""
-    kind = str(part.get("type"))
-    if kind in ("text", "input_text", "output_text"):
-        return {"type": "text", "text": require(part, "text", str, path)}
-    if kind in ("input_image", "input_file") and part.get("file_id"):
-        raise InvalidRequest(f"{path}.file_id: files are not kept here; send the data or a URL")
-    if kind == "input_image":
-        return to_image(require(part, "image_url", str, path), f"{path}.image_url")
-    if kind == "input_file":
-        return to_document(part, path)
-    if kind == "refusal":
-        return {"type": "text", "text": require(part, "refusal", str, path)}
-    known = "'input_text', 'output_text', 'refusal', 'input_image' or 'input_file'"
-    raise InvalidRequest(f"{path}.type: Input should be {known}")
-
-
 def _seal(block: JsonObject) -> str:
     """Return a thinking block as `encrypted_content`, whole: clients cut summaries anew."""
     return _SEAL + base64.urlsafe_b64encode(json.dumps(block).encode("ascii")).decode("ascii")
@@ -2619,20 +2592,14 @@ def _upstream_name(tool: JsonObject, path: str) -> str:
     return f"{namespace}__{name}" if namespace else name
 
 
-_CALL_TYPES: Final = {
-    **{"function": "function_call", "custom": "custom_tool_call"},
-    "tool_search": "tool_search_call",
-}
-
-
 def _to_tools(placed: Iterable[Placed]) -> tuple[list[JsonObject], dict[str, JsonObject]]:
     """Return tools in Anthropic's form, and what their calls are, by name (section 1.3)."""
     tools: dict[str, JsonObject] = {}
     calls: dict[str, JsonObject] = {}
     for path, tool, namespace in _flattened(placed):
         kind = require(tool, "type", str, path)
-        is_remote = kind == "tool_search" and tool.get("execution") != "client"
-        if is_remote or kind.startswith("web_search"):  # Codex always has the latter
+        is_foreign = kind == "tool_search" and tool.get("execution") != "client"
+        if is_foreign or kind.startswith("web_search"):  # Codex always has one of the latter
             log.info("a search that OpenAI runs was dropped from the tools")
             continue
         if kind not in _CALL_TYPES:
@@ -2642,8 +2609,8 @@ def _to_tools(placed: Iterable[Placed]) -> tuple[list[JsonObject], dict[str, Jso
             said = {"name": require(tool, "name", str, path), "namespace": namespace.get("name")}
             call = {"type": _CALL_TYPES[kind], **without_nulls(said)}
             name = _upstream_name(call, path)
-        described = {**tool, "name": name, "description": _describe(tool, namespace, path)}
-        both = (to_tool(kind, described, path), call)
+        told = {**tool, "name": name, "description": _describe(tool, namespace, path)}
+        both = (to_tool(kind, told, path), call)
         if both != (tools.setdefault(name, both[0]), calls.setdefault(name, call)):
             raise InvalidRequest(f"{path}.name: there is another tool of the name {name}")
     return list(tools.values()), calls
@@ -2652,12 +2619,11 @@ def _to_tools(placed: Iterable[Placed]) -> tuple[list[JsonObject], dict[str, Jso
 def _flattened(placed: Iterable[Placed]) -> Iterator[tuple[str, JsonObject, JsonObject]]:
     """Yield tools with their paths, and the namespaces that they are in, {} for none."""
     for path, tool in placed:
-        if tool.get("type") != "namespace":
+        if tool.get("type") == "namespace":
+            require(tool, "name", str, path)
+            yield from ((place, inner, tool) for place, inner in objects(tool, "tools", path))
+        else:
             yield path, tool, {}
-            continue
-        require(tool, "name", str, path)
-        for place, inner in objects(tool, "tools", path):
-            yield place, inner, tool
 
 
 def _describe(tool: JsonObject, namespace: JsonObject, path: str) -> str | None:
@@ -2693,117 +2659,108 @@ class _Form(NamedTuple):
 
     prefix: str  # of their ids
     source: str  # the field of upstream's deltas with their text, "" where these do not say it
-    events: str  # what the events that say it are called
-    whole: str  # the field that has it in the end,
-    part: str = ""  # in a part of this type; "" where the field is the item's own,
-    parts: str = ""  # in this list of the item's
-    part_events: str = ""  # what the events of the part are called
+    field: str  # theirs
+    events: str  # what the events are called that say the text
+    opening: JsonObject  # the item as it is added
+    part: JsonObject | None = None  # what holds the text, where that is not the item itself
 
 
-_IN_CONTENT: Final = ("content", "content_part")
-_IN_SUMMARY: Final = ("summary_text", "summary", "reasoning_summary_part")
-_FORMS: Final = {
-    "message": _Form("msg", "text", "output_text", "text", "output_text", *_IN_CONTENT),
-    "refusal": _Form("msg", "text", "refusal", "refusal", "refusal", *_IN_CONTENT),
-    "reasoning": _Form("rs", "thinking", "reasoning_summary_text", "text", *_IN_SUMMARY),
-    "function_call": _Form("fc", "partial_json", "function_call_arguments", "arguments"),
-    "custom_tool_call": _Form("ctc", "", "custom_tool_call_input", "input"),
-    "tool_search_call": _Form("tsc", "", "", "arguments"),
+_CALL_TYPES: Final = {
+    **{"function": "function_call", "custom": "custom_tool_call"},
+    "tool_search": "tool_search_call",
 }
-_KINDS: Final = {
-    **{"text": "message", "thinking": "reasoning", "redacted_thinking": "reasoning"},
-    "refusal": "refusal",
+_MESSAGE: Final = {
+    **{"type": "message", "status": "in_progress", "role": "assistant", "content": []}
+}
+_TEXT: Final = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
+_FORMS: Final = {
+    "message": _Form("msg", "text", "text", "output_text", _MESSAGE, _TEXT),
+    "refusal": _Form(
+        *("msg", "text", "refusal", "refusal", _MESSAGE), {"type": "refusal", "refusal": ""}
+    ),
+    "reasoning": _Form(
+        *("rs", "thinking", "text", "reasoning_summary_text"),
+        *({"type": "reasoning", "summary": []}, {"type": "summary_text", "text": ""}),
+    ),
+    "function_call": _Form(
+        *("fc", "partial_json", "arguments", "function_call_arguments"),
+        {"status": "in_progress", "arguments": ""},
+    ),
+    "custom_tool_call": _Form(
+        *("ctc", "", "input", "custom_tool_call_input"), {"status": "in_progress", "input": ""}
+    ),
+    "tool_search_call": _Form("tsc", "", "arguments", "", {"status": "completed"}),
 }
 
 
 class _Item:
-    """One output item as it comes: `begin`, `say` and `end` yield its events."""
+    """An output item as it comes, made of a block; `begin`, `say` and `end` yield its events."""
 
     def __init__(self, kind: str, block: JsonObject, call: JsonObject, name: str, index: int):
-        self.kind, self._block, self._call = kind, block, call
-        self._form = _FORMS[kind]
-        self._place = {"item_id": f"{self._form.prefix}_{name}{index}", "output_index": index}
+        self.kind, self.form, self._block = kind, _FORMS[kind], block
+        self._place = {"item_id": f"{self.form.prefix}_{name}{index}", "output_index": index}
+        self._item = {"id": self._place["item_id"], **call, **self.form.opening}
+        self._list = "summary" if kind == "reasoning" else "content"  # that its part is in
+        self._part = "reasoning_summary_part" if kind == "reasoning" else "content_part"
+        self._has_part = False
         self._pieces: list[str] = []  # of its text
-        self._has_part = False  # it has said more than blanks
 
     def begin(self) -> Iterator[JsonObject]:
-        """Begin. A message waits until it says something, and a search is known at its end."""
-        if self.kind not in ("message", "refusal", "tool_search_call"):
-            yield self._added()
+        """Begin; but a message only when it says something, a search when all of it is known."""
+        if self.kind in ("reasoning", "function_call", "custom_tool_call"):
+            yield self._whole("added")
 
-    def say(self, delta: JsonObject) -> Iterator[JsonObject]:
-        """Say what a delta, or the beginning of a block, says of its text."""
-        if text := delta.get(self._form.source):
-            yield from self._say(text)
+    def say(self, text: str) -> Iterator[JsonObject]:
+        """Say more of its text; what is blank to the end is not told."""
+        self._pieces += [text] * bool(text)
+        if self.form.part and not self._has_part:
+            if not (text := "".join(self._pieces)).strip():
+                return
+            if self.kind != "reasoning":
+                yield self._whole("added")
+            self._has_part = True
+            self._place |= {f"{self._list}_index": 0}
+            yield self._event(f"{self._part}.added", part=self.form.part)
+        if text:
+            yield self._text("delta", delta=text)
 
     def end(self) -> Iterator[JsonObject]:
         """Finish; a message that has said nothing is none."""
         given = self._block.get("input")
-        if self.kind == "function_call" and not self._pieces:
-            yield from self._say(json.dumps(given))
-        if self.kind == "custom_tool_call":  # its text was in JSON; the model may write anything
+        if self.kind == "custom_tool_call":  # inside JSON so far; the model may write anything
             raw = _object(given).get("input")
-            yield from self._say(raw if isinstance(raw, str) else json.dumps(given))
-        said = "".join(self._pieces)
-        if self.kind == "tool_search_call":
-            yield self._added()
-        elif self._has_part or not self._form.parts:
-            more = {"name": self._call["name"]} if self.kind == "function_call" else {}
-            yield self._event("done", **{self._form.whole: said}, **more)
+            yield from self.say(raw if isinstance(raw, str) else json.dumps(given))
+        elif self.kind == "function_call" and not self._pieces:
+            yield from self.say(json.dumps(given))
+        said: JsonObject = {self.form.field: "".join(self._pieces)}
         if self._has_part:
-            yield self._part_event("done", said)
-        if self._has_part or self.kind != "message":
-            place = {"output_index": self._place["output_index"]}
-            yield {"type": "response.output_item.done", **place, "item": self._to_item(said)}
-
-    def _say(self, text: str) -> Iterator[JsonObject]:
-        self._pieces.append(text)
-        if self._form.parts and not self._has_part:
-            text = "".join(self._pieces)
-            if not text.strip():
-                return
-            self._has_part = True
-            if self.kind != "reasoning":
-                yield self._added()
-            yield self._part_event("added", "")
-        if text:
-            yield self._event("delta", delta=text)
-
-    def _added(self) -> JsonObject:
-        item = self._to_item("")
-        item.pop("encrypted_content", None)
-        if "status" in item:
-            item["status"] = "in_progress"
-        if self._form.parts:
-            item[self._form.parts] = []
-        place = {"output_index": self._place["output_index"]}
-        return {"type": "response.output_item.added", **place, "item": item}
-
-    def _event(self, kind: str, **said: Any) -> JsonObject:
-        """Return an event of the item's text."""
-        more: JsonObject = {f"{self._form.parts}_index": 0} if self._form.parts else {}
-        more |= {"logprobs": []} if self.kind == "message" else {}
-        return {"type": f"response.{self._form.events}.{kind}", **self._place, **more, **said}
-
-    def _part_event(self, kind: str, said: str) -> JsonObject:
-        index = {f"{self._form.parts}_index": 0, "part": self._part(said)}
-        return {"type": f"response.{self._form.part_events}.{kind}", **self._place, **index}
-
-    def _part(self, said: str) -> JsonObject:
-        more: JsonObject = {"annotations": [], "logprobs": []} if self.kind == "message" else {}
-        return {"type": self._form.part, self._form.whole: said, **more}
-
-    def _to_item(self, said: str) -> JsonObject:
-        item = {"id": self._place["item_id"], "type": self.kind}
+            part = {**(self.form.part or {}), **said}
+            yield self._text("done", **said)
+            yield self._event(f"{self._part}.done", part=part)
+            self._item[self._list] = [part]
+        elif self.kind == "tool_search_call":
+            self._item["arguments"] = given
+            yield self._whole("added")
+        elif not self.form.part:
+            yield self._text("done", **said)
+            self._item |= said
+        if "status" in self._item:
+            self._item["status"] = "completed"
         if self.kind == "reasoning":
-            summary = [self._part(said)] if self._has_part else []
-            return {**item, "summary": summary, "encrypted_content": _seal(self._block)}
-        if self._form.parts:
-            item |= {"type": "message", "role": "assistant", "status": "completed"}
-            return {**item, "content": [self._part(said)]}
-        item |= {**self._call, "status": "completed", "call_id": self._block["id"]}
-        is_search = self.kind == "tool_search_call"
-        return {**item, self._form.whole: self._block["input"] if is_search else said}
+            self._item["encrypted_content"] = _seal(self._block)
+        if self._has_part or self.kind != "message":
+            yield self._whole("done")
+
+    def _whole(self, ending: str) -> JsonObject:
+        place = {"output_index": self._place["output_index"], "item": dict(self._item)}
+        return {"type": f"response.output_item.{ending}", **place}
+
+    def _event(self, name: str, **said: Any) -> JsonObject:
+        return {"type": f"response.{name}", **self._place, **said}
+
+    def _text(self, ending: str, **said: Any) -> JsonObject:
+        more: JsonObject = {"logprobs": []} if self.kind == "message" else {}
+        return self._event(f"{self.form.events}.{ending}", **more, **said)
 
 
 class ResponseWriter:
@@ -2823,10 +2780,10 @@ class ResponseWriter:
     def feed(self, event: Event) -> list[JsonObject]:
         """Take the next event that an AnswerReader gave out."""
         self._answer.add(event)
-        return self._numbered(self._read(event))
+        return self._numbered(self._translate(event))
 
     def live(self) -> list[JsonObject]:
-        """Show life: by beginning, later by an event, since comments leave Codex' clock running."""
+        """Show life: by beginning, then by an event, since comments leave Codex' clock running."""
         return self._numbered([{"type": "keepalive"}] if self._written else self._begin())
 
     def fail(self, error: ApiError) -> list[JsonObject]:
@@ -2843,58 +2800,57 @@ class ResponseWriter:
                 self._output.append(event["item"])
         return numbered
 
-    def _read(self, event: Event) -> Iterator[JsonObject]:
+    def _translate(self, event: Event) -> Iterator[JsonObject]:
         kind = event["type"]
         if kind == "message_start":
             yield from self._begin()
         elif kind == "content_block_start":
             yield from self._start(self._answer.message["content"][-1])
         elif kind == "content_block_delta" and self._item:
-            yield from self._item.say(event["delta"])
+            yield from self._item.say(event["delta"].get(self._item.form.source) or "")
         elif kind == "message_stop":
-            yield from self._finish()
+            yield from self._finish(self._answer.message)
 
     def _begin(self) -> list[JsonObject]:
-        if self._written:
-            return []
-        return [self._to_event(status, "in_progress") for status in ("created", "in_progress")]
+        statuses = () if self._written else ("created", "in_progress")
+        return [self._to_event(name, "in_progress") for name in statuses]
 
     def _start(self, block: JsonObject) -> Iterator[JsonObject]:
         """Begin the next item, or go on with a message whose next text this is."""
-        kind, call = _KINDS.get(block["type"]), {}
-        if block["type"] == "tool_use":
+        kind, call = str(block["type"]), JsonObject()
+        if kind == "tool_use":
             plain = {"type": "function_call", "name": block["name"]}
-            call = self._style.calls.get(block["name"], plain)
-            kind = call["type"]
-        if kind is None:  # what upstream's own tools do is left out, and ends no text
+            call = {**self._style.calls.get(block["name"], plain), "call_id": block["id"]}
+        kind = call.get("type") or ("reasoning" if kind in _SEALED else kind)
+        kind = "message" if kind == "text" else kind
+        if kind not in _FORMS:  # what upstream's own tools do is left out, and ends no text
             return
         if not (self._item and self._item.kind == kind == "message"):
             yield from self._end()
             name = self._style.response["id"].partition("_")[2]
             self._item = _Item(kind, block, call, name, len(self._output))
             yield from self._item.begin()
-        yield from self._item.say(block)
+        yield from self._item.say(block.get(self._item.form.source) or "")
 
     def _end(self) -> Iterator[JsonObject]:
         item, self._item = self._item, None
         if item:
             yield from item.end()
 
-    def _finish(self) -> Iterator[JsonObject]:
-        message = self._answer.message
+    def _finish(self, message: JsonObject) -> Iterator[JsonObject]:
         finish = _FINISH_REASONS.get(message["stop_reason"])
         is_cut = finish == "length"
-        if not (is_cut and self._item and self._item.kind.endswith("_call")):
+        if not (is_cut and self._item and self._item.kind in _CALL_TYPES.values()):
             yield from self._end()
         if finish == "content_filter":  # in an item of its own: Codex drops what stands beside it
             details = _object(message.get("stop_details"))
-            text = str(details.get("explanation") or _DEFAULT_REFUSAL)
-            yield from self._start({"type": "refusal", "text": text})
+            refusal = str(details.get("explanation") or _DEFAULT_REFUSAL)
+            yield from self._start({"type": "refusal", "text": refusal})
             yield from self._end()
         usage = to_openai_usage(message["usage"], "input", "output")
         if is_cut:
-            details = {"reason": "max_output_tokens"}
-            yield self._to_event("incomplete", usage=usage, incomplete_details=details)
+            reason = {"reason": "max_output_tokens"}
+            yield self._to_event("incomplete", usage=usage, incomplete_details=reason)
         else:
             yield self._to_event("completed", usage=usage, completed_at=int(time.time()))
 

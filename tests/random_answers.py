@@ -23,7 +23,7 @@ TOOLS: list[JsonObject] = [
     {"type": "tool_search", "execution": "client", "description": "d", "parameters": {}},
 ]
 _TEXT = st.one_of(st.sampled_from(["", " ", "\n\n", "a b", "\u2028é 😀"]), st.text(max_size=12))
-_INPUT = st.one_of(
+_INPUT: st.SearchStrategy[JsonObject] = st.one_of(
     st.just({}),
     st.dictionaries(st.sampled_from(["input", "x"]), st.one_of(_TEXT, st.integers(), st.none())),
 )

@@ -305,9 +305,9 @@ ITEMS_REFUSED: list[tuple[tuple[JsonObject, ...], str]] = [
     (({"role": "user"},), "input[0]"),
     (({"role": "user", "content": 5},), "input[0].content"),
     (content({"type": "input_audio"}), "input[0].content[0].type"),
-    (content({"type": "input_image", "file_id": "x"}), "input[0].content[0].file_id"),
+    (content({"type": "input_image", "file_id": "x"}), "input[0].content[0].image_url"),
     (content({"type": "input_image"}), "input[0].content[0].image_url"),
-    (content({"type": "input_file", "file_id": "x"}), "input[0].content[0].file_id"),
+    (content({"type": "input_file", "file_id": "x"}), "input[0].content[0].file_data"),
     (content({"type": "input_file"}), "input[0].content[0].file_data"),
     (
         (
@@ -345,7 +345,7 @@ ITEMS_REFUSED: list[tuple[tuple[JsonObject, ...], str]] = [
     ),
 ]
 FIELDS_REFUSED: list[tuple[JsonObject, str]] = [
-    *(({"input": value}, "input") for value in (None, "", [], 5)),
+    *(({"input": value}, "input") for value in list[Any]([None, "", [], 5])),
     ({"input": " "}, "input[0]"),
     ({"model": None}, "model"),
     ({"previous_response_id": "resp_1"}, "previous_response_id"),
