@@ -8,6 +8,7 @@ the Python and JavaScript package registries, as pip and npm are set up here, ng
 from __future__ import annotations
 
 import faulthandler
+import platform
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from pathlib import Path
 import pytest
 
 INSTALL_TIMEOUT_S = 900  # an installation is a download, at whatever speed
+CODEX_VERSION = "0.169.0"  # whose ways the tests pin
 Installer = Callable[..., Path]
 
 
@@ -73,6 +75,16 @@ def langchain(in_venv: Installer) -> Path:
 
 
 @pytest.fixture(scope="session")
+def langchain_openai(in_venv: Installer) -> Path:
+    return in_venv("langchain-openai")
+
+
+@pytest.fixture(scope="session")
+def agents_sdk(in_venv: Installer) -> Path:
+    return in_venv("openai-agents")
+
+
+@pytest.fixture(scope="session")
 def pydantic_ai(in_venv: Installer) -> Path:
     return in_venv("pydantic-ai-slim[anthropic]")
 
@@ -103,10 +115,24 @@ def javascript_sdks(in_node: Installer) -> Path:
 
 
 @pytest.fixture(scope="session")
+def openai_javascript(in_node: Installer) -> Path:
+    return in_node("openai@^7.57.0")
+
+
+@pytest.fixture(scope="session")
 def vercel(in_node: Installer) -> Path:
-    return in_node("ai", "@ai-sdk/anthropic")
+    return in_node("ai", "@ai-sdk/anthropic", "@ai-sdk/openai")
 
 
 @pytest.fixture(scope="session")
 def continue_cli(in_node: Installer) -> Path:
     return in_node("@continuedev/cli") / "node_modules" / ".bin"
+
+
+@pytest.fixture(scope="session")
+def codex(in_node: Installer) -> Path:
+    """Codex' platform package, which the launcher of its own name would install: 410 MB."""
+    machine = {"x86_64": "x64", "aarch64": "arm64"}[platform.machine()]
+    root = in_node(f"@openai/codex@{CODEX_VERSION}-{sys.platform}-{machine}")
+    (binary,) = root.glob("node_modules/@openai/codex/vendor/*/bin/codex")
+    return binary.parent

@@ -60,17 +60,44 @@ models:
   - {name: sonnet, provider: anthropic, model: claude-sonnet-4-6, apiKey: any, roles: [chat],
      %s"}
 """
+OPENAI = "OpenAI SDK, Agents SDK, `ChatOpenAI` of LangChain"
 AIDER = "--message Hello --no-git --yes-always --no-analytics --no-check-update"
 AIDER += " --no-show-model-warnings"
+
+
+CHAT_OPENAI = """
+from langchain_openai import ChatOpenAI
+print(ChatOpenAI(model="sonnet").invoke("Hello").content)
+"""
+AGENTS_SDK = """
+from agents import Agent, Runner, set_tracing_disabled
+set_tracing_disabled(True)
+agent = Agent(name="a", instructions="be brief", model="claude-sonnet-4-6")
+print(Runner.run_sync(agent, "Hello").final_output)
+"""
+AI_SDK_OPENAI = """
+import { generateText } from "ai"
+import { openai } from "@ai-sdk/openai"
+const providerOptions = {openai: {store: false}}
+const {text} = await generateText({model: openai("sonnet"), prompt: "Hello", providerOptions})
+console.log(text)
+"""
 
 
 def here(text: str, gateway: RunningGateway) -> str:
     return text.replace("http://127.0.0.1:8080", gateway.url)
 
 
+def settle_codex(url: str, home: Path) -> None:
+    """Write the README's configuration of Codex."""
+    (config,) = re.findall(r"```toml\n(.*?)```", TABLE, re.DOTALL)
+    (home / ".codex").mkdir()
+    (home / ".codex" / "config.toml").write_text(config.replace("http://127.0.0.1:8080", url))
+
+
 def answer(gateway: RunningGateway, command: str, bin_dir: Path, home: Path, **env: str) -> str:
     """Run a command of the README, with the client's own directory first; return what it prints."""
-    assert "http://127.0.0.1:8080" in command or "config.yaml" in command
+    assert "http://127.0.0.1:8080" in command or command.startswith(("cn ", "codex "))
     environment = clean_environment(home)
     environment["PATH"] = f"{bin_dir}{os.pathsep}{environment['PATH']}"
     done = subprocess.run(
@@ -99,10 +126,12 @@ def answer(gateway: RunningGateway, command: str, bin_dir: Path, home: Path, **e
         ("Anthropic SDK, LangChain, pydantic-ai", "anthropic_sdk", ANTHROPIC_SDK),
         ("Anthropic SDK, LangChain, pydantic-ai", "langchain", LANGCHAIN),
         ("Anthropic SDK, LangChain, pydantic-ai", "pydantic_ai", PYDANTIC_AI),
-        ("OpenAI SDK", "openai_sdk", OPENAI_SDK),
+        (OPENAI, "openai_sdk", OPENAI_SDK),
+        (OPENAI, "langchain_openai", CHAT_OPENAI),
+        (OPENAI, "agents_sdk", AGENTS_SDK),
         ("LiteLLM", "litellm", LITELLM),
     ],
-    ids=["anthropic", "langchain", "pydantic-ai", "openai", "litellm"],
+    ids=["anthropic", "langchain", "pydantic-ai", "openai", "chat-openai", "agents", "litellm"],
 )
 def test_python_clients(
     gateway: RunningGateway,
@@ -130,6 +159,19 @@ def test_the_vercel_ai_sdk(gateway: RunningGateway, vercel: Path) -> None:
     assert DEFAULT_TEXT in answer(gateway, ROWS["Vercel AI SDK"], vercel, vercel)
 
 
+def test_the_ai_sdks_openai(gateway: RunningGateway, vercel: Path) -> None:
+    (vercel / "app.mjs").write_text(AI_SDK_OPENAI)
+    row = ROWS["AI SDK's `openai`, with `store: false`"]
+    assert DEFAULT_TEXT in answer(gateway, row, vercel, vercel)
+
+
+def test_codex(gateway: RunningGateway, codex: Path, tmp_path: Path) -> None:
+    settle_codex(gateway.url, tmp_path)
+    subprocess.run(["git", "init", "--quiet"], cwd=tmp_path, check=True)
+    row = ROWS["Codex, with the file below"]
+    assert DEFAULT_TEXT in answer(gateway, row, codex, tmp_path)
+
+
 def test_continue(gateway: RunningGateway, continue_cli: Path, tmp_path: Path) -> None:
     ((row, command),) = ((r, c) for r, c in ROWS.items() if r.startswith("Continue, "))
     setting = row.partition("`")[2].rstrip("`").replace(": ", ': "')
@@ -146,7 +188,9 @@ def test_the_table_names_what_is_tried_here() -> None:
     assert list(ROWS) == [
         "Anthropic SDK, LangChain, pydantic-ai",  # the SDK in JavaScript in test_clients.py
         "Vercel AI SDK",
-        "OpenAI SDK",  # in JavaScript in test_clients.py
+        OPENAI,  # in JavaScript in test_clients.py; more of it all in test_responses_clients.py
+        "AI SDK's `openai`, with `store: false`",
+        "Codex, with the file below",
         "Claude Code",
         "LiteLLM",
         "llm-anthropic",
