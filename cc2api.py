@@ -2385,6 +2385,11 @@ _REFUSED: Final = {
     **{"conversation": _NOT_KEPT, "prompt": "prompts are not kept here; send what it says"},
     **{"background": "answers are not kept here", "top_logprobs": "no model here tells these"},
 }
+_HINTS: Final = {
+    "item_reference": "items are not persisted here: set store to false"
+    " (AI SDK: providerOptions.openai.store), so that they are sent whole",
+    "compaction_trigger": "Codex compacts by itself with a provider of your own in its config",
+}
 _FINISHED: Final = ("web_search_call", "file_search_call", "code_interpreter_call")
 _RAW_HINT: Final = "`input` is the raw text itself: not wrapped in JSON, not quoted."
 _DEFAULT_REFUSAL: Final = "The model refused to answer."
@@ -2408,8 +2413,14 @@ def parse_responses_request(
             raise InvalidRequest(f"{name}: {problem}", details=details)
     if "message.output_text.logprobs" in (optional(body, "include", list) or []):
         raise InvalidRequest("include: logprobs are not supported by this gateway")
-    said = _Input(as_blocks(optional(body, "instructions", str) or ""))
-    for path, item in _items(body):
+    given = body.get("input") or None  # an empty one is none
+    body = {
+        **body,
+        "input": [{"role": "user", "content": given}] if isinstance(given, str) else given,
+    }
+    require(body, "input", list)
+    said = _Input(to_blocks(body, "instructions", ""))
+    for path, item in objects(body, "input"):
         said.read(path, item)
     changed = {name: optional(body, name, dict) or {} for name in ("reasoning", "text")}
     reasoning, text = ({**changed[name], **said.changes.get(name, {})} for name in changed)
@@ -2453,14 +2464,6 @@ def _to_blank(body: JsonObject, created: int) -> JsonObject:
 # ---- items
 
 
-def _items(body: JsonObject) -> Iterator[Placed]:
-    given = body.get("input")
-    if not given:
-        raise InvalidRequest("input: Field required")
-    listed = [{"role": "user", "content": given}] if isinstance(given, str) else given
-    return objects({"input": listed}, "input")
-
-
 class _Input:
     """What the items of `input` say (section 1.2); each becomes a message of its own, to be merged.
 
@@ -2482,8 +2485,8 @@ class _Input:
         if kind in _FINISHED:  # by another provider; the answer that came of it is there
             return
         if kind not in _READERS:
-            problem = f"items of type {kind!r} are not supported by this gateway"
-            raise InvalidRequest(f"{path}.type: {problem}")
+            hint = _HINTS.get(kind, "this type is not supported by this gateway")
+            raise InvalidRequest(f"{path}.type: {kind}: {hint}")
         if item.get("execution") == "server":
             raise InvalidRequest(f"{path}.execution: only 'client' is supported by this gateway")
         _READERS[kind](self, path, item)
@@ -2540,30 +2543,24 @@ class _Input:
         result = {"type": "tool_result", "tool_use_id": call_id, "content": content}
         self._add("user", path, [result], result=True)
 
-    def found_tools(self, path: str, item: JsonObject) -> None:
-        found = list(objects(item, "tools", path))
-        self.tools += found
-        self.output(path, {**item, "output": json.dumps([tool for _, tool in found])})
-
     def more_tools(self, path: str, item: JsonObject) -> None:
-        self.tools += objects(item, "tools", path)
+        """Take tools, and where a search found them, its output, which is they."""
+        more = list(objects(item, "tools", path))
+        self.tools += more
+        if item["type"] == "tool_search_output":
+            self.output(path, {**item, "output": json.dumps([tool for _, tool in more])})
 
     def configuration(self, path: str, item: JsonObject) -> None:
         given = {name: optional(item, name, dict, path) for name in ("reasoning", "text")}
         self.changes |= without_nulls(given)
-
-    def reference(self, path: str, item: JsonObject) -> None:
-        problem = f"Item with id {item.get('id')!r} not found. Items are not persisted here"
-        hint = "set store to false (AI SDK: providerOptions.openai.store)"
-        raise InvalidRequest(f"{path}.id: {problem}: {hint}, so that they are sent whole")
 
 
 _READERS: Final[dict[str, Callable[[_Input, str, JsonObject], None]]] = {
     **{"message": _Input.message, "reasoning": _Input.reasoning},
     **dict.fromkeys(("function_call", "custom_tool_call", "tool_search_call"), _Input.call),
     **dict.fromkeys(("function_call_output", "custom_tool_call_output"), _Input.output),
-    **{"tool_search_output": _Input.found_tools, "additional_tools": _Input.more_tools},
-    **{"configuration_update": _Input.configuration, "item_reference": _Input.reference},
+    **dict.fromkeys(("tool_search_output", "additional_tools"), _Input.more_tools),
+    "configuration_update": _Input.configuration,
 }
 
 

@@ -167,7 +167,8 @@ def test_the_ai_sdks_openai(gateway: RunningGateway, vercel: Path) -> None:
 
 def test_codex(gateway: RunningGateway, codex: Path, tmp_path: Path) -> None:
     settle_codex(gateway.url, tmp_path)
-    subprocess.run(["git", "init", "--quiet"], cwd=tmp_path, check=True)
+    environment = clean_environment(tmp_path)
+    subprocess.run(["git", "init", "--quiet"], cwd=tmp_path, env=environment, check=True)
     row = ROWS["Codex, with the file below"]
     assert DEFAULT_TEXT in answer(gateway, row, codex, tmp_path)
 
