@@ -4,6 +4,7 @@ import { openai } from "@ai-sdk/openai";
 import { APICallError, generateText, jsonSchema, stepCountIs, streamText, tool } from "ai";
 
 const [word] = process.argv.slice(2);
+globalThis.AI_SDK_LOG_WARNINGS = false;
 const properties = { number: { type: "number" } };
 const double = tool({
   description: "Double a number.",

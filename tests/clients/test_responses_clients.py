@@ -36,11 +36,11 @@ def calling(*calls: dict[str, Any]) -> Reply:
 def word(api: ScriptedApi) -> str:
     """A word that the scripted API knows in several cases."""
     word = f"mark-{uuid4().hex}"
-    two = [tool("double", {"number": 3}, 1), tool("double", {"number": 4}, 2)]
+    two = [tool("double", {"number": 3}, 1), tool("double", {"number": 40}, 2)]
     api.on(f"loop {word}", calling(two[0]))
     api.on(f"parallel {word}", calling(*two))
     api.on(f"doubled-6-{word}", text_reply("six"))
-    api.on(f"doubled-8-{word}", text_reply("six and eight"))
+    api.on(f"doubled-80-{word}", text_reply("six and eight"))
     api.on(f"structured {word}", text_reply('{"name": "Rome"}'))
     api.on(f"handoff {word}", calling(tool("transfer_to_other", {})))
     return word
@@ -205,8 +205,8 @@ def test_langchain(
 ) -> None:
     command = [str(langchain_openai / "python"), str(HERE / "langchain_client.py"), word]
     seen = run(command, tmp_path, **openai_env(gateway))
-    assert seen == {"calls": [{"number": 3}, {"number": 4}], "text": "six and eight", "tokens": 61}
-    (last,) = api.calls_with(f"doubled-8-{word}")
+    assert seen == {"calls": [{"number": 3}, {"number": 40}], "text": "six and eight", "tokens": 61}
+    (last,) = api.calls_with(f"doubled-80-{word}")
     assert last.body["messages"][1]["content"][0] == THINKING
 
 
@@ -216,13 +216,13 @@ def test_the_ai_sdk(gateway: RunningGateway, api: ScriptedApi, word: str, vercel
     assert node is not None
     assert run([node, str(vercel / "ai_sdk.mjs"), word], vercel, **openai_env(gateway)) == {
         "text": "six and eight",
-        "calls": [{"number": 3}, {"number": 4}],
+        "calls": [{"number": 3}, {"number": 40}],
         "streamed": "six and eight",
         "reasoning": "hm",
         "tokens": 61,
         "stored": [True, 400, True],
     }
-    last = api.calls_with(f"doubled-8-{word}")[-1]
+    last = api.calls_with(f"doubled-80-{word}")[-1]
     assert last.body["messages"][1]["content"][0] == THINKING
 
 
