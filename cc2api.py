@@ -2391,6 +2391,10 @@ _HINTS: Final = {
     "compaction_trigger": "Codex compacts by itself with a provider of your own in its config",
 }
 _FINISHED: Final = ("web_search_call", "file_search_call", "code_interpreter_call")
+_CALL_TYPES: Final = {  # of the tools that clients run
+    **{"function": "function_call", "custom": "custom_tool_call"},
+    "tool_search": "tool_search_call",
+}
 _RAW_HINT: Final = "`input` is the raw text itself: not wrapped in JSON, not quoted."
 _DEFAULT_REFUSAL: Final = "The model refused to answer."
 
@@ -2662,13 +2666,7 @@ class _Form(NamedTuple):
     part: JsonObject | None = None  # what holds the text, where that is not the item itself
 
 
-_CALL_TYPES: Final = {
-    **{"function": "function_call", "custom": "custom_tool_call"},
-    "tool_search": "tool_search_call",
-}
-_MESSAGE: Final = {
-    **{"type": "message", "status": "in_progress", "role": "assistant", "content": []}
-}
+_MESSAGE: Final = {"type": "message", "status": "in_progress", "role": "assistant", "content": []}
 _TEXT: Final = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
 _FORMS: Final = {
     "message": _Form("msg", "text", "text", "output_text", _MESSAGE, _TEXT),
@@ -2691,7 +2689,7 @@ _FORMS: Final = {
 
 
 class _Item:
-    """An output item as it comes, made of a block; `begin`, `say` and `end` yield its events."""
+    """An output item as it comes, made of a block; `say` and `end` yield its events."""
 
     def __init__(self, kind: str, block: JsonObject, call: JsonObject, name: str, index: int):
         self.kind, self.form, self._block = kind, _FORMS[kind], block
@@ -2699,25 +2697,20 @@ class _Item:
         self._item = {"id": self._place["item_id"], **call, **self.form.opening}
         self._list = "summary" if kind == "reasoning" else "content"  # that its part is in
         self._part = "reasoning_summary_part" if kind == "reasoning" else "content_part"
-        self._has_part = False
         self._pieces: list[str] = []  # of its text
-
-    def begin(self) -> Iterator[JsonObject]:
-        """Begin; but a message only when it says something, a search when all of it is known."""
-        if self.kind in ("reasoning", "function_call", "custom_tool_call"):
-            yield self._whole("added")
+        self._is_said = False  # some of it, which is more than blanks
 
     def say(self, text: str) -> Iterator[JsonObject]:
-        """Say more of its text; what is blank to the end is not told."""
+        """Say more of its text; it begins with the first that is not blank."""
         self._pieces += [text] * bool(text)
-        if self.form.part and not self._has_part:
+        if not self._is_said:
             if not (text := "".join(self._pieces)).strip():
                 return
-            if self.kind != "reasoning":
-                yield self._whole("added")
-            self._has_part = True
-            self._place |= {f"{self._list}_index": 0}
-            yield self._event(f"{self._part}.added", part=self.form.part)
+            self._is_said = True
+            yield self._whole("added")
+            if self.form.part:
+                self._place |= {f"{self._list}_index": 0}
+                yield self._event(f"{self._part}.added", part=self.form.part)
         if text:
             yield self._text("delta", delta=text)
 
@@ -2729,24 +2722,26 @@ class _Item:
             yield from self.say(raw if isinstance(raw, str) else json.dumps(given))
         elif self.kind == "function_call" and not self._pieces:
             yield from self.say(json.dumps(given))
+        elif self.kind == "tool_search_call":
+            self._item["arguments"] = given
+        if self.kind == "message" and not self._is_said:
+            return
         said: JsonObject = {self.form.field: "".join(self._pieces)}
-        if self._has_part:
-            part = {**(self.form.part or {}), **said}
+        if not self._is_said:
+            yield self._whole("added")
+        if self.form.part and self._is_said:
+            part = {**self.form.part, **said}
             yield self._text("done", **said)
             yield self._event(f"{self._part}.done", part=part)
             self._item[self._list] = [part]
-        elif self.kind == "tool_search_call":
-            self._item["arguments"] = given
-            yield self._whole("added")
-        elif not self.form.part:
+        elif self.form.events and not self.form.part:
             yield self._text("done", **said)
             self._item |= said
         if "status" in self._item:
             self._item["status"] = "completed"
         if self.kind == "reasoning":
             self._item["encrypted_content"] = _seal(self._block)
-        if self._has_part or self.kind != "message":
-            yield self._whole("done")
+        yield self._whole("done")
 
     def _whole(self, ending: str) -> JsonObject:
         place = {"output_index": self._place["output_index"], "item": dict(self._item)}
@@ -2820,13 +2815,14 @@ class ResponseWriter:
             call = {**self._style.calls.get(block["name"], plain), "call_id": block["id"]}
         kind = call.get("type") or ("reasoning" if kind in _SEALED else kind)
         kind = "message" if kind == "text" else kind
-        if kind not in _FORMS:  # what upstream's own tools do is left out, and ends no text
-            return
-        if not (self._item and self._item.kind == kind == "message"):
+        is_left_out = kind not in _FORMS  # what upstream's own tools do, which ends no text
+        if not (self._item and self._item.kind == "message" and (is_left_out or kind == "message")):
             yield from self._end()
+        if is_left_out:
+            return
+        if not self._item:
             name = self._style.response["id"].partition("_")[2]
             self._item = _Item(kind, block, call, name, len(self._output))
-            yield from self._item.begin()
         yield from self._item.say(block.get(self._item.form.source) or "")
 
     def _end(self) -> Iterator[JsonObject]:
@@ -2841,7 +2837,7 @@ class ResponseWriter:
             yield from self._end()
         if finish == "content_filter":  # in an item of its own: Codex drops what stands beside it
             details = _object(message.get("stop_details"))
-            refusal = str(details.get("explanation") or _DEFAULT_REFUSAL)
+            refusal = str(details.get("explanation") or "").strip() or _DEFAULT_REFUSAL
             yield from self._start({"type": "refusal", "text": refusal})
             yield from self._end()
         usage = to_openai_usage(message["usage"], "input", "output")

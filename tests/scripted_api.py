@@ -118,7 +118,7 @@ def _opened(block: JsonObject) -> tuple[JsonObject, list[JsonObject]]:
             {"type": "thinking_delta", "thinking": block["thinking"]},
             {"type": "signature_delta", "signature": block["signature"]},
         ]
-    if kind == "tool_use":
+    if kind in ("tool_use", "server_tool_use"):
         text = json.dumps(block["input"])
         pieces = ["", *(text[i : i + 7] for i in range(0, len(text), 7))]
         deltas = [{"type": "input_json_delta", "partial_json": p} for p in pieces]
