@@ -42,6 +42,8 @@ const functionTool = { type: "function", function: { name: "f", parameters: { ty
 const chunks = openai.chat.completions.stream({ model, messages: asked, tools: [functionTool] });
 const streamed = await chunks.finalChatCompletion();
 seen.arguments = streamed.choices[0].message.tool_calls.map((c) => JSON.parse(c.function.arguments));
+const response = await openai.responses.stream({ model, input: hello }).finalResponse();
+seen.response = [response.status, response.output_text];
 try {
   await openai.chat.completions.create({ model, messages: hello, n: 2 });
 } catch (error) {

@@ -71,6 +71,7 @@ def test_the_javascript_sdks(
         "error": ["BadRequestError", 400, "req_"],
         "completion": DEFAULT_TEXT,
         "arguments": CALLS,
+        "response": ["completed", DEFAULT_TEXT],
         "openaiError": ["BadRequestError", 400, "n"],
     }
 
