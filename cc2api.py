@@ -3236,7 +3236,8 @@ class Handler(BaseRequestHandler):
             return
         except InvalidRequest as error:
             if error.status != 408:  # to a connection that stayed silent nothing is said
-                self._answer(Head("-", "-", True, ()), error)
+                with contextlib.suppress(ClientGone):
+                    self._answer(Head("-", "-", True, ()), error)
         self._stream.linger()
 
     def _answer(self, head: Head, failure: ApiError | None = None) -> None:
