@@ -27,7 +27,7 @@ Rules that hold throughout:
 
 Facts about the CLI were seen on 2.1.300 to 2.1.331 talking to a scripted API; each one relied on is
 pinned by a test in tests/. Sections, each using only what stands above it: Settings, Errors, API
-keys, Requests, Lines, Events, Finding the CLI, Process, Conversation, Pool, Chat completions,
+keys, Requests, Lines, Events, The CLI, Process, Conversation, Pool, Chat completions,
 Metrics, Service, Status, HTTP, Routes, Demo, Command line.
 """
 
@@ -36,6 +36,7 @@ from __future__ import annotations
 import argparse
 import base64
 import collections
+import configparser
 import contextlib
 import dataclasses
 import email.utils
@@ -106,7 +107,9 @@ IDLE_S: Final = 300.0  # after a burst, for processes beyond --processes
 SIGN_IN_S: Final = 60.0  # until the CLI is asked again how it is signed in; it takes 0.2 s
 SPARE_DELAY_S: Final = 0.1  # a new spare takes 0.45 CPU-seconds: not before the call has left
 REHEARSE_AGAIN_S: Final = 600.0  # a CLI that could not be used again may be busy, not other
-BLANK_COST: Final = 25  # messages that replay in the time that a spare's first turn takes longer
+BLANK_DISTANCE: Final = (
+    25  # messages that replay in the time that a spare's first turn takes longer
+)
 MAX_TOOL_RESULT_CHARS: Final = 100_000  # through the tool channel; the CLI saves large ones to disk
 MAX_TOOL_ERROR_CHARS: Final = 5_000  # the CLI cuts errors at 10,000
 KEEPER_TICK_S: Final = 5.0  # how soon a dead or stale spare is noticed without a request
@@ -124,7 +127,9 @@ MAX_CHUNK_LINE_BYTES: Final = 256  # a size and extensions that nobody sends
 HEAD_TIMEOUT_S: Final = 15.0  # for a whole head: half-open connections go
 BODY_TIMEOUT_S: Final = 120.0  # for a whole body: 32 MB at 2 Mbit/s
 KEYS_GONE_S: Final = 2.0  # a key file that is written anew is empty or gone for a moment
-KEEP_ALIVE_S: Final = 120.0  # an idle connection is kept longer than proxies keep theirs (60 s)
+IDLE_CONNECTION_S: Final = (
+    120.0  # an idle connection is kept longer than proxies keep theirs (60 s)
+)
 LINGER_S: Final = 2.0  # reading on after an early answer, or a reset would destroy it on its way
 DEMO_WORD_S: Final = 0.03  # between the words of `--demo`: as quick as a model
 ACCEPT_TICK_S: Final = 0.1  # how soon the accepting thread notices that it is to stop
@@ -153,12 +158,10 @@ class Settings:
     claude: str | None = _option(None, "the claude executable (default: searched for)")
     keys: str = _option("apikeys.txt", "file of API keys, one a line, re-read every time")
     allow_open: bool = _option(False, "listen on other addresses than loopback without any key")
-    cors_origin: tuple[str, ...] = _option(
-        (), "web origin that may call, * for any; repeatable", form=_ORIGIN
-    )
-    allowed_host: tuple[str, ...] = _option((), "another host name of this server; repeatable")
+    cors_origin: tuple[str, ...] = _option((), "web origin that may call, * for any", form=_ORIGIN)
+    allowed_host: tuple[str, ...] = _option((), "another host name of this server")
     model_map: tuple[str, ...] = _option(
-        (), "NAME=MODEL: serve model NAME with MODEL; repeatable", form="[^=]+=.+"
+        (), "NAME=MODEL: serve model NAME with MODEL", form="[^=]+=.+"
     )
     processes: int = _option(4, "claude processes kept when idle, one of them blank; 0 keeps none")
     max_concurrency: int = _option(8, "requests answered at once", low=1)
@@ -175,7 +178,7 @@ class Settings:
 
 
 # ======================================================================= Errors
-# Everything a client can be told, as exceptions: raised anywhere, answered in one place in HTTP.
+# Everything a client can be told, as exceptions: raised anywhere, answered in one place in Routes.
 
 STATUS_BY_TYPE: Final = {  # messages-api.md section 5
     **{"invalid_request_error": 400, "authentication_error": 401, "billing_error": 402},
@@ -836,7 +839,7 @@ class AnswerReader:
                 return self._feed_event(event)
         elif kind == "result":
             self.has_failed = True
-            raise to_api_error(line, self._cli_error)
+            raise read_error(line, self._cli_error)
         elif line.get("status") == "requesting":
             self.is_called = True
         elif line.get("subtype") == "api_retry":
@@ -886,7 +889,7 @@ def to_rate_limit_headers(info: Any) -> dict[str, str]:
     return headers
 
 
-def to_api_error(result: JsonObject, cli_error: str | None = None) -> ApiError:
+def read_error(result: JsonObject, cli_error: str | None = None) -> ApiError:
     """Return upstream's error by a `result` line, else one by the CLI's word for it, else 502."""
     text = str(result.get("result") or f"claude gave no answer: {result.get('errors')}")
     kind, status = str(result.get("api_error_type")), result.get("api_error_status")
@@ -955,8 +958,8 @@ def parse_input(text: str) -> Any:
     return {} if is_deeper([value], MAX_INPUT_DEPTH) else value
 
 
-# ============================================================== Finding the CLI
-# Where the CLI is, its version and sign-in, and the arguments and environment of its processes.
+# ====================================================================== The CLI
+# Where the CLI is, its version and sign-in; the flags and environment that its processes run with.
 
 INSTALL_HINT: Final = (
     "Install it from https://claude.com/claude-code, or `pip install claude-agent-sdk`, which"
@@ -1282,19 +1285,14 @@ class Process:
         if len(self._partial) > MAX_LINE_BYTES:
             raise CliFailed(f"claude printed a line of over {MAX_LINE_BYTES} bytes")
         for following in rest:
-            self._take_line(bytes(self._partial))
-            self._partial = bytearray(following)
-
-    def _take_line(self, raw: bytes) -> None:
-        try:
-            line = json.loads(raw)
-        except (ValueError, RecursionError):
-            line = None
-        if isinstance(line, dict):
-            self.lines.append(line)
-        elif raw.strip() and not self._has_babbled:  # skipped, and told of once
-            self._has_babbled = True
-            log.warning("claude pid=%d prints lines that are not JSON", self.pid)
+            raw, self._partial, line = bytes(self._partial), bytearray(following), None
+            with contextlib.suppress(ValueError, RecursionError):
+                line = json.loads(raw)
+            if isinstance(line, dict):
+                self.lines.append(line)
+            elif raw.strip() and not self._has_babbled:  # skipped, and told of once
+                self._has_babbled = True
+                log.warning("claude pid=%d prints lines that are not JSON", self.pid)
 
     def _read_stderr(self) -> None:
         chunk: bytes | None = self._stderr.read(READ_BYTES)
@@ -1441,8 +1439,6 @@ class Channel:
         self.process.send({"type": "control_request", "request_id": request_id, "request": request})
         return request_id
 
-    # ---- tools
-
     def offer(self, tools: Sequence[JsonObject]) -> JsonObject:
         """Set the tools; return the fields of `initialize` that tell of them."""
         # for calls to wait under their names: CLAUDE_CODE_EXTRA_BODY tells upstream of the tools
@@ -1570,7 +1566,7 @@ class Demand:
     patience: Patience
     queued: Callable[[int], None] = lambda place: None  # told its place, from 1, if it has to wait
     counted: list[JsonObject] | None = None  # the tools to count
-    is_new_wanted: bool = False  # a process that nobody has used
+    is_new_wanted: bool = False  # a process that is not initialised yet
     deaths: int = 0  # of processes started for it; kept ones may all have been killed at once
     served: Future[Session] = field(init=False, default_factory=Future)
 
@@ -1593,7 +1589,7 @@ class Demand:
 class Session:
     """A process and the conversation in it. One owner at a time; nobody else writes its fields.
 
-    A request goes `bring`, then `ask` and `read`, or `count_context`, then `end`. All but `end`
+    A request goes `bring`, then `ask` and `read`, or `count_context`, then `rest`. All but `rest`
     raise ProcessDied and CliFailed, and what their patience raises.
     """
 
@@ -1612,7 +1608,7 @@ class Session:
         self._turn: Turn | None = None  # the one that is served; None while it is told in part
         self._taken_usd = 0.0  # what of the cost was told of
 
-    def cost(self, demand: Demand, *, may_cut: bool) -> int | None:
+    def distance(self, demand: Demand, *, may_cut: bool) -> int | None:
         """Return the messages that a turn would append and lose here; None: it cannot be served.
 
         With a login the lost weigh double, as a cached prefix is lost with them.
@@ -1764,7 +1760,7 @@ class Session:
             if failure:
                 raise failure
 
-    def end(self) -> bool:
+    def rest(self) -> bool:
         """Come to rest after a turn, however it ended; say whether the session can be used again.
 
         It can where nothing of this turn can reach upstream any more. Takes up to LEAVE_S.
@@ -1791,8 +1787,8 @@ class Session:
 
 
 # ========================================================================= Pool
-# Who has which session, and who waits. Rule 1: a session is owned by the pool or by one request,
-# never both. Rule 2: nothing blocks while holding the lock. One keeper thread starts and reaps
+# Who has which session, and who waits. A session is owned by the pool or by one request, never by
+# both, and nothing blocks while holding the lock. One keeper thread starts and reaps
 # processes, a spare is primed on a thread of its own, the public methods run on request threads.
 # What sessions hold is not known here, only what a request would cost in one.
 
@@ -1830,19 +1826,19 @@ class Fleet:
         """Return how many more sessions may be lent."""
         return self._settings.max_concurrency - len(self.all("busy"))
 
-    def cheapest(self, waiter: Demand, *, may_cut: bool) -> Session | None:
-        """Return the idle session that costs least, the longest idle of equal ones.
+    def nearest(self, demand: Demand, *, may_cut: bool) -> Session | None:
+        """Return the idle session that is nearest, the longest idle of equal ones.
 
         A blank one rather than a conversation that would be lost, up to the number that is kept;
         from then on only for a conversation that is worth another process.
         """
         kept = min(self._settings.processes - 1, self._settings.max_concurrency)
-        of_blank = 1 if len(self.all("busy", "idle")) < kept else BLANK_COST
-        costs = {}
+        of_blank = 1 if len(self.all("busy", "idle")) < kept else BLANK_DISTANCE
+        distances = {}
         for session in self.all("spare", "idle"):
-            if (cost := session.cost(waiter, may_cut=may_cut)) is not None:
-                costs[session] = cost + of_blank * (session.base is None)
-        return min(costs, key=costs.__getitem__, default=None)
+            if (distance := session.distance(demand, may_cut=may_cut)) is not None:
+                distances[session] = distance + of_blank * (session.base is None)
+        return min(distances, key=distances.__getitem__, default=None)
 
     def end(self, session: Session) -> None:
         """Let an idle process end by itself, one that may be in mid-turn at once."""
@@ -1869,10 +1865,6 @@ class Fleet:
             was_long_idle = time.monotonic() - self._states[session][1] > IDLE_S
             if rank < len(used) - room or (rank < over and was_long_idle):
                 self.end(session)
-
-    def lacks_spare(self) -> bool:
-        is_wanted = self._settings.processes >= (2 if self.all("busy", "idle") else 1)
-        return is_wanted and not self.all("starting", "spare")
 
     def take_gone(self) -> list[Session]:
         """Return the processes that have ended; kill those whose grace is over."""
@@ -1912,7 +1904,7 @@ class Pool:
         self._keeper.start()
 
     def acquire(self, waiter: Demand) -> Session:
-        """Take the session that costs least; wait in order. Raises ApiError, as the patience."""
+        """Take the nearest session; wait in order. Raises ApiError, as the patience."""
         with self._changed:
             if self._closed:
                 raise CliFailed(_CLOSING, status=503)
@@ -1976,7 +1968,7 @@ class Pool:
         if self._fleet.end_unfit():
             self._note_failure("claude ends right after its start")
         for waiter in list(self._waiters):
-            session = self._fleet.cheapest(waiter, may_cut=not self.refusal)
+            session = self._fleet.nearest(waiter, may_cut=not self.refusal)
             if session is None or self._fleet.room() <= 0:
                 continue
             if session.base is None:  # its replacement starts when the call is likely to have left
@@ -1996,10 +1988,10 @@ class Pool:
 
     def _keep(self) -> None:
         """Run the keeper thread: start for waiters first, then spares; reap; until all are gone."""
-        is_over = False
-        while not is_over:
+        while True:
             try:
-                is_over = self._keep_once()
+                if self._keep_once():
+                    return
             except Exception:  # without this thread nothing works any more
                 log.exception("the keeper goes on")
                 time.sleep(REAP_TICK_S)
@@ -2016,7 +2008,9 @@ class Pool:
             is_for_waiter = lacking > 0 and fleet.room() > 0
             fleet.retire(incoming=is_for_waiter)
             spare_in_s = self._spare_at - time.monotonic()
-            is_due = is_for_waiter or (spare_in_s <= 0 and not self._closed and fleet.lacks_spare())
+            lacks_spare = not fleet.all("starting", "spare")
+            lacks_spare &= self._settings.processes >= (2 if fleet.all("busy", "idle") else 1)
+            is_due = is_for_waiter or (spare_in_s <= 0 and not self._closed and lacks_spare)
             if not is_due and not gone:
                 tick_s = REAP_TICK_S if fleet.all("ending") else KEEPER_TICK_S
                 self._changed.wait(min(tick_s, spare_in_s) if spare_in_s > 0 else tick_s)
@@ -2239,9 +2233,6 @@ def _chat_messages(body: JsonObject) -> tuple[list[JsonObject], list[Placed]]:
         if blocks or role != "assistant":
             messages.append((path, {"role": role, "content": blocks}))
     return system, messages
-
-
-# ---- answers
 
 
 def to_openai_usage(usage: JsonObject, asked: str, said: str) -> JsonObject:
@@ -2556,7 +2547,7 @@ class Sessions:
         except ProcessDied as death:
             demand.note_death(death, was_new=was_new)
         finally:
-            if not (usable := session.end()):
+            if not (usable := session.rest()):
                 session.process.kill()  # first of all: it may be about to call upstream
             self.models = session.models or self.models
             self._note_cost(session)
@@ -2586,8 +2577,6 @@ class Service:
         self._padding: dict[str, int] = {}  # tokens of a padding tool, by model
         self._sessions = Sessions(settings, cli, environ, self.metrics, self._bare)
         self.pool, self.close = self._sessions.pool, self._sessions.close
-
-    # ---- requests
 
     def answer(
         self, turn: Turn, caller: Caller, tick: Callable[[], None], record: Record
@@ -2649,8 +2638,6 @@ class Service:
         ids = {str(m.get(key)) for m in self._sessions.models for key in ("value", "resolvedModel")}
         return model in ids or model in (DEFAULT_MODEL_NAME, *self._model_map)
 
-    # ---- how things are
-
     def cli(self) -> Cli:
         """Return the CLI as it is, also after an update."""
         if (stamp := self._cli.stamp()) not in (None, self._stamp):
@@ -2680,8 +2667,7 @@ class Service:
     def gauges(self) -> dict[str, dict[str, int]]:
         """Return what /metrics tells of now, by name and state."""
         now = self.pool.snapshot()
-        states = ("spare", "starting", "idle", "busy", "ending")
-        processes = {state: len(getattr(now, state)) for state in states}
+        processes = {state: len(getattr(now, state)) for state in now._fields if state != "waiting"}
         signed_in = int(not self.sign_in().is_missing)
         more = {"cc2api_waiting_requests": {"": now.waiting}, "cc2api_signed_in": {"": signed_in}}
         return {"cc2api_processes": processes, **more}
@@ -2708,7 +2694,7 @@ def _with_reset(error: ApiError, limits: Mapping[str, str]) -> ApiError:
         return error
     after_s = max(1, int(reset) - int(time.time()))
     again = after_s <= LONGEST_RETRY_S
-    return ApiError(str(error), status=429, retry_after_s=after_s, should_retry=again)
+    return dataclasses.replace(error, retry_after_s=after_s, should_retry=again)
 
 
 # ======================================================================= Status
@@ -3148,10 +3134,6 @@ def to_anthropic_error(error: ApiError) -> tuple[int, JsonObject]:
 Asked = tuple[Turn, Callable[[Event], bytes], Callable[[JsonObject], JsonObject]]
 
 
-def _ask_messages(body: JsonObject, betas: str) -> Asked:
-    return parse_messages_request(body, betas), to_frame, dict
-
-
 def _ask_chat(body: JsonObject, betas: str) -> Asked:
     turn, style = parse_chat_request(body, int(time.time()))
     answer = MessageAssembler()
@@ -3172,7 +3154,11 @@ class Dialect(NamedTuple):
     life: bytes  # shows life in a stream that has begun
 
 
-ANTHROPIC: Final = Dialect(_ask_messages, to_anthropic_error, to_frame({"type": "ping"}))
+ANTHROPIC: Final = Dialect(
+    lambda body, betas: (parse_messages_request(body, betas), to_frame, dict),
+    to_anthropic_error,
+    to_frame({"type": "ping"}),
+)
 OPENAI: Final = Dialect(_ask_chat, to_openai_error, COMMENT)
 
 
@@ -3231,7 +3217,7 @@ class Handler(BaseRequestHandler):
                     self._answer(head)
                 if self._out.closes:
                     break
-                idle_s = KEEP_ALIVE_S
+                idle_s = IDLE_CONNECTION_S
         except ClientGone:
             return
         except InvalidRequest as error:
@@ -3443,15 +3429,16 @@ class DemoApi(BaseHTTPRequestHandler):
         message = {"id": f"msg_{uuid.uuid4().hex[:24]}", "type": "message", "role": "assistant"}
         more = {"model": body["model"], "content": [], "stop_reason": None, "usage": usage}
         end = {"stop_reason": "end_turn", "stop_sequence": None}
-        events: list[Event] = [{"type": "message_start", "message": {**message, **more}}]
-        events += [{"type": "content_block_start", "content_block": {"type": "text", "text": ""}}]
-        for word in words:
-            delta = {"type": "text_delta", "text": word}
-            events += [{"type": "content_block_delta", "delta": delta}]
-        events += [{"type": "content_block_stop"}]
-        events += [{"type": "message_delta", "delta": end, "usage": usage}]
-        for event in [*events, {"type": "message_stop"}]:
-            self.wfile.write(to_frame({**event, "index": 0}))
+        events: list[Event] = [
+            {"type": "message_start", "message": {**message, **more}},
+            {"type": "content_block_start", "content_block": {"type": "text", "text": ""}},
+            *({"delta": {"type": "text_delta", "text": word}} for word in words),
+            {"type": "content_block_stop"},
+            {"type": "message_delta", "delta": end, "usage": usage},
+            {"type": "message_stop"},
+        ]
+        for event in events:
+            self.wfile.write(to_frame({"type": "content_block_delta", **event, "index": 0}))
             time.sleep(DEMO_WORD_S)
 
     def log_message(self, *args: object) -> None:
@@ -3486,10 +3473,12 @@ def parse_args(argv: Sequence[str] | None, environ: Mapping[str, str]) -> Settin
     options = {"--" + f.name.replace("_", "-"): f for f in dataclasses.fields(Settings)}
     for flag, option in options.items():
         kind, text = str(option.type), option.metadata["help"]
-        action: Any = "append" if kind.startswith("tuple") else "store"
-        if kind.startswith("bool"):
+        action: Any = "store"
+        if kind.startswith("tuple"):
+            action, text = "append", f"{text}; repeatable"
+        elif kind.startswith("bool"):
             action = "store_true" if kind == "bool" else argparse.BooleanOptionalAction
-        elif option.default not in (None, "", ()):
+        elif option.default not in (None, ""):
             text += f" (default: {option.default})"
         parser.add_argument(flag, action=action, default=None, help=text)
     given = vars(parser.parse_args(argv))
@@ -3506,10 +3495,7 @@ def parse_args(argv: Sequence[str] | None, environ: Mapping[str, str]) -> Settin
     return Settings(**given)
 
 
-_SWITCHES: Final = {
-    **dict.fromkeys(("1", "true", "yes", "on"), True),
-    **dict.fromkeys(("0", "false", "no", "off"), False),
-}
+_SWITCHES: Final = configparser.ConfigParser.BOOLEAN_STATES  # 1, yes, true, on and the reverse
 
 
 def _to_setting(value: Any, option: dataclasses.Field[Any]) -> Any:
