@@ -277,6 +277,9 @@ class KeyFile:
             tail = key[-4:] if len(key) >= MIN_NAMED_KEY else ""
             if not key.startswith("#"):
                 keys[key] = re.sub(r"[^\w.@-]+", "_", " ".join(words)) or f"…{tail}"
+        if self._last and not keys:
+            who = "anyone who can connect" if self.is_open(keys) else "nobody"
+            log.warning("there is no key in %s any more: %s may call", self.path, who)
         self._last, self._gone_at = keys, None
         return keys
 
@@ -1069,6 +1072,7 @@ class SignIn(NamedTuple):
     is_missing: bool = False  # requests will fail
 
 
+IN_DEMO: Final = SignIn("DEMO: a script answers, no account is used")
 # By `authMethod` of `claude auth status` (seen, 2.1.300 and 2.1.331).
 _PAYERS: Final = {
     "claude.ai": "claude.ai login ({subscriptionType}): draws on the plan's limits",
@@ -2571,7 +2575,7 @@ class Service:
         self._bare = wants_bare(settings.bare, environ)
         self.is_login = not self._bare
         self._cli, self._stamp, self._environ = cli, cli.stamp(), environ
-        self._sign_in = SignIn("DEMO: a script answers, no account is used")
+        self._sign_in = IN_DEMO
         self._ask_at = math.inf if settings.demo else 0.0  # monotonic; when the CLI is asked next
         self._model_map = dict(pair.split("=", 1) for pair in settings.model_map)
         self._padding: dict[str, int] = {}  # tokens of a padding tool, by model
@@ -2720,7 +2724,7 @@ def status_text(service: Service, url: str) -> str:
         "processes": f"{len(now.spare)} spare, {len(now.idle)} idle, {len(now.busy)} busy",
         "requests": f"{asked:.0f}, {failed:.0f} failed, {now.waiting} waiting",
         "tokens": ", ".join(f"{count:.0f} {kind}" for kind, count in tokens.items()),
-        "cost": f"${cost:.4f}" + " at list price" * service.is_login,
+        "cost": f"${cost:.4f}" + " at list price" * (service.is_login or service.settings.demo),
         "health": service.health() or "ok",
         "try": try_command(url, has_keys=service.keys.load() != {}),
     }
@@ -2742,6 +2746,7 @@ PAGE: Final = """<!doctype html>
  :root { color-scheme: light dark }
  body { font: 16px/1.5 system-ui, sans-serif; max-width: 50em; margin: 2em auto; padding: 0 1em }
  pre { white-space: pre-wrap; overflow-wrap: anywhere; background: #8881; padding: .6em }
+ #status { white-space: pre; overflow-x: auto; font-size: 85% }
  pre:empty { display: none }
  textarea, input, select, button { font: inherit; padding: .5em; max-width: 100% }
  textarea { width: 100%; box-sizing: border-box }
@@ -2749,23 +2754,24 @@ PAGE: Final = """<!doctype html>
  button:disabled { opacity: .5 }
 </style>
 <h1>cc2api</h1>
-<pre id="status">…</pre>
 <p><textarea id="prompt" rows="3" placeholder="Try a prompt; Ctrl-Enter sends it"></textarea>
 <p><select id="model" aria-label="model"><option>claude-code</option></select>
  <input id="key" type="password" placeholder="API key" hidden>
  <button id="send">Send</button> <button id="stop" disabled>Stop</button>
 <pre id="answer"></pre><p id="end"></p>
+<pre id="status">…</pre>
 <script type="module">
-const [status, prompt, model, key, send, stop, answer, end] = document.querySelectorAll("[id]")
+const [prompt, model, key, send, stop, answer, end, status] = document.querySelectorAll("[id]")
 
 async function call(path, more) {
-  const got = await fetch(path, {...more, headers: {accept: "text/plain", "x-api-key": key.value}})
-  if (got.status == 401) key.hidden = false
+  const headers = {accept: "text/plain", "x-api-key": key.value}
+  const got = await fetch(path, {...more, headers}).catch(() => { throw "cc2api is not there" })
+  if (got.status == 401 && path == "/") key.hidden = false  // else it is claude's own sign-in
   if (!got.ok) throw (await got.json()).error.message
   return got
 }
 async function refresh() {
-  status.textContent = await call("/").then(got => got.text(), problem => "no status: " + problem)
+  status.textContent = await call("/").then(got => got.text(), String)
   setTimeout(refresh, 2000)
 }
 async function list() {
@@ -2774,6 +2780,7 @@ async function list() {
   for (const {id, display_name} of data) model.add(new Option(display_name, id))
 }
 send.onclick = async () => {
+  if (!prompt.value.trim()) return prompt.focus()
   const messages = [{role: "user", content: prompt.value}], stopping = new AbortController()
   const body = JSON.stringify({model: model.value, max_tokens: 4000, stream: true, messages})
   const began = Date.now(), last = {}
@@ -3424,21 +3431,23 @@ class DemoApi(BaseHTTPRequestHandler):
             self.wfile.write(json.dumps({"input_tokens": len(raw) // 2}).encode())
             return
         asked = [part.get("text") for part in as_blocks(body["messages"][-1]["content"])]
-        words = re.findall(r"\S+\s*", f"DEMO: no model was asked. You said: {asked[-1]}")
+        words = re.findall(r"\S+\s*", f"DEMO: no model was asked. You said: {asked[-1]}"[:300])
         usage = {"input_tokens": len(raw) // 4, "output_tokens": len(words)}
         message = {"id": f"msg_{uuid.uuid4().hex[:24]}", "type": "message", "role": "assistant"}
-        more = {"model": body["model"], "content": [], "stop_reason": None, "usage": usage}
+        more = {"model": body["model"], "content": [], "usage": usage}
+        more |= dict.fromkeys(("stop_reason", "stop_sequence"))
         end = {"stop_reason": "end_turn", "stop_sequence": None}
+        of, deltas = "content_block", [{"type": "text_delta", "text": word} for word in words]
         events: list[Event] = [
             {"type": "message_start", "message": {**message, **more}},
-            {"type": "content_block_start", "content_block": {"type": "text", "text": ""}},
-            *({"delta": {"type": "text_delta", "text": word}} for word in words),
-            {"type": "content_block_stop"},
+            {"type": f"{of}_start", "index": 0, "content_block": {"type": "text", "text": ""}},
+            *({"type": f"{of}_delta", "index": 0, "delta": delta} for delta in deltas),
+            {"type": f"{of}_stop", "index": 0},
             {"type": "message_delta", "delta": end, "usage": usage},
             {"type": "message_stop"},
         ]
         for event in events:
-            self.wfile.write(to_frame({"type": "content_block_delta", **event, "index": 0}))
+            self.wfile.write(to_frame(event))
             time.sleep(DEMO_WORD_S)
 
     def log_message(self, *args: object) -> None:
@@ -3479,9 +3488,12 @@ def parse_args(argv: Sequence[str] | None, environ: Mapping[str, str]) -> Settin
         elif kind.startswith("bool"):
             action = "store_true" if kind == "bool" else argparse.BooleanOptionalAction
         elif option.default not in (None, ""):
-            text += f" (default: {option.default})"
+            text += f" (default: {option.default})".replace(".0)", ")")
         parser.add_argument(flag, action=action, default=None, help=text)
     given = vars(parser.parse_args(argv))
+    for name in environ:
+        if name.startswith("CC2API_") and name.removeprefix("CC2API_").lower() not in given:
+            parser.error(f"{name}: there is no such option")
     for flag, option in options.items():
         name, kind, value = option.name, str(option.type), given[option.name] or None
         variable = environ.get(said_by := "CC2API_" + name.upper())
@@ -3511,7 +3523,8 @@ def _to_setting(value: Any, option: dataclasses.Field[Any]) -> Any:
         with contextlib.suppress(ValueError):
             value = int(value) if kind == "int" else float(value)
         if isinstance(value, str) or not told["low"] <= value <= told["high"]:
-            raise ValueError(f"{value!r} is no number from {told['low']:g} to {told['high']:g}")
+            most = f"to {told['high']}" if told["high"] < 1e9 else "on"
+            raise ValueError(f"{value!r} is no number from {told['low']:g} {most}")
     for each in value if isinstance(value, tuple) else [value]:
         if isinstance(each, str) and not re.fullmatch(told["form"], each):
             raise ValueError(f"{each!r} does not fit: {told['help']}")
@@ -3615,7 +3628,8 @@ def run_check(settings: Settings, environ: Mapping[str, str]) -> int:
             return f"{settings.host} port {settings.port} is free"
 
     def sign_in(cli: Cli) -> str:
-        found = ask_sign_in(cli, environ, bare=wants_bare(settings.bare, environ))
+        bare = wants_bare(settings.bare, environ)
+        found = IN_DEMO if settings.demo else ask_sign_in(cli, environ, bare=bare)
         if found.is_missing:
             raise CliUnusable(found.text)
         return found.text
@@ -3655,7 +3669,8 @@ def serve(settings: Settings, environ: Mapping[str, str]) -> int:
     server.stop()
     deadline = time.monotonic() + settings.drain
     if running := server.running["answers"]:
-        log.warning("%d answers are running; a second signal cuts them off", running)
+        words = "answers still running: %d; they get %g s, another Ctrl-C cuts them off"
+        log.warning(words, running, settings.drain)
     while server.running["answers"] and len(signals) < 2 and time.monotonic() < deadline:
         time.sleep(ACCEPT_TICK_S)
     service.close()
