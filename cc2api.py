@@ -4,9 +4,9 @@ A request comes in over HTTP, is checked once, and is played to a `claude` proce
 own stream-json protocol. The CLI makes the call with the user's own sign-in; the API's events come
 back through it and go out as they arrive. Nothing here talks to Anthropic or sees a credential.
 
-    client ──HTTP bytes──> Handler ──JSON──> Turn ──lines──> Session (`claude`) ──> Anthropic
-      ^                    (request thread, one per connection)    |
-      └───SSE frames / one message <── events <── AnswerReader <───┘ lines
+    client ──HTTP bytes──> Handler ──JSON──> Turn ──> Session ──lines──> `claude` ──> Anthropic
+      ^                    (request thread, one per connection)            |
+      └───SSE frames / one message <── events <── AnswerReader <───lines───┘
 
 Any process serves any next request of its caller: it is cut back to the common prefix of what it
 holds and what the request says, and the rest is appended (Conversation). The pool lends the session
@@ -24,6 +24,11 @@ Rules that hold throughout:
  4. Prompts and keys go through pipes only: never into argv, files, an environment or the log.
  5. A stream's 200 goes out with its first event, so that a failure keeps its true status, or after
     KEEPALIVE_S of silence.
+
+A streamed request passes HTTP (read_head) > Routes (Handler, admit) > HTTP (read_body) > Requests >
+Service (answer) > Pool (acquire) > Conversation (Session: bring, ask) > Lines > Process (Channel)
+and back Process > Conversation (read) > Events (feed) > Service > Routes (to_frame) > HTTP (write).
+Beside it Metrics (Record) notes; at its end the session rests, and the pool takes it back.
 
 Facts about the CLI were seen on 2.1.300 to 2.1.331 talking to a scripted API; each one relied on is
 pinned by a test in tests/. Sections, each using only what stands above it: Settings, Errors, API
@@ -762,7 +767,7 @@ PADDING_TOOLS: Final[list[JsonObject]] = [
 def to_counts(usage: JsonObject) -> tuple[int, int]:
     """Return the tokens of messages, and of tools less COUNTED_TOOLS_DEDUCTION."""
     # Where upstream does not count, the CLI silently guesses a token for four characters; of the
-    # system prompt of `count_input_tokens` every true count is twice that.
+    # system prompt of `Service.count_tokens` every true count is twice that.
     counts = {c.get("name"): int(c.get("tokens") or 0) for c in usage.get("categories") or []}
     if counts.get("System prompt", 0) < 32:
         raise CliFailed("upstream did not count the tokens")
@@ -1641,11 +1646,7 @@ class Session:
         return new
 
     def prime(self, patience: Patience) -> None:
-        """Make a new process ready for anybody, and prove that it can be used again and again.
-
-        A query that is held back from upstream warms it up: the first true turn then takes half as
-        long (seen). Nothing goes upstream.
-        """
+        """Warm up a new process by a held query, and prove that it can be used again and again."""
         first, second = (Demand(turn, NOBODY, patience) for turn in REHEARSALS)
         self.bring(first)
         self._channel.hold_calls()
@@ -2490,24 +2491,6 @@ class Record:
 # nothing of sockets. Runs on request threads.
 
 
-def count_input_tokens(
-    turn: Turn, usage: Callable[..., tuple[int, int]], padding: dict[str, int]
-) -> int:
-    """Count a turn's input tokens; `usage` tells those of a turn's messages, and of tools given.
-
-    Those of a padding tool are kept in `padding`, by model.
-    """
-    # with a system prompt that was never counted before (`to_counts`)
-    turn = dataclasses.replace(turn, system=" ".join(uuid.uuid4().hex), marked=None)
-    if not turn.tools:
-        return usage(turn)[0]
-    if turn.model not in padding:
-        both, one = usage(turn, *PADDING_TOOLS)[1], usage(turn, PADDING_TOOLS[0])[1]
-        padding[turn.model] = both - one
-    total, in_tools = usage(turn, *turn.tools, PADDING_TOOLS[0])
-    return total + max(0, in_tools + COUNTED_TOOLS_DEDUCTION - padding[turn.model])
-
-
 class Sessions:
     """Lends the pool's sessions, and keeps what they tell in passing."""
 
@@ -2608,18 +2591,24 @@ class Service:
 
     def count_tokens(self, turn: Turn, caller: Caller, tick: Callable[[], None]) -> int:
         """Return how many input tokens a turn has, by the API's own count; nothing is generated."""
+        demand = self._demand(turn, caller, tick)
+        # with a system prompt that was never counted before (`to_counts`)
+        turn = dataclasses.replace(demand.turn, system=" ".join(uuid.uuid4().hex), marked=None)
 
-        def usage(of: Turn, *counted: JsonObject) -> tuple[int, int]:
-            demand = dataclasses.replace(whole, turn=of, counted=list(counted))
-            found: JsonObject = {}
+        def count(*tools: JsonObject) -> tuple[int, int]:
+            of, found = dataclasses.replace(demand, turn=turn, counted=list(tools)), JsonObject()
             while not found:
-                with self._sessions.lend(demand) as session:
-                    session.bring(demand)
-                    found = session.count_context(demand.patience)
+                with self._sessions.lend(of) as session:
+                    session.bring(of)
+                    found = session.count_context(of.patience)
             return to_counts(found)
 
-        whole = self._demand(turn, caller, tick)
-        return count_input_tokens(whole.turn, usage, self._padding)
+        if not turn.tools:
+            return count()[0]
+        if turn.model not in self._padding:
+            self._padding[turn.model] = count(*PADDING_TOOLS)[1] - count(PADDING_TOOLS[0])[1]
+        total, in_tools = count(*turn.tools, PADDING_TOOLS[0])
+        return total + max(0, in_tools + COUNTED_TOOLS_DEDUCTION - self._padding[turn.model])
 
     def models(self, caller: Caller, tick: Callable[[], None]) -> list[JsonObject]:
         """Return the models as the CLI lists them; every request that is served refreshes them."""
@@ -2748,7 +2737,8 @@ PAGE: Final = """<!doctype html>
  pre { white-space: pre-wrap; overflow-wrap: anywhere; background: #8881; padding: .6em }
  #status { white-space: pre; overflow-x: auto; font-size: 85% }
  pre:empty { display: none }
- textarea, input, select, button { font: inherit; padding: .5em; max-width: 100% }
+ textarea, input, select, button { font: inherit; padding: .5em; max-width: 100%;
+  border: 1px solid #8888; border-radius: 4px }
  textarea { width: 100%; box-sizing: border-box }
  #send { background: #a84a28; color: white }
  button:disabled { opacity: .5 }
