@@ -3548,7 +3548,7 @@ def check_keys(settings: Settings) -> str:
 
 def is_running(settings: Settings) -> bool:
     """Say whether a cc2api answers on the port already."""
-    there = http.client.HTTPConnection(settings.host, settings.port, timeout=LINGER_S)
+    there = http.client.HTTPConnection(settings.host, settings.port, timeout=TICK_S)
     with contextlib.suppress(OSError, http.client.HTTPException), contextlib.closing(there):
         there.request("GET", "/healthz")
         return (there.getresponse().getheader("server") or "").startswith("cc2api/")
