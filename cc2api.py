@@ -273,8 +273,8 @@ class KeyFile:
             return None
         self.problem = ""
         if not text and self._last:  # as while it is written anew: what it held before holds on
-            self._gone_at = self._gone_at or time.monotonic()
-            if time.monotonic() - self._gone_at < KEYS_GONE_S:
+            self._gone_at = gone_at = self._gone_at or time.monotonic()
+            if time.monotonic() - gone_at < KEYS_GONE_S:
                 return self._last
         keys = {}
         for line in text.split("\n"):
@@ -724,7 +724,9 @@ def to_tool_results(query: Message, asked: Sequence[str]) -> list[JsonObject] | 
     results, size = [], 0
     for block in query.content:
         parts = as_blocks(block.get("content") or [])
-        texts = [part["text"] for part in parts if part.keys() == {"type", "text"}]
+        texts = [
+            part["text"] for part in parts if part == {"type": "text", "text": part.get("text")}
+        ]
         if not texts or len(texts) < len(parts) or not all(map(_SAID.search, texts)):
             return None
         is_error, first = bool(block.get("is_error")), texts[0]
@@ -801,7 +803,7 @@ def upstream_protocol() -> Iterator[None]:
     """Take what an event lacks for a failure of upstream's, not of ours."""
     try:
         yield
-    except (KeyError, IndexError, TypeError, AttributeError) as exc:
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as exc:
         raise CliFailed(f"upstream broke the protocol of its answers: {exc!r}") from exc
 
 
@@ -1078,6 +1080,7 @@ class SignIn(NamedTuple):
 
 
 IN_DEMO: Final = SignIn("DEMO: a script answers, no account is used")
+UNKNOWN: Final = SignIn("unknown (`claude auth status` does not say)")
 # By `authMethod` of `claude auth status` (seen, 2.1.300 and 2.1.331).
 _PAYERS: Final = {
     "claude.ai": "claude.ai login ({subscriptionType}): draws on the plan's limits",
@@ -1101,7 +1104,7 @@ def ask_sign_in(cli: Cli, environ: Mapping[str, str], *, bare: bool) -> SignIn:
         return collections.defaultdict(str, _object(status))
 
     status, others = ask(environ), set(environ).intersection(_CREDENTIALS)
-    method = status["authMethod"]
+    method = str(status["authMethod"])
     if status["loggedIn"] is False:
         how = f"run `{cli.path} auth login`"
         return SignIn(f"NOT SIGNED IN: {how}, or try `cc2api --demo` without an account", True)
@@ -1110,12 +1113,17 @@ def ask_sign_in(cli: Cli, environ: Mapping[str, str], *, bare: bool) -> SignIn:
     if method == "oauth_token" and "ANTHROPIC_AUTH_TOKEN" in others:
         method = "ANTHROPIC_AUTH_TOKEN"
     if method not in _PAYERS:
-        return SignIn("unknown (`claude auth status` does not say)")
+        return UNKNOWN
     text = _PAYERS[method].format_map(status)
     without = {name: value for name, value in environ.items() if name not in others}
     if others and method != "claude.ai" and ask(without)["authMethod"] == "claude.ai":
         text += "; WINS OVER the claude.ai login that is there too"
     return SignIn(text)
+
+
+def upstream_url(environ: Mapping[str, str]) -> str:
+    """Return the API's address where the CLI is told of one, without a password."""
+    return re.sub("//[^/]*@", "//", environ.get("ANTHROPIC_BASE_URL", ""))
 
 
 def wants_bare(choice: bool | None, environ: Mapping[str, str]) -> bool:
@@ -1775,15 +1783,15 @@ class Session:
             return False  # told in part, or nothing that could be cut to
         if not conversation.is_loose:
             return True  # it was asked nothing
-        names = {tool.get("name") for tool in channel.tools}
+        names = set(map(to_name, channel.tools))
         try:
             if not reader.done:
                 return reader.has_failed or (reader.is_called and channel.interrupt())
             if not (reader.can_go_on and names.issuperset(reader.calls.values())):
                 return not channel.applying  # it would ask again: certain not to, or killed
             conversation.add_answer(reader)
-            due = set(conversation.calls_due)
-            if not channel.applying and (not due or channel.is_settled(due)):
+            # not while calls wait: when its stdin ends the CLI lets them fail, and asks upstream
+            if not (channel.applying or conversation.calls_due):
                 channel.apply(self._settings)  # likely those of the next turn too
         except (ProcessDied, CliFailed) as exc:
             log.warning("%s", exc)
@@ -1910,20 +1918,20 @@ class Pool:
 
     def acquire(self, waiter: Demand) -> Session:
         """Take the nearest session; wait in order. Raises ApiError, as the patience."""
-        with self._changed:
-            if self._closed:
-                raise CliFailed(_CLOSING, status=503)
-            if len(self._waiters) >= self._settings.max_queue + self._fleet.room():
-                words = "Overloaded: too many requests are waiting"
-                raise ApiError(words, status=529, retry_after_s=OVERLOADED_RETRY_AFTER_S)
-            self._waiters.append(waiter)
-            self._serve_waiters()
-            place = len(self._waiters) - self._fleet.room()  # of those that no start will serve
-            if not waiter.served.done():  # else the keeper would only take the processor
-                self._changed.notify_all()
-        if place > 0 and not waiter.served.done():
-            waiter.queued(place)
         try:
+            with self._changed:
+                if self._closed:
+                    raise CliFailed(_CLOSING, status=503)
+                if len(self._waiters) >= self._settings.max_queue + self._fleet.room():
+                    words = "Overloaded: too many requests are waiting"
+                    raise ApiError(words, status=529, retry_after_s=OVERLOADED_RETRY_AFTER_S)
+                self._waiters.append(waiter)
+                self._serve_waiters()
+                place = len(self._waiters) - self._fleet.room()  # of those that no start will serve
+                if not waiter.served.done():  # else the keeper would only take the processor
+                    self._changed.notify_all()
+            if place > 0 and not waiter.served.done():
+                waiter.queued(place)
             while True:
                 with contextlib.suppress(FutureTimeout):
                     return waiter.served.result(waiter.patience.slice_s())
@@ -2101,7 +2109,8 @@ def parse_chat_request(body: JsonObject, created: int) -> tuple[Turn, ChatStyle]
     given = [_unwrapped(tool, path) for path, tool in objects(body, "tools")]
     form = optional(body, "response_format", dict) or {}
     if form.get("type") == "json_schema":
-        form = {"type": "json_schema", **require(form, "json_schema", dict, "response_format")}
+        inner = require(form, "json_schema", dict, "response_format")
+        form = {**inner, "type": "json_schema"}
     effort, stop = body.get("reasoning_effort"), body.get("stop")
     stops = [stop] if isinstance(stop, str) else optional(body, "stop", list) or []
     translated = {
@@ -2534,11 +2543,15 @@ class Sessions:
         except ProcessDied as death:
             demand.note_death(death, was_new=was_new)
         finally:
-            if not (usable := session.rest()):
-                session.process.kill()  # first of all: it may be about to call upstream
-            self.models = session.models or self.models
-            self._note_cost(session)
-            self.pool.give_back(session, usable=usable)
+            usable = False
+            try:
+                usable = session.rest()
+            finally:
+                if not usable:
+                    session.process.kill()  # first of all: it may be about to call upstream
+                self.models = session.models or self.models
+                self._note_cost(session)
+                self.pool.give_back(session, usable=usable)
 
     def _note_cost(self, session: Session) -> None:
         """Count what a process has told of its cost: of the turns before the one just ended."""
@@ -2558,7 +2571,7 @@ class Service:
         self._bare = wants_bare(settings.bare, environ)
         self.is_login = not self._bare
         self._cli, self._stamp, self._environ = cli, cli.stamp(), environ
-        self._sign_in = IN_DEMO
+        self._sign_in = IN_DEMO if settings.demo else UNKNOWN
         self._ask_at = math.inf if settings.demo else 0.0  # monotonic; when the CLI is asked next
         self._model_map = dict(pair.split("=", 1) for pair in settings.model_map)
         self._padding: dict[str, int] = {}  # tokens of a padding tool, by model
@@ -2592,11 +2605,12 @@ class Service:
     def count_tokens(self, turn: Turn, caller: Caller, tick: Callable[[], None]) -> int:
         """Return how many input tokens a turn has, by the API's own count; nothing is generated."""
         demand = self._demand(turn, caller, tick)
-        # with a system prompt that was never counted before (`to_counts`)
-        turn = dataclasses.replace(demand.turn, system=" ".join(uuid.uuid4().hex), marked=None)
+        turn = demand.turn
 
         def count(*tools: JsonObject) -> tuple[int, int]:
-            of, found = dataclasses.replace(demand, turn=turn, counted=list(tools)), JsonObject()
+            # with a system prompt that was never counted before (`to_counts`)
+            fresh = dataclasses.replace(turn, system=" ".join(uuid.uuid4().hex), marked=None)
+            of, found = dataclasses.replace(demand, turn=fresh, counted=list(tools)), JsonObject()
             while not found:
                 with self._sessions.lend(of) as session:
                     session.bring(of)
@@ -2648,7 +2662,7 @@ class Service:
 
     def describe(self) -> dict[str, str]:
         """Say what it runs on, who pays and who may call."""
-        url = "" if self.settings.demo else self._environ.get("ANTHROPIC_BASE_URL", "")
+        url = "" if self.settings.demo else upstream_url(self._environ)
         lines = {"claude": str(self.cli()), "sign-in": self.sign_in().text, "upstream": url}
         return {**{k: v for k, v in lines.items() if v}, "keys": self.keys.describe()}
 
@@ -3453,7 +3467,7 @@ def start_demo(settings: Settings, environ: Mapping[str, str]) -> tuple[Settings
     kept |= {"ANTHROPIC_BASE_URL": f"http://127.0.0.1:{server.server_port}"}
     kept |= {"ANTHROPIC_API_KEY": "demo", "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
     kept |= {"CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1"}
-    return dataclasses.replace(settings, bare=True), kept
+    return dataclasses.replace(settings, bare=True, setting_sources=""), kept
 
 
 # ================================================================= Command line
@@ -3485,7 +3499,7 @@ def parse_args(argv: Sequence[str] | None, environ: Mapping[str, str]) -> Settin
         if name.startswith("CC2API_") and name.removeprefix("CC2API_").lower() not in given:
             parser.error(f"{name}: there is no such option")
     for flag, option in options.items():
-        name, kind, value = option.name, str(option.type), given[option.name] or None
+        name, kind, value = option.name, str(option.type), given[option.name]
         variable = environ.get(said_by := "CC2API_" + name.upper())
         said_by = said_by if value is None and variable else flag
         if value is None and variable:
@@ -3504,7 +3518,8 @@ def _to_setting(value: Any, option: dataclasses.Field[Any]) -> Any:
     """Return a value, by default or from a string, as the option has it. Raises ValueError."""
     kind, told = str(option.type), option.metadata
     if kind.startswith("tuple"):
-        value = tuple(filter(None, (each.strip().rstrip("/") for each in value)))
+        ending = "/" if option.name == "cors_origin" else ""
+        value = tuple(filter(None, (each.strip().removesuffix(ending) for each in value)))
     elif kind.startswith("bool") and isinstance(value, str):
         if value.lower() not in _SWITCHES:
             raise ValueError(f"{value!r} is neither 1 nor 0")
@@ -3571,13 +3586,14 @@ def check_upstream(environ: Mapping[str, str], port: int) -> str:
     url = environ.get("ANTHROPIC_BASE_URL", "")
     with contextlib.suppress(OSError, ValueError):
         parts = urllib.parse.urlsplit(url)
-        if (parts.port or 80 + 363 * (parts.scheme == "https")) == port:
+        default = 443 if parts.scheme == "https" else 80
+        if parts.hostname and (parts.port or default) == port:
             for family, kind, _, _, address in socket.getaddrinfo(parts.hostname, 0):
                 with contextlib.suppress(OSError), socket.socket(family, kind) as probe:
                     probe.bind(address)  # only an address of this machine can be bound
                     problem = f"ANTHROPIC_BASE_URL={url} is this gateway, which would call itself"
                     raise CliUnusable(f"{problem}: set it for the clients only")
-    return url or "the CLI's own choice"
+    return upstream_url(environ) or "the CLI's own choice"
 
 
 def try_start(settings: Settings, cli: Cli, environ: Mapping[str, str]) -> str:
