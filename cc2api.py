@@ -4,9 +4,9 @@ A request comes in over HTTP, is checked once, and is played to a `claude` proce
 own stream-json protocol. The CLI makes the call with the user's own sign-in; the API's events come
 back through it and go out as they arrive. Nothing here talks to Anthropic or sees a credential.
 
-    client ──HTTP bytes──> Handler ──JSON──> Turn ──lines──> Session (`claude`) ──> Anthropic
-      ^                    (request thread, one per connection)    |
-      └───SSE frames / one message <── events <── AnswerReader <───┘ lines
+    client ──HTTP bytes──> Handler ──JSON──> Turn ──> Session ──lines──> `claude` ──> Anthropic
+      ^                    (request thread, one per connection)            |
+      └───SSE frames / one message <── events <── AnswerReader <───lines───┘
 
 Any process serves any next request of its caller: it is cut back to the common prefix of what it
 holds and what the request says, and the rest is appended (Conversation). The pool lends the session
@@ -25,9 +25,14 @@ Rules that hold throughout:
  5. A stream's 200 goes out with its first event, so that a failure keeps its true status, or after
     KEEPALIVE_S of silence.
 
+A streamed request passes HTTP (read_head) > Routes (Handler, admit) > HTTP (read_body) > Requests >
+Service (answer) > Pool (acquire) > Conversation (Session: bring, ask) > Lines > Process (Channel)
+and back Process > Conversation (read) > Events (feed) > Service > Routes (to_frame) > HTTP (write).
+Beside it Metrics (Record) notes; at its end the session rests, and the pool takes it back.
+
 Facts about the CLI were seen on 2.1.300 to 2.1.331 talking to a scripted API; each one relied on is
 pinned by a test in tests/. Sections, each using only what stands above it: Settings, Errors, API
-keys, Requests, Lines, Events, Finding the CLI, Process, Conversation, Pool, Chat completions,
+keys, Requests, Lines, Events, The CLI, Process, Conversation, Pool, Chat completions,
 Responses, Metrics, Service, Status, HTTP, Routes, Demo, Command line.
 """
 
@@ -36,6 +41,7 @@ from __future__ import annotations
 import argparse
 import base64
 import collections
+import configparser
 import contextlib
 import dataclasses
 import email.utils
@@ -106,7 +112,9 @@ IDLE_S: Final = 300.0  # after a burst, for processes beyond --processes
 SIGN_IN_S: Final = 60.0  # until the CLI is asked again how it is signed in; it takes 0.2 s
 SPARE_DELAY_S: Final = 0.1  # a new spare takes 0.45 CPU-seconds: not before the call has left
 REHEARSE_AGAIN_S: Final = 600.0  # a CLI that could not be used again may be busy, not other
-BLANK_COST: Final = 25  # messages that replay in the time that a spare's first turn takes longer
+BLANK_DISTANCE: Final = (
+    25  # messages that replay in the time that a spare's first turn takes longer
+)
 MAX_TOOL_RESULT_CHARS: Final = 100_000  # through the tool channel; the CLI saves large ones to disk
 MAX_TOOL_ERROR_CHARS: Final = 5_000  # the CLI cuts errors at 10,000
 KEEPER_TICK_S: Final = 5.0  # how soon a dead or stale spare is noticed without a request
@@ -124,7 +132,9 @@ MAX_CHUNK_LINE_BYTES: Final = 256  # a size and extensions that nobody sends
 HEAD_TIMEOUT_S: Final = 15.0  # for a whole head: half-open connections go
 BODY_TIMEOUT_S: Final = 120.0  # for a whole body: 32 MB at 2 Mbit/s
 KEYS_GONE_S: Final = 2.0  # a key file that is written anew is empty or gone for a moment
-KEEP_ALIVE_S: Final = 120.0  # an idle connection is kept longer than proxies keep theirs (60 s)
+IDLE_CONNECTION_S: Final = (
+    120.0  # an idle connection is kept longer than proxies keep theirs (60 s)
+)
 LINGER_S: Final = 2.0  # reading on after an early answer, or a reset would destroy it on its way
 DEMO_WORD_S: Final = 0.03  # between the words of `--demo`: as quick as a model
 ACCEPT_TICK_S: Final = 0.1  # how soon the accepting thread notices that it is to stop
@@ -153,12 +163,10 @@ class Settings:
     claude: str | None = _option(None, "the claude executable (default: searched for)")
     keys: str = _option("apikeys.txt", "file of API keys, one a line, re-read every time")
     allow_open: bool = _option(False, "listen on other addresses than loopback without any key")
-    cors_origin: tuple[str, ...] = _option(
-        (), "web origin that may call, * for any; repeatable", form=_ORIGIN
-    )
-    allowed_host: tuple[str, ...] = _option((), "another host name of this server; repeatable")
+    cors_origin: tuple[str, ...] = _option((), "web origin that may call, * for any", form=_ORIGIN)
+    allowed_host: tuple[str, ...] = _option((), "another host name of this server")
     model_map: tuple[str, ...] = _option(
-        (), "NAME=MODEL: serve model NAME with MODEL; repeatable", form="[^=]+=.+"
+        (), "NAME=MODEL: serve model NAME with MODEL", form="[^=]+=.+"
     )
     processes: int = _option(4, "claude processes kept when idle, one of them blank; 0 keeps none")
     max_concurrency: int = _option(8, "requests answered at once", low=1)
@@ -175,7 +183,7 @@ class Settings:
 
 
 # ======================================================================= Errors
-# Everything a client can be told, as exceptions: raised anywhere, answered in one place in HTTP.
+# Everything a client can be told, as exceptions: raised anywhere, answered in one place in Routes.
 
 STATUS_BY_TYPE: Final = {  # messages-api.md section 5
     **{"invalid_request_error": 400, "authentication_error": 401, "billing_error": 402},
@@ -265,8 +273,8 @@ class KeyFile:
             return None
         self.problem = ""
         if not text and self._last:  # as while it is written anew: what it held before holds on
-            self._gone_at = self._gone_at or time.monotonic()
-            if time.monotonic() - self._gone_at < KEYS_GONE_S:
+            self._gone_at = gone_at = self._gone_at or time.monotonic()
+            if time.monotonic() - gone_at < KEYS_GONE_S:
                 return self._last
         keys = {}
         for line in text.split("\n"):
@@ -274,6 +282,9 @@ class KeyFile:
             tail = key[-4:] if len(key) >= MIN_NAMED_KEY else ""
             if not key.startswith("#"):
                 keys[key] = re.sub(r"[^\w.@-]+", "_", " ".join(words)) or f"…{tail}"
+        if self._last and not keys:
+            who = "anyone who can connect" if self.is_open(keys) else "nobody"
+            log.warning("there is no key in %s any more: %s may call", self.path, who)
         self._last, self._gone_at = keys, None
         return keys
 
@@ -713,7 +724,9 @@ def to_tool_results(query: Message, asked: Sequence[str]) -> list[JsonObject] | 
     results, size = [], 0
     for block in query.content:
         parts = as_blocks(block.get("content") or [])
-        texts = [part["text"] for part in parts if part.keys() == {"type", "text"}]
+        texts = [
+            part["text"] for part in parts if part == {"type": "text", "text": part.get("text")}
+        ]
         if not texts or len(texts) < len(parts) or not all(map(_SAID.search, texts)):
             return None
         is_error, first = bool(block.get("is_error")), texts[0]
@@ -756,7 +769,7 @@ PADDING_TOOLS: Final[list[JsonObject]] = [
 def to_counts(usage: JsonObject) -> tuple[int, int]:
     """Return the tokens of messages, and of tools less COUNTED_TOOLS_DEDUCTION."""
     # Where upstream does not count, the CLI silently guesses a token for four characters; of the
-    # system prompt of `count_input_tokens` every true count is twice that.
+    # system prompt of `Service.count_tokens` every true count is twice that.
     counts = {c.get("name"): int(c.get("tokens") or 0) for c in usage.get("categories") or []}
     if counts.get("System prompt", 0) < 32:
         raise CliFailed("upstream did not count the tokens")
@@ -790,7 +803,7 @@ def upstream_protocol() -> Iterator[None]:
     """Take what an event lacks for a failure of upstream's, not of ours."""
     try:
         yield
-    except (KeyError, IndexError, TypeError, AttributeError) as exc:
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as exc:
         raise CliFailed(f"upstream broke the protocol of its answers: {exc!r}") from exc
 
 
@@ -836,7 +849,7 @@ class AnswerReader:
                 return self._feed_event(event)
         elif kind == "result":
             self.has_failed = True
-            raise to_api_error(line, self._cli_error)
+            raise read_error(line, self._cli_error)
         elif line.get("status") == "requesting":
             self.is_called = True
         elif line.get("subtype") == "api_retry":
@@ -886,7 +899,7 @@ def to_rate_limit_headers(info: Any) -> dict[str, str]:
     return headers
 
 
-def to_api_error(result: JsonObject, cli_error: str | None = None) -> ApiError:
+def read_error(result: JsonObject, cli_error: str | None = None) -> ApiError:
     """Return upstream's error by a `result` line, else one by the CLI's word for it, else 502."""
     text = str(result.get("result") or f"claude gave no answer: {result.get('errors')}")
     kind, status = str(result.get("api_error_type")), result.get("api_error_status")
@@ -955,8 +968,8 @@ def parse_input(text: str) -> Any:
     return {} if is_deeper([value], MAX_INPUT_DEPTH) else value
 
 
-# ============================================================== Finding the CLI
-# Where the CLI is, its version and sign-in, and the arguments and environment of its processes.
+# ====================================================================== The CLI
+# Where the CLI is, its version and sign-in; the flags and environment that its processes run with.
 
 INSTALL_HINT: Final = (
     "Install it from https://claude.com/claude-code, or `pip install claude-agent-sdk`, which"
@@ -1066,6 +1079,8 @@ class SignIn(NamedTuple):
     is_missing: bool = False  # requests will fail
 
 
+IN_DEMO: Final = SignIn("DEMO: a script answers, no account is used")
+UNKNOWN: Final = SignIn("unknown (`claude auth status` does not say)")
 # By `authMethod` of `claude auth status` (seen, 2.1.300 and 2.1.331).
 _PAYERS: Final = {
     "claude.ai": "claude.ai login ({subscriptionType}): draws on the plan's limits",
@@ -1089,7 +1104,7 @@ def ask_sign_in(cli: Cli, environ: Mapping[str, str], *, bare: bool) -> SignIn:
         return collections.defaultdict(str, _object(status))
 
     status, others = ask(environ), set(environ).intersection(_CREDENTIALS)
-    method = status["authMethod"]
+    method = str(status["authMethod"])
     if status["loggedIn"] is False:
         how = f"run `{cli.path} auth login`"
         return SignIn(f"NOT SIGNED IN: {how}, or try `cc2api --demo` without an account", True)
@@ -1098,12 +1113,17 @@ def ask_sign_in(cli: Cli, environ: Mapping[str, str], *, bare: bool) -> SignIn:
     if method == "oauth_token" and "ANTHROPIC_AUTH_TOKEN" in others:
         method = "ANTHROPIC_AUTH_TOKEN"
     if method not in _PAYERS:
-        return SignIn("unknown (`claude auth status` does not say)")
+        return UNKNOWN
     text = _PAYERS[method].format_map(status)
     without = {name: value for name, value in environ.items() if name not in others}
     if others and method != "claude.ai" and ask(without)["authMethod"] == "claude.ai":
         text += "; WINS OVER the claude.ai login that is there too"
     return SignIn(text)
+
+
+def upstream_url(environ: Mapping[str, str]) -> str:
+    """Return the API's address where the CLI is told of one, without a password."""
+    return re.sub("//[^/]*@", "//", environ.get("ANTHROPIC_BASE_URL", ""))
 
 
 def wants_bare(choice: bool | None, environ: Mapping[str, str]) -> bool:
@@ -1282,19 +1302,14 @@ class Process:
         if len(self._partial) > MAX_LINE_BYTES:
             raise CliFailed(f"claude printed a line of over {MAX_LINE_BYTES} bytes")
         for following in rest:
-            self._take_line(bytes(self._partial))
-            self._partial = bytearray(following)
-
-    def _take_line(self, raw: bytes) -> None:
-        try:
-            line = json.loads(raw)
-        except (ValueError, RecursionError):
-            line = None
-        if isinstance(line, dict):
-            self.lines.append(line)
-        elif raw.strip() and not self._has_babbled:  # skipped, and told of once
-            self._has_babbled = True
-            log.warning("claude pid=%d prints lines that are not JSON", self.pid)
+            raw, self._partial, line = bytes(self._partial), bytearray(following), None
+            with contextlib.suppress(ValueError, RecursionError):
+                line = json.loads(raw)
+            if isinstance(line, dict):
+                self.lines.append(line)
+            elif raw.strip() and not self._has_babbled:  # skipped, and told of once
+                self._has_babbled = True
+                log.warning("claude pid=%d prints lines that are not JSON", self.pid)
 
     def _read_stderr(self) -> None:
         chunk: bytes | None = self._stderr.read(READ_BYTES)
@@ -1441,8 +1456,6 @@ class Channel:
         self.process.send({"type": "control_request", "request_id": request_id, "request": request})
         return request_id
 
-    # ---- tools
-
     def offer(self, tools: Sequence[JsonObject]) -> JsonObject:
         """Set the tools; return the fields of `initialize` that tell of them."""
         # for calls to wait under their names: CLAUDE_CODE_EXTRA_BODY tells upstream of the tools
@@ -1570,7 +1583,7 @@ class Demand:
     patience: Patience
     queued: Callable[[int], None] = lambda place: None  # told its place, from 1, if it has to wait
     counted: list[JsonObject] | None = None  # the tools to count
-    is_new_wanted: bool = False  # a process that nobody has used
+    is_new_wanted: bool = False  # a process that is not initialised yet
     deaths: int = 0  # of processes started for it; kept ones may all have been killed at once
     served: Future[Session] = field(init=False, default_factory=Future)
 
@@ -1593,7 +1606,7 @@ class Demand:
 class Session:
     """A process and the conversation in it. One owner at a time; nobody else writes its fields.
 
-    A request goes `bring`, then `ask` and `read`, or `count_context`, then `end`. All but `end`
+    A request goes `bring`, then `ask` and `read`, or `count_context`, then `rest`. All but `rest`
     raise ProcessDied and CliFailed, and what their patience raises.
     """
 
@@ -1612,7 +1625,7 @@ class Session:
         self._turn: Turn | None = None  # the one that is served; None while it is told in part
         self._taken_usd = 0.0  # what of the cost was told of
 
-    def cost(self, demand: Demand, *, may_cut: bool) -> int | None:
+    def distance(self, demand: Demand, *, may_cut: bool) -> int | None:
         """Return the messages that a turn would append and lose here; None: it cannot be served.
 
         With a login the lost weigh double, as a cached prefix is lost with them.
@@ -1641,11 +1654,7 @@ class Session:
         return new
 
     def prime(self, patience: Patience) -> None:
-        """Make a new process ready for anybody, and prove that it can be used again and again.
-
-        A query that is held back from upstream warms it up: the first true turn then takes half as
-        long (seen). Nothing goes upstream.
-        """
+        """Warm up a new process by a held query, and prove that it can be used again and again."""
         first, second = (Demand(turn, NOBODY, patience) for turn in REHEARSALS)
         self.bring(first)
         self._channel.hold_calls()
@@ -1764,7 +1773,7 @@ class Session:
             if failure:
                 raise failure
 
-    def end(self) -> bool:
+    def rest(self) -> bool:
         """Come to rest after a turn, however it ended; say whether the session can be used again.
 
         It can where nothing of this turn can reach upstream any more. Takes up to LEAVE_S.
@@ -1774,15 +1783,15 @@ class Session:
             return False  # told in part, or nothing that could be cut to
         if not conversation.is_loose:
             return True  # it was asked nothing
-        names = {tool.get("name") for tool in channel.tools}
+        names = set(map(to_name, channel.tools))
         try:
             if not reader.done:
                 return reader.has_failed or (reader.is_called and channel.interrupt())
             if not (reader.can_go_on and names.issuperset(reader.calls.values())):
                 return not channel.applying  # it would ask again: certain not to, or killed
             conversation.add_answer(reader)
-            due = set(conversation.calls_due)
-            if not channel.applying and (not due or channel.is_settled(due)):
+            # not while calls wait: when its stdin ends the CLI lets them fail, and asks upstream
+            if not (channel.applying or conversation.calls_due):
                 channel.apply(self._settings)  # likely those of the next turn too
         except (ProcessDied, CliFailed) as exc:
             log.warning("%s", exc)
@@ -1791,8 +1800,8 @@ class Session:
 
 
 # ========================================================================= Pool
-# Who has which session, and who waits. Rule 1: a session is owned by the pool or by one request,
-# never both. Rule 2: nothing blocks while holding the lock. One keeper thread starts and reaps
+# Who has which session, and who waits. A session is owned by the pool or by one request, never by
+# both, and nothing blocks while holding the lock. One keeper thread starts and reaps
 # processes, a spare is primed on a thread of its own, the public methods run on request threads.
 # What sessions hold is not known here, only what a request would cost in one.
 
@@ -1830,19 +1839,19 @@ class Fleet:
         """Return how many more sessions may be lent."""
         return self._settings.max_concurrency - len(self.all("busy"))
 
-    def cheapest(self, waiter: Demand, *, may_cut: bool) -> Session | None:
-        """Return the idle session that costs least, the longest idle of equal ones.
+    def nearest(self, demand: Demand, *, may_cut: bool) -> Session | None:
+        """Return the idle session that is nearest, the longest idle of equal ones.
 
         A blank one rather than a conversation that would be lost, up to the number that is kept;
         from then on only for a conversation that is worth another process.
         """
         kept = min(self._settings.processes - 1, self._settings.max_concurrency)
-        of_blank = 1 if len(self.all("busy", "idle")) < kept else BLANK_COST
-        costs = {}
+        of_blank = 1 if len(self.all("busy", "idle")) < kept else BLANK_DISTANCE
+        distances = {}
         for session in self.all("spare", "idle"):
-            if (cost := session.cost(waiter, may_cut=may_cut)) is not None:
-                costs[session] = cost + of_blank * (session.base is None)
-        return min(costs, key=costs.__getitem__, default=None)
+            if (distance := session.distance(demand, may_cut=may_cut)) is not None:
+                distances[session] = distance + of_blank * (session.base is None)
+        return min(distances, key=distances.__getitem__, default=None)
 
     def end(self, session: Session) -> None:
         """Let an idle process end by itself, one that may be in mid-turn at once."""
@@ -1869,10 +1878,6 @@ class Fleet:
             was_long_idle = time.monotonic() - self._states[session][1] > IDLE_S
             if rank < len(used) - room or (rank < over and was_long_idle):
                 self.end(session)
-
-    def lacks_spare(self) -> bool:
-        is_wanted = self._settings.processes >= (2 if self.all("busy", "idle") else 1)
-        return is_wanted and not self.all("starting", "spare")
 
     def take_gone(self) -> list[Session]:
         """Return the processes that have ended; kill those whose grace is over."""
@@ -1912,21 +1917,21 @@ class Pool:
         self._keeper.start()
 
     def acquire(self, waiter: Demand) -> Session:
-        """Take the session that costs least; wait in order. Raises ApiError, as the patience."""
-        with self._changed:
-            if self._closed:
-                raise CliFailed(_CLOSING, status=503)
-            if len(self._waiters) >= self._settings.max_queue + self._fleet.room():
-                words = "Overloaded: too many requests are waiting"
-                raise ApiError(words, status=529, retry_after_s=OVERLOADED_RETRY_AFTER_S)
-            self._waiters.append(waiter)
-            self._serve_waiters()
-            place = len(self._waiters) - self._fleet.room()  # of those that no start will serve
-            if not waiter.served.done():  # else the keeper would only take the processor
-                self._changed.notify_all()
-        if place > 0 and not waiter.served.done():
-            waiter.queued(place)
+        """Take the nearest session; wait in order. Raises ApiError, as the patience."""
         try:
+            with self._changed:
+                if self._closed:
+                    raise CliFailed(_CLOSING, status=503)
+                if len(self._waiters) >= self._settings.max_queue + self._fleet.room():
+                    words = "Overloaded: too many requests are waiting"
+                    raise ApiError(words, status=529, retry_after_s=OVERLOADED_RETRY_AFTER_S)
+                self._waiters.append(waiter)
+                self._serve_waiters()
+                place = len(self._waiters) - self._fleet.room()  # of those that no start will serve
+                if not waiter.served.done():  # else the keeper would only take the processor
+                    self._changed.notify_all()
+            if place > 0 and not waiter.served.done():
+                waiter.queued(place)
             while True:
                 with contextlib.suppress(FutureTimeout):
                     return waiter.served.result(waiter.patience.slice_s())
@@ -1976,7 +1981,7 @@ class Pool:
         if self._fleet.end_unfit():
             self._note_failure("claude ends right after its start")
         for waiter in list(self._waiters):
-            session = self._fleet.cheapest(waiter, may_cut=not self.refusal)
+            session = self._fleet.nearest(waiter, may_cut=not self.refusal)
             if session is None or self._fleet.room() <= 0:
                 continue
             if session.base is None:  # its replacement starts when the call is likely to have left
@@ -1996,10 +2001,10 @@ class Pool:
 
     def _keep(self) -> None:
         """Run the keeper thread: start for waiters first, then spares; reap; until all are gone."""
-        is_over = False
-        while not is_over:
+        while True:
             try:
-                is_over = self._keep_once()
+                if self._keep_once():
+                    return
             except Exception:  # without this thread nothing works any more
                 log.exception("the keeper goes on")
                 time.sleep(REAP_TICK_S)
@@ -2016,7 +2021,9 @@ class Pool:
             is_for_waiter = lacking > 0 and fleet.room() > 0
             fleet.retire(incoming=is_for_waiter)
             spare_in_s = self._spare_at - time.monotonic()
-            is_due = is_for_waiter or (spare_in_s <= 0 and not self._closed and fleet.lacks_spare())
+            lacks_spare = not fleet.all("starting", "spare")
+            lacks_spare &= self._settings.processes >= (2 if fleet.all("busy", "idle") else 1)
+            is_due = is_for_waiter or (spare_in_s <= 0 and not self._closed and lacks_spare)
             if not is_due and not gone:
                 tick_s = REAP_TICK_S if fleet.all("ending") else KEEPER_TICK_S
                 self._changed.wait(min(tick_s, spare_in_s) if spare_in_s > 0 else tick_s)
@@ -2102,7 +2109,8 @@ def parse_chat_request(body: JsonObject, created: int) -> tuple[Turn, ChatStyle]
     given = [_unwrapped(tool, path) for path, tool in objects(body, "tools")]
     form = optional(body, "response_format", dict) or {}
     if form.get("type") == "json_schema":
-        form = {"type": "json_schema", **require(form, "json_schema", dict, "response_format")}
+        inner = require(form, "json_schema", dict, "response_format")
+        form = {**inner, "type": "json_schema"}
     effort, stop = body.get("reasoning_effort"), body.get("stop")
     stops = [stop] if isinstance(stop, str) else optional(body, "stop", list) or []
     translated = {
@@ -2155,8 +2163,7 @@ def to_tool(kind: str, tool: JsonObject, path: str) -> JsonObject:
     """Return a function or custom tool in Anthropic's form."""
     said = {"name": require(tool, "name", str, path), "description": tool.get("description")}
     parameters = optional(tool, "parameters", dict, path) or _NO_INPUT
-    schema = _RAW_INPUT if kind == "custom" else parameters
-    schema = {"type": "object", **schema}
+    schema = {"type": "object", **(_RAW_INPUT if kind == "custom" else parameters)}
     return without_nulls({**said, "strict": tool.get("strict"), "input_schema": schema})
 
 
@@ -2250,9 +2257,6 @@ def _chat_messages(body: JsonObject) -> tuple[list[JsonObject], list[Placed]]:
         if blocks or role != "assistant":
             messages.append((path, {"role": role, "content": blocks}))
     return system, messages
-
-
-# ---- answers
 
 
 def to_openai_usage(usage: JsonObject, asked: str, said: str) -> JsonObject:
@@ -2417,31 +2421,27 @@ def parse_responses_request(
             raise InvalidRequest(f"{name}: {problem}", details=details)
     if "message.output_text.logprobs" in (optional(body, "include", list) or []):
         raise InvalidRequest("include: logprobs are not supported by this gateway")
-    given = body.get("input") or None  # an empty one is none
-    body = {
-        **body,
-        "input": [{"role": "user", "content": given}] if isinstance(given, str) else given,
-    }
-    require(body, "input", list)
-    said = _Input(to_blocks(body, "instructions", ""))
-    for path, item in objects(body, "input"):
+    said, given = _Input(to_blocks(body, "instructions", "")), body.get("input") or None
+    listed = [{"role": "user", "content": given}] if isinstance(given, str) else given
+    require({"input": listed}, "input", list)
+    for path, item in objects({"input": listed}, "input"):
         said.read(path, item)
     changed = {name: optional(body, name, dict) or {} for name in ("reasoning", "text")}
     reasoning, text = ({**changed[name], **said.changes.get(name, {})} for name in changed)
+    form = optional(text, "format", dict, "text") or {}
     tools, calls = _to_tools([*objects(body, "tools"), *said.tools])
     chosen, tools = _choose(body, tools)
     effort = optional(reasoning, "effort", str, "reasoning")
     effort = _OPENAI_EFFORTS.get(str(effort), effort)
-    wants_summary = effort and (reasoning.get("summary") or reasoning.get("generate_summary"))
+    wants_summary = reasoning.get("summary") or reasoning.get("generate_summary")
+    shown = {"type": "adaptive", "display": "summarized"}
     translated = {
         **to_shared_fields({**body, "tool_choice": chosen}, tools),
         "system": said.system,
         "max_tokens": body.get("max_output_tokens"),
         "effort": effort if effort in (None, *EFFORTS) else "max",  # Codex has an `ultra`
-        "thinking": {"type": "adaptive", "display": "summarized"} if wants_summary else None,
-        "output_format": to_output_format(
-            optional(text, "format", dict, "text") or {}, said.system
-        ),
+        "thinking": shown if wants_summary and reasoning.get("effort") != "none" else None,
+        "output_format": to_output_format(form, said.system),
     }
     turn = to_turn(translated, said.placed(is_count=is_count), is_count=is_count)
     response = _to_blank(body, created)
@@ -3030,24 +3030,6 @@ class Record:
 # nothing of sockets. Runs on request threads.
 
 
-def count_input_tokens(
-    turn: Turn, usage: Callable[..., tuple[int, int]], padding: dict[str, int]
-) -> int:
-    """Count a turn's input tokens; `usage` tells those of a turn's messages, and of tools given.
-
-    Those of a padding tool are kept in `padding`, by model.
-    """
-    # with a system prompt that was never counted before (`to_counts`)
-    turn = dataclasses.replace(turn, system=" ".join(uuid.uuid4().hex), marked=None)
-    if not turn.tools:
-        return usage(turn)[0]
-    if turn.model not in padding:
-        both, one = usage(turn, *PADDING_TOOLS)[1], usage(turn, PADDING_TOOLS[0])[1]
-        padding[turn.model] = both - one
-    total, in_tools = usage(turn, *turn.tools, PADDING_TOOLS[0])
-    return total + max(0, in_tools + COUNTED_TOOLS_DEDUCTION - padding[turn.model])
-
-
 class Sessions:
     """Lends the pool's sessions, and keeps what they tell in passing."""
 
@@ -3091,11 +3073,15 @@ class Sessions:
         except ProcessDied as death:
             demand.note_death(death, was_new=was_new)
         finally:
-            if not (usable := session.end()):
-                session.process.kill()  # first of all: it may be about to call upstream
-            self.models = session.models or self.models
-            self._note_cost(session)
-            self.pool.give_back(session, usable=usable)
+            usable = False
+            try:
+                usable = session.rest()
+            finally:
+                if not usable:
+                    session.process.kill()  # first of all: it may be about to call upstream
+                self.models = session.models or self.models
+                self._note_cost(session)
+                self.pool.give_back(session, usable=usable)
 
     def _note_cost(self, session: Session) -> None:
         """Count what a process has told of its cost: of the turns before the one just ended."""
@@ -3115,14 +3101,12 @@ class Service:
         self._bare = wants_bare(settings.bare, environ)
         self.is_login = not self._bare
         self._cli, self._stamp, self._environ = cli, cli.stamp(), environ
-        self._sign_in = SignIn("DEMO: a script answers, no account is used")
+        self._sign_in = IN_DEMO if settings.demo else UNKNOWN
         self._ask_at = math.inf if settings.demo else 0.0  # monotonic; when the CLI is asked next
         self._model_map = dict(pair.split("=", 1) for pair in settings.model_map)
         self._padding: dict[str, int] = {}  # tokens of a padding tool, by model
         self._sessions = Sessions(settings, cli, environ, self.metrics, self._bare)
         self.pool, self.close = self._sessions.pool, self._sessions.close
-
-    # ---- requests
 
     def answer(
         self, turn: Turn, caller: Caller, tick: Callable[[], None], record: Record
@@ -3150,18 +3134,25 @@ class Service:
 
     def count_tokens(self, turn: Turn, caller: Caller, tick: Callable[[], None]) -> int:
         """Return how many input tokens a turn has, by the API's own count; nothing is generated."""
+        demand = self._demand(turn, caller, tick)
+        turn = demand.turn
 
-        def usage(of: Turn, *counted: JsonObject) -> tuple[int, int]:
-            demand = dataclasses.replace(whole, turn=of, counted=list(counted))
-            found: JsonObject = {}
+        def count(*tools: JsonObject) -> tuple[int, int]:
+            # with a system prompt that was never counted before (`to_counts`)
+            fresh = dataclasses.replace(turn, system=" ".join(uuid.uuid4().hex), marked=None)
+            of, found = dataclasses.replace(demand, turn=fresh, counted=list(tools)), JsonObject()
             while not found:
-                with self._sessions.lend(demand) as session:
-                    session.bring(demand)
-                    found = session.count_context(demand.patience)
+                with self._sessions.lend(of) as session:
+                    session.bring(of)
+                    found = session.count_context(of.patience)
             return to_counts(found)
 
-        whole = self._demand(turn, caller, tick)
-        return count_input_tokens(whole.turn, usage, self._padding)
+        if not turn.tools:
+            return count()[0]
+        if turn.model not in self._padding:
+            self._padding[turn.model] = count(*PADDING_TOOLS)[1] - count(PADDING_TOOLS[0])[1]
+        total, in_tools = count(*turn.tools, PADDING_TOOLS[0])
+        return total + max(0, in_tools + COUNTED_TOOLS_DEDUCTION - self._padding[turn.model])
 
     def models(self, caller: Caller, tick: Callable[[], None]) -> list[JsonObject]:
         """Return the models as the CLI lists them; every request that is served refreshes them."""
@@ -3184,8 +3175,6 @@ class Service:
         ids = {str(m.get(key)) for m in self._sessions.models for key in ("value", "resolvedModel")}
         return model in ids or model in (DEFAULT_MODEL_NAME, *self._model_map)
 
-    # ---- how things are
-
     def cli(self) -> Cli:
         """Return the CLI as it is, also after an update."""
         if (stamp := self._cli.stamp()) not in (None, self._stamp):
@@ -3203,7 +3192,7 @@ class Service:
 
     def describe(self) -> dict[str, str]:
         """Say what it runs on, who pays and who may call."""
-        url = "" if self.settings.demo else self._environ.get("ANTHROPIC_BASE_URL", "")
+        url = "" if self.settings.demo else upstream_url(self._environ)
         lines = {"claude": str(self.cli()), "sign-in": self.sign_in().text, "upstream": url}
         return {**{k: v for k, v in lines.items() if v}, "keys": self.keys.describe()}
 
@@ -3215,8 +3204,7 @@ class Service:
     def gauges(self) -> dict[str, dict[str, int]]:
         """Return what /metrics tells of now, by name and state."""
         now = self.pool.snapshot()
-        states = ("spare", "starting", "idle", "busy", "ending")
-        processes = {state: len(getattr(now, state)) for state in states}
+        processes = {state: len(getattr(now, state)) for state in now._fields if state != "waiting"}
         signed_in = int(not self.sign_in().is_missing)
         more = {"cc2api_waiting_requests": {"": now.waiting}, "cc2api_signed_in": {"": signed_in}}
         return {"cc2api_processes": processes, **more}
@@ -3243,7 +3231,7 @@ def _with_reset(error: ApiError, limits: Mapping[str, str]) -> ApiError:
         return error
     after_s = max(1, int(reset) - int(time.time()))
     again = after_s <= LONGEST_RETRY_S
-    return ApiError(str(error), status=429, retry_after_s=after_s, should_retry=again)
+    return dataclasses.replace(error, retry_after_s=after_s, should_retry=again)
 
 
 # ======================================================================= Status
@@ -3269,7 +3257,7 @@ def status_text(service: Service, url: str) -> str:
         "processes": f"{len(now.spare)} spare, {len(now.idle)} idle, {len(now.busy)} busy",
         "requests": f"{asked:.0f}, {failed:.0f} failed, {now.waiting} waiting",
         "tokens": ", ".join(f"{count:.0f} {kind}" for kind, count in tokens.items()),
-        "cost": f"${cost:.4f}" + " at list price" * service.is_login,
+        "cost": f"${cost:.4f}" + " at list price" * (service.is_login or service.settings.demo),
         "health": service.health() or "ok",
         "try": try_command(url, has_keys=service.keys.load() != {}),
     }
@@ -3291,30 +3279,33 @@ PAGE: Final = """<!doctype html>
  :root { color-scheme: light dark }
  body { font: 16px/1.5 system-ui, sans-serif; max-width: 50em; margin: 2em auto; padding: 0 1em }
  pre { white-space: pre-wrap; overflow-wrap: anywhere; background: #8881; padding: .6em }
+ #status { white-space: pre; overflow-x: auto; font-size: 85% }
  pre:empty { display: none }
- textarea, input, select, button { font: inherit; padding: .5em; max-width: 100% }
+ textarea, input, select, button { font: inherit; padding: .5em; max-width: 100%;
+  border: 1px solid #8888; border-radius: 4px }
  textarea { width: 100%; box-sizing: border-box }
  #send { background: #a84a28; color: white }
  button:disabled { opacity: .5 }
 </style>
 <h1>cc2api</h1>
-<pre id="status">…</pre>
 <p><textarea id="prompt" rows="3" placeholder="Try a prompt; Ctrl-Enter sends it"></textarea>
 <p><select id="model" aria-label="model"><option>claude-code</option></select>
  <input id="key" type="password" placeholder="API key" hidden>
  <button id="send">Send</button> <button id="stop" disabled>Stop</button>
 <pre id="answer"></pre><p id="end"></p>
+<pre id="status">…</pre>
 <script type="module">
-const [status, prompt, model, key, send, stop, answer, end] = document.querySelectorAll("[id]")
+const [prompt, model, key, send, stop, answer, end, status] = document.querySelectorAll("[id]")
 
 async function call(path, more) {
-  const got = await fetch(path, {...more, headers: {accept: "text/plain", "x-api-key": key.value}})
-  if (got.status == 401) key.hidden = false
+  const headers = {accept: "text/plain", "x-api-key": key.value}
+  const got = await fetch(path, {...more, headers}).catch(() => { throw "cc2api is not there" })
+  if (got.status == 401 && path == "/") key.hidden = false  // else it is claude's own sign-in
   if (!got.ok) throw (await got.json()).error.message
   return got
 }
 async function refresh() {
-  status.textContent = await call("/").then(got => got.text(), problem => "no status: " + problem)
+  status.textContent = await call("/").then(got => got.text(), String)
   setTimeout(refresh, 2000)
 }
 async function list() {
@@ -3323,6 +3314,7 @@ async function list() {
   for (const {id, display_name} of data) model.add(new Option(display_name, id))
 }
 send.onclick = async () => {
+  if (!prompt.value.trim()) return prompt.focus()
   const messages = [{role: "user", content: prompt.value}], stopping = new AbortController()
   const body = JSON.stringify({model: model.value, max_tokens: 4000, stream: true, messages})
   const began = Date.now(), last = {}
@@ -3693,11 +3685,6 @@ class Asked(NamedTuple):
     fail: Callable[[ApiError], bytes] | None = None  # ends a stream, where an event alone does not
 
 
-def _ask_messages(body: JsonObject, betas: str) -> Asked:
-    turn = parse_messages_request(body, betas)
-    return Asked(turn, to_frame, dict, live=lambda: to_frame({"type": "ping"}))
-
-
 def _ask_chat(body: JsonObject, betas: str) -> Asked:
     turn, style = parse_chat_request(body, int(time.time()))
     answer = MessageAssembler()
@@ -3737,7 +3724,12 @@ class Dialect(NamedTuple):
     to_error: Callable[[ApiError], tuple[int, JsonObject]]
 
 
-ANTHROPIC: Final = Dialect(_ask_messages, to_anthropic_error)
+ANTHROPIC: Final = Dialect(
+    lambda body, betas: Asked(
+        parse_messages_request(body, betas), to_frame, dict, live=lambda: to_frame({"type": "ping"})
+    ),
+    to_anthropic_error,
+)
 OPENAI: Final = Dialect(_ask_chat, to_openai_error)
 RESPONSES: Final = Dialect(_ask_responses, to_responses_error)
 
@@ -3797,12 +3789,13 @@ class Handler(BaseRequestHandler):
                     self._answer(head)
                 if self._out.closes:
                     break
-                idle_s = KEEP_ALIVE_S
+                idle_s = IDLE_CONNECTION_S
         except ClientGone:
             return
         except InvalidRequest as error:
             if error.status != 408:  # to a connection that stayed silent nothing is said
-                self._answer(Head("-", "-", True, ()), error)
+                with contextlib.suppress(ClientGone):
+                    self._answer(Head("-", "-", True, ()), error)
         self._stream.linger()
 
     def _answer(self, head: Head, failure: ApiError | None = None) -> None:
@@ -4023,20 +4016,23 @@ class DemoApi(BaseHTTPRequestHandler):
             self.wfile.write(json.dumps({"input_tokens": len(raw) // 2}).encode())
             return
         asked = [part.get("text") for part in as_blocks(body["messages"][-1]["content"])]
-        words = re.findall(r"\S+\s*", f"DEMO: no model was asked. You said: {asked[-1]}")
+        words = re.findall(r"\S+\s*", f"DEMO: no model was asked. You said: {asked[-1]}"[:300])
         usage = {"input_tokens": len(raw) // 4, "output_tokens": len(words)}
         message = {"id": f"msg_{uuid.uuid4().hex[:24]}", "type": "message", "role": "assistant"}
-        more = {"model": body["model"], "content": [], "stop_reason": None, "usage": usage}
+        more = {"model": body["model"], "content": [], "usage": usage}
+        more |= dict.fromkeys(("stop_reason", "stop_sequence"))
         end = {"stop_reason": "end_turn", "stop_sequence": None}
-        events: list[Event] = [{"type": "message_start", "message": {**message, **more}}]
-        events += [{"type": "content_block_start", "content_block": {"type": "text", "text": ""}}]
-        for word in words:
-            delta = {"type": "text_delta", "text": word}
-            events += [{"type": "content_block_delta", "delta": delta}]
-        events += [{"type": "content_block_stop"}]
-        events += [{"type": "message_delta", "delta": end, "usage": usage}]
-        for event in [*events, {"type": "message_stop"}]:
-            self.wfile.write(to_frame({**event, "index": 0}))
+        of, deltas = "content_block", [{"type": "text_delta", "text": word} for word in words]
+        events: list[Event] = [
+            {"type": "message_start", "message": {**message, **more}},
+            {"type": f"{of}_start", "index": 0, "content_block": {"type": "text", "text": ""}},
+            *({"type": f"{of}_delta", "index": 0, "delta": delta} for delta in deltas),
+            {"type": f"{of}_stop", "index": 0},
+            {"type": "message_delta", "delta": end, "usage": usage},
+            {"type": "message_stop"},
+        ]
+        for event in events:
+            self.wfile.write(to_frame(event))
             time.sleep(DEMO_WORD_S)
 
     def log_message(self, *args: object) -> None:
@@ -4052,7 +4048,7 @@ def start_demo(settings: Settings, environ: Mapping[str, str]) -> tuple[Settings
     kept |= {"ANTHROPIC_BASE_URL": f"http://127.0.0.1:{server.server_port}"}
     kept |= {"ANTHROPIC_API_KEY": "demo", "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
     kept |= {"CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1"}
-    return dataclasses.replace(settings, bare=True), kept
+    return dataclasses.replace(settings, bare=True, setting_sources=""), kept
 
 
 # ================================================================= Command line
@@ -4071,15 +4067,20 @@ def parse_args(argv: Sequence[str] | None, environ: Mapping[str, str]) -> Settin
     options = {"--" + f.name.replace("_", "-"): f for f in dataclasses.fields(Settings)}
     for flag, option in options.items():
         kind, text = str(option.type), option.metadata["help"]
-        action: Any = "append" if kind.startswith("tuple") else "store"
-        if kind.startswith("bool"):
+        action: Any = "store"
+        if kind.startswith("tuple"):
+            action, text = "append", f"{text}; repeatable"
+        elif kind.startswith("bool"):
             action = "store_true" if kind == "bool" else argparse.BooleanOptionalAction
-        elif option.default not in (None, "", ()):
-            text += f" (default: {option.default})"
+        elif option.default not in (None, ""):
+            text += f" (default: {option.default})".replace(".0)", ")")
         parser.add_argument(flag, action=action, default=None, help=text)
     given = vars(parser.parse_args(argv))
+    for name in environ:
+        if name.startswith("CC2API_") and name.removeprefix("CC2API_").lower() not in given:
+            parser.error(f"{name}: there is no such option")
     for flag, option in options.items():
-        name, kind, value = option.name, str(option.type), given[option.name] or None
+        name, kind, value = option.name, str(option.type), given[option.name]
         variable = environ.get(said_by := "CC2API_" + name.upper())
         said_by = said_by if value is None and variable else flag
         if value is None and variable:
@@ -4091,17 +4092,15 @@ def parse_args(argv: Sequence[str] | None, environ: Mapping[str, str]) -> Settin
     return Settings(**given)
 
 
-_SWITCHES: Final = {
-    **dict.fromkeys(("1", "true", "yes", "on"), True),
-    **dict.fromkeys(("0", "false", "no", "off"), False),
-}
+_SWITCHES: Final = configparser.ConfigParser.BOOLEAN_STATES  # 1, yes, true, on and the reverse
 
 
 def _to_setting(value: Any, option: dataclasses.Field[Any]) -> Any:
     """Return a value, by default or from a string, as the option has it. Raises ValueError."""
     kind, told = str(option.type), option.metadata
     if kind.startswith("tuple"):
-        value = tuple(filter(None, (each.strip().rstrip("/") for each in value)))
+        ending = "/" if option.name == "cors_origin" else ""
+        value = tuple(filter(None, (each.strip().removesuffix(ending) for each in value)))
     elif kind.startswith("bool") and isinstance(value, str):
         if value.lower() not in _SWITCHES:
             raise ValueError(f"{value!r} is neither 1 nor 0")
@@ -4110,7 +4109,8 @@ def _to_setting(value: Any, option: dataclasses.Field[Any]) -> Any:
         with contextlib.suppress(ValueError):
             value = int(value) if kind == "int" else float(value)
         if isinstance(value, str) or not told["low"] <= value <= told["high"]:
-            raise ValueError(f"{value!r} is no number from {told['low']:g} to {told['high']:g}")
+            most = f"to {told['high']}" if told["high"] < 1e9 else "on"
+            raise ValueError(f"{value!r} is no number from {told['low']:g} {most}")
     for each in value if isinstance(value, tuple) else [value]:
         if isinstance(each, str) and not re.fullmatch(told["form"], each):
             raise ValueError(f"{each!r} does not fit: {told['help']}")
@@ -4144,7 +4144,7 @@ def check_keys(settings: Settings) -> str:
 
 def is_running(settings: Settings) -> bool:
     """Say whether a cc2api answers on the port already."""
-    there = http.client.HTTPConnection(settings.host, settings.port, timeout=LINGER_S)
+    there = http.client.HTTPConnection(settings.host, settings.port, timeout=TICK_S)
     with contextlib.suppress(OSError, http.client.HTTPException), contextlib.closing(there):
         there.request("GET", "/healthz")
         return (there.getresponse().getheader("server") or "").startswith("cc2api/")
@@ -4167,13 +4167,14 @@ def check_upstream(environ: Mapping[str, str], port: int) -> str:
     url = environ.get("ANTHROPIC_BASE_URL", "")
     with contextlib.suppress(OSError, ValueError):
         parts = urllib.parse.urlsplit(url)
-        if (parts.port or 80 + 363 * (parts.scheme == "https")) == port:
+        default = 443 if parts.scheme == "https" else 80
+        if parts.hostname and (parts.port or default) == port:
             for family, kind, _, _, address in socket.getaddrinfo(parts.hostname, 0):
                 with contextlib.suppress(OSError), socket.socket(family, kind) as probe:
                     probe.bind(address)  # only an address of this machine can be bound
                     problem = f"ANTHROPIC_BASE_URL={url} is this gateway, which would call itself"
                     raise CliUnusable(f"{problem}: set it for the clients only")
-    return url or "the CLI's own choice"
+    return upstream_url(environ) or "the CLI's own choice"
 
 
 def try_start(settings: Settings, cli: Cli, environ: Mapping[str, str]) -> str:
@@ -4214,7 +4215,8 @@ def run_check(settings: Settings, environ: Mapping[str, str]) -> int:
             return f"{settings.host} port {settings.port} is free"
 
     def sign_in(cli: Cli) -> str:
-        found = ask_sign_in(cli, environ, bare=wants_bare(settings.bare, environ))
+        bare = wants_bare(settings.bare, environ)
+        found = IN_DEMO if settings.demo else ask_sign_in(cli, environ, bare=bare)
         if found.is_missing:
             raise CliUnusable(found.text)
         return found.text
@@ -4254,7 +4256,8 @@ def serve(settings: Settings, environ: Mapping[str, str]) -> int:
     server.stop()
     deadline = time.monotonic() + settings.drain
     if running := server.running["answers"]:
-        log.warning("%d answers are running; a second signal cuts them off", running)
+        words = "answers still running: %d; they get %g s, another Ctrl-C cuts them off"
+        log.warning(words, running, settings.drain)
     while server.running["answers"] and len(signals) < 2 and time.monotonic() < deadline:
         time.sleep(ACCEPT_TICK_S)
     service.close()

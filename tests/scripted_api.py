@@ -154,6 +154,7 @@ class ScriptedApi:
         self.calls: list[Call] = []
         self.counted = 0  # count_tokens requests
         self.counts = True  # else they are refused
+        self.counts_at_most: int | None = None  # as `counted`; what is beyond is refused
         self._replies: dict[str, Reply] = {}
         self._lock = threading.Condition()
         self._server = _Server(("127.0.0.1", 0), _Handler)
@@ -256,7 +257,9 @@ class _Handler(BaseHTTPRequestHandler):
         raw = self.rfile.read(int(self.headers.get("content-length") or 0))
         body = json.loads(raw)
         if self.path.startswith("/v1/messages/count_tokens"):
-            if not self.server.api.counts:
+            api = self.server.api
+            most = api.counts_at_most
+            if not api.counts or (most is not None and api.counted >= most):
                 return self._json(529, _error(529, "Overloaded"), {})
             return self._json(200, {"input_tokens": self.server.api.count(body)}, {})
         if not self.path.startswith("/v1/messages"):

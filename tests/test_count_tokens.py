@@ -8,6 +8,7 @@ from typing import Any
 from uuid import uuid4
 
 import anthropic
+import pytest
 from running import Answer, RunningGateway
 from scripted_api import ScriptedApi
 
@@ -116,3 +117,19 @@ def test_a_guess_of_the_cli_is_not_taken_for_a_count(
         api.counts = True
     assert answer.status == 502
     assert count(gateway, text) >= 8
+
+
+@pytest.mark.parametrize("after", [2, 3, 5])
+def test_an_upstream_that_stops_counting_half_way_gives_no_number(
+    start: Any, api: ScriptedApi, after: int
+) -> None:
+    gateway = start()
+    tools = [{"name": "look", "description": "word " * 50, "input_schema": {"type": "object"}}]
+    messages = [{"role": "user", "content": marker()}]
+    body = {"model": "claude-sonnet-4-6", "messages": messages, "tools": tools}
+    api.counts_at_most = api.counted + after
+    try:
+        answer = gateway.request("POST", "/v1/messages/count_tokens", body)
+    finally:
+        api.counts_at_most = None
+    assert answer.status == 502

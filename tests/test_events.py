@@ -110,7 +110,7 @@ def test_failures_keep_status_type_and_message(
 ) -> None:
     said, expected = texts.split(" | ")
     result = {"type": "result", "is_error": True, "result": said, **fields}
-    error = cc2api.to_api_error(result, cli_error)
+    error = cc2api.read_error(result, cli_error)
     assert (error.status, error.kind, str(error)) == (status, kind, expected)
 
 

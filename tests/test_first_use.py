@@ -91,6 +91,20 @@ def test_the_upstream_is_named_where_it_is_not_the_clis_own(
     assert "cc2api_signed_in 1\n" in gateway.request("GET", "/metrics").body.decode()
 
 
+def test_an_address_is_named_without_its_password() -> None:
+    environ = {"ANTHROPIC_BASE_URL": "http://user:secret@127.0.0.1:9/v1"}
+    assert cc2api.upstream_url(environ) == "http://127.0.0.1:9/v1"
+
+
+@pytest.mark.parametrize("said", ["", "[]", '{"loggedIn": true, "authMethod": ["x"]}', "nonsense"])
+def test_an_answer_that_says_nothing_is_unknown(tmp_path: Path, said: str) -> None:
+    program = tmp_path / "claude"
+    program.write_text(f"#!/bin/sh\necho '{said}'\n")
+    program.chmod(0o755)
+    cli = cc2api.Cli(str(program), "2.1.331")
+    assert cc2api.ask_sign_in(cli, {"PATH": "/bin"}, bare=False) == cc2api.UNKNOWN
+
+
 # ---- one line each
 
 
@@ -114,7 +128,13 @@ def free_port() -> int:
 
 
 def test_another_upstream_on_this_machine_is_none_of_our_business() -> None:
-    for url in ("http://127.0.0.1:4000", "https://localhost", "http://no.such.host.invalid:8080"):
+    assert cc2api.check_upstream({}, 80) == "the CLI's own choice"
+    for url in (
+        "http://127.0.0.1:4000",
+        "127.0.0.1:8080",
+        "https://localhost",
+        "http://no.such.host.invalid:8080",
+    ):
         assert cc2api.check_upstream({"ANTHROPIC_BASE_URL": url}, 8080) == url
 
 
@@ -169,6 +189,12 @@ def test_an_old_python_is_told_in_one_line() -> None:
     assert done.returncode == 1
     assert done.stderr.startswith("cc2api needs Python 3.10 or newer")
     assert done.stderr.count("\n") == 1
+
+
+def test_what_a_flag_switches_off_no_variable_switches_on() -> None:
+    environ = {"CC2API_BARE": "1", "CC2API_SETTING_SOURCES": "user"}
+    settings = cc2api.parse_args(["--no-bare", "--setting-sources", ""], environ)
+    assert (settings.bare, settings.setting_sources) == (False, "")
 
 
 # ---- no account

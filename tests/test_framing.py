@@ -315,7 +315,7 @@ def test_beyond_the_cap_connections_are_turned_away(
 def test_a_kept_connection_is_closed_when_idle(
     gateway: InProcessGateway, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cc2api, "KEEP_ALIVE_S", 0.3)
+    monkeypatch.setattr(cc2api, "IDLE_CONNECTION_S", 0.3)
     started = time.monotonic()
     said = talk_open(gateway.port, b"GET / HTTP/1.1\r\n" + HOST + b"\r\n")
     assert said.count(b"HTTP/1.1") == 1

@@ -253,10 +253,11 @@ FIELDS: list[tuple[JsonObject, JsonObject]] = [
         {"output_config": {"format": {"type": "json_schema", "schema": {}}}},
     ),
     ({"text": {"format": {"type": "text"}, "verbosity": "low"}}, {}),
-    (
-        {"reasoning": {"summary": "auto", "effort": "low"}},
-        {"thinking": {"type": "adaptive", "display": "summarized"}},
+    *(
+        ({"reasoning": reasoning}, {"thinking": {"type": "adaptive", "display": "summarized"}})
+        for reasoning in ({"summary": "auto", "effort": "low"}, {"generate_summary": "concise"})
     ),
+    ({"reasoning": {"summary": "auto", "effort": "none"}}, {}),
     (
         {
             **{"store": True, "background": False, "previous_response_id": None, "metadata": {}},

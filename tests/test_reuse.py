@@ -409,6 +409,43 @@ def test_a_users_setting_cannot_time_a_waiting_call_out(
     assert talk.say([tool_result(step, "result")])["messages"][:-1] == talk.replayed()[:-1]
 
 
+def test_a_waiting_tool_call_is_not_asked_again_when_the_gateway_stops(
+    start: Any, api: ScriptedApi
+) -> None:
+    gateway = start()
+    talk = Talk(gateway, api, tools=TOOLS)
+    talk.say("use a tool", Reply(blocks=[tool_use(a=1)], stop_reason="tool_use"))
+    calls = len(api.calls)
+    assert gateway.stop() == 0
+    assert len(api.calls) == calls, "at the end of its stdin the CLI lets the call fail"
+
+
+@pytest.mark.parametrize("part", [{"type": "x", "text": 5}, {"type": "x", "text": "x"}])
+def test_a_tool_result_of_another_shape_is_upstreams_to_refuse(
+    gateway: RunningGateway, api: ScriptedApi, part: JsonObject
+) -> None:
+    talk = Talk(gateway, api, tools=TOOLS)
+    step = tool_use(a=1)
+    talk.say("use a tool", Reply(blocks=[step], stop_reason="tool_use"))
+    result = {"type": "tool_result", "tool_use_id": step["id"], "content": [part]}
+    messages = [*talk.messages, {"role": "user", "content": [result]}]
+    assert gateway.post({"messages": messages, "tools": TOOLS}).status == 200
+    (call,) = api.calls_with(step["id"])
+    assert call.body["messages"][-1]["content"][0]["content"] == [part]
+    ask(gateway, api)
+
+
+def test_a_tool_with_an_odd_name_leaves_its_process_usable(
+    tmp_path: Path, api: ScriptedApi, claude: str
+) -> None:
+    with InProcessGateway(tmp_path, claude=claude, base_url=api.url, processes=1) as gateway:
+        word = marker()
+        api.on(word, Reply(status=400, message="no"))
+        for _ in range(3):
+            assert gateway.ask(word, tools=[{"name": ["x"], "input_schema": {}}]).status == 400
+        wait_until(lambda: not gateway.now.busy)
+
+
 # ---- a CLI that will not
 
 

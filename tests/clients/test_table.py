@@ -60,7 +60,7 @@ models:
   - {name: sonnet, provider: anthropic, model: claude-sonnet-4-6, apiKey: any, roles: [chat],
      %s"}
 """
-OPENAI = "OpenAI SDK, Agents SDK, `ChatOpenAI` of LangChain"
+OPENAI = "OpenAI SDK, Agents SDK, LangChain's ChatOpenAI"
 AIDER = "--message Hello --no-git --yes-always --no-analytics --no-check-update"
 AIDER += " --no-show-model-warnings"
 
@@ -161,7 +161,7 @@ def test_the_vercel_ai_sdk(gateway: RunningGateway, vercel: Path) -> None:
 
 def test_the_ai_sdks_openai(gateway: RunningGateway, vercel: Path) -> None:
     (vercel / "app.mjs").write_text(AI_SDK_OPENAI)
-    row = ROWS["AI SDK's `openai`, with `store: false`"]
+    row = ROWS["AI SDK's `openai`, `store: false`"]
     assert DEFAULT_TEXT in answer(gateway, row, vercel, vercel)
 
 
@@ -169,7 +169,7 @@ def test_codex(gateway: RunningGateway, codex: Path, tmp_path: Path) -> None:
     settle_codex(gateway.url, tmp_path)
     environment = clean_environment(tmp_path)
     subprocess.run(["git", "init", "--quiet"], cwd=tmp_path, env=environment, check=True)
-    row = ROWS["Codex, with the file below"]
+    row = ROWS["Codex, configured as below"]
     assert DEFAULT_TEXT in answer(gateway, row, codex, tmp_path)
 
 
@@ -190,8 +190,8 @@ def test_the_table_names_what_is_tried_here() -> None:
         "Anthropic SDK, LangChain, pydantic-ai",  # the SDK in JavaScript in test_clients.py
         "Vercel AI SDK",
         OPENAI,  # in JavaScript in test_clients.py; more of it all in test_responses_clients.py
-        "AI SDK's `openai`, with `store: false`",
-        "Codex, with the file below",
+        "AI SDK's `openai`, `store: false`",
+        "Codex, configured as below",
         "Claude Code",
         "LiteLLM",
         "llm-anthropic",
