@@ -169,7 +169,7 @@ def test_codex(gateway: RunningGateway, codex: Path, tmp_path: Path) -> None:
     settle_codex(gateway.url, tmp_path)
     environment = clean_environment(tmp_path)
     subprocess.run(["git", "init", "--quiet"], cwd=tmp_path, env=environment, check=True)
-    row = ROWS["Codex, configured as below"]
+    row = ROWS["Codex, see below"]
     assert DEFAULT_TEXT in answer(gateway, row, codex, tmp_path)
 
 
@@ -191,7 +191,7 @@ def test_the_table_names_what_is_tried_here() -> None:
         "Vercel AI SDK",
         OPENAI,  # in JavaScript in test_clients.py; more of it all in test_responses_clients.py
         "AI SDK's `openai`, `store: false`",
-        "Codex, configured as below",
+        "Codex, see below",
         "Claude Code",
         "LiteLLM",
         "llm-anthropic",
