@@ -2662,29 +2662,23 @@ class _Form(NamedTuple):
     source: str  # the field of upstream's deltas with their text, "" where these do not say it
     field: str  # theirs
     events: str  # what the events are called that say the text
-    opening: JsonObject  # the item as it is added
+    opening: JsonObject  # the item as it is added, less what a call says
     part: JsonObject | None = None  # what holds the text, where that is not the item itself
 
 
 _MESSAGE: Final = {"type": "message", "status": "in_progress", "role": "assistant", "content": []}
+_REASONING: Final = {"type": "reasoning", "summary": []}
+_CALL: Final = {"status": "in_progress"}
 _TEXT: Final = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
+_REFUSAL: Final = {"type": "refusal", "refusal": ""}
+_SUMMARY: Final = {"type": "summary_text", "text": ""}
 _FORMS: Final = {
     "message": _Form("msg", "text", "text", "output_text", _MESSAGE, _TEXT),
-    "refusal": _Form(
-        *("msg", "text", "refusal", "refusal", _MESSAGE), {"type": "refusal", "refusal": ""}
-    ),
-    "reasoning": _Form(
-        *("rs", "thinking", "text", "reasoning_summary_text"),
-        *({"type": "reasoning", "summary": []}, {"type": "summary_text", "text": ""}),
-    ),
-    "function_call": _Form(
-        *("fc", "partial_json", "arguments", "function_call_arguments"),
-        {"status": "in_progress", "arguments": ""},
-    ),
-    "custom_tool_call": _Form(
-        *("ctc", "", "input", "custom_tool_call_input"), {"status": "in_progress", "input": ""}
-    ),
-    "tool_search_call": _Form("tsc", "", "arguments", "", {"status": "completed"}),
+    "refusal": _Form("msg", "text", "refusal", "refusal", _MESSAGE, _REFUSAL),
+    "reasoning": _Form("rs", "thinking", "text", "reasoning_summary_text", _REASONING, _SUMMARY),
+    "function_call": _Form("fc", "partial_json", "arguments", "function_call_arguments", _CALL),
+    "custom_tool_call": _Form("ctc", "", "input", "custom_tool_call_input", _CALL),
+    "tool_search_call": _Form("tsc", "", "arguments", "", _CALL),
 }
 
 
@@ -2695,6 +2689,7 @@ class _Item:
         self.kind, self.form, self._block = kind, _FORMS[kind], block
         self._place = {"item_id": f"{self.form.prefix}_{name}{index}", "output_index": index}
         self._item = {"id": self._place["item_id"], **call, **self.form.opening}
+        self._item |= {} if self.form.part else {self.form.field: ""}
         self._list = "summary" if kind == "reasoning" else "content"  # that its part is in
         self._part = "reasoning_summary_part" if kind == "reasoning" else "content_part"
         self._pieces: list[str] = []  # of its text

@@ -18,7 +18,8 @@ from uuid import uuid4
 
 import openai
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from openai._models import construct_type
 from openai.lib.streaming.responses._responses import ResponseStreamState
 from openai.types.responses import ResponseStreamEvent
@@ -26,6 +27,7 @@ from pydantic import BaseModel
 from random_answers import replies, streams, style
 from running import Answer, InProcessGateway, RunningGateway
 from scripted_api import DEFAULT_TEXT, Reply, ScriptedApi, text_reply
+from test_fuzz import values
 
 import cc2api
 
@@ -396,6 +398,54 @@ def test_a_refused_field_is_named(fields: JsonObject, param: str) -> None:
     assert (status, body["error"]["param"]) == (400, param)
     is_id = param == "previous_response_id"
     assert body["error"]["code"] == ("previous_response_not_found" if is_id else None)
+
+
+IDS = st.sampled_from(["a", "b"])
+ITEM_TYPES = st.sampled_from([*cc2api._READERS, *cc2api._FINISHED, "item_reference", None])
+FUZZED_TOOLS = st.one_of(
+    values,
+    st.fixed_dictionaries(
+        {"type": st.sampled_from(["function", "custom", "namespace", "tool_search", "mcp"])},
+        optional={
+            **{"name": IDS, "description": values, "parameters": values, "format": values},
+            **{"tools": st.lists(st.one_of(values, st.just(F))), "execution": st.just("client")},
+        },
+    ),
+)
+FUZZED_ITEMS = st.one_of(
+    values,
+    st.fixed_dictionaries(
+        {"type": ITEM_TYPES},
+        optional={
+            **{"role": st.sampled_from(["user", "assistant", "developer", "tool"]), "id": values},
+            **{"content": st.one_of(st.text(), values), "name": IDS},
+            **{"call_id": IDS, "arguments": st.one_of(values, st.just("{}")), "namespace": values},
+            **{"output": values, "input": values, "tools": st.lists(FUZZED_TOOLS, max_size=2)},
+            **{"encrypted_content": st.one_of(values, st.just(cc2api._seal(THINKING)))},
+            **{"execution": values, "reasoning": values, "text": values},
+        },
+    ),
+)
+FUZZED_FIELDS = st.fixed_dictionaries(
+    {"input": st.one_of(values, st.lists(FUZZED_ITEMS, max_size=5).map(lambda some: [*some, HI]))},
+    optional={
+        **{"tools": st.one_of(values, st.lists(FUZZED_TOOLS, max_size=3)), "reasoning": values},
+        **{"tool_choice": st.one_of(values, FUZZED_TOOLS), "text": values, "include": values},
+        **{"instructions": values, "stream": values, "metadata": values, "temperature": values},
+    },
+)
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(FUZZED_FIELDS)
+def test_any_json_is_a_valid_turn_or_a_400(fields: JsonObject) -> None:
+    try:
+        turn, style = parse(**fields)
+    except cc2api.InvalidRequest:
+        return
+    assert turn.messages[-1].role == "user"
+    assert {tool["name"] for tool in turn.tools} <= set(style.calls)
+    json.dumps(style.response)
 
 
 def test_what_other_providers_tools_did_is_left_out() -> None:
