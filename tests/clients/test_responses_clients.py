@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import shutil
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -145,6 +147,33 @@ def test_codex_gets_an_answer_in_its_schema(
     assert json.loads(done.stdout) == {"name": "Rome"}
     (call,) = api.calls_with(word)
     assert call.body["output_config"]["format"]["schema"]["required"] == ["name"]
+
+
+def test_codex_calls_a_tool_of_an_mcp_server(
+    ask_codex: Codex, api: ScriptedApi, word: str, tmp_path: Path
+) -> None:
+    server = {"command": sys.executable, "args": [str(HERE / "mcp_server.py"), word]}
+    lines = [f"{name} = {json.dumps(value)}" for name, value in server.items()]
+    with (tmp_path / ".codex" / "config.toml").open("a") as config:
+        config.write("\n".join(["[mcp_servers.greeter]", *lines, ""]))
+    api.on(word, calling(tool("mcp__greeter__greet", {})))
+    api.on(f"greetings-{word}", text_reply("Greeted."))
+    assert ask_codex(word).stdout.strip() == "Greeted."
+    (last,) = api.calls_with(f"greetings-{word}")
+    assert last.body["messages"][1]["content"][-1]["name"] == "mcp__greeter__greet"
+
+
+def test_codex_shows_an_image(
+    ask_codex: Codex, api: ScriptedApi, word: str, tmp_path: Path
+) -> None:
+    png = base64.b64decode(
+        "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
+    )
+    (tmp_path / "dot.png").write_bytes(png)
+    assert ask_codex(word, "--image", "dot.png").stdout.strip() == DEFAULT_TEXT
+    (call,) = api.calls_with(word)
+    kinds = [block["type"] for block in call.body["messages"][0]["content"]]
+    assert "image" in kinds
 
 
 def test_codex_is_told_of_an_upstream_that_is_overloaded(
