@@ -456,7 +456,6 @@ REFUSALS = [
     ("late", "rewind_conversation"),
     ("refuse", "set_model"),
     ("silent", "set_model"),
-    ("late", "set_model"),
     ("silent", "mcp_message"),
 ]
 
