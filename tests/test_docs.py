@@ -70,7 +70,7 @@ def test_every_curl_of_the_readme_gets_an_answer(gateway: RunningGateway, comman
     here = command.replace("http://127.0.0.1:8080", gateway.url)
     assert here != command
     done = subprocess.run(["bash", "-c", f"{here.strip()} -sS"], capture_output=True, check=True)
-    if '"stream": true' in command:
+    if '"stream":true' in command:
         text = "".join(
             json.loads(t) for t in re.findall(r'"text": (".*?[^\\]")', done.stdout.decode())
         )
@@ -84,7 +84,7 @@ def test_every_curl_of_the_readme_gets_an_answer(gateway: RunningGateway, comman
 
 def test_the_readmes_curls_are_a_message_a_stream_and_a_completion() -> None:
     assert len(CURLS) == 3
-    assert '"model": "sonnet"' in CURLS[0]
+    assert '"model":"sonnet"' in CURLS[0]
 
 
 def test_the_readme_has_these_commands_to_start_and_to_test() -> None:
