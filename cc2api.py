@@ -2193,6 +2193,12 @@ def to_tool_use(call_id: str, kind: str, call: JsonObject, path: str) -> JsonObj
     return {"type": "tool_use", "id": call_id, "name": name, "input": given}
 
 
+def to_raw_input(given: Any) -> str:
+    """Return the text that a custom tool is called with; the model may have written anything."""
+    raw = _object(given).get("input")
+    return raw if isinstance(raw, str) else json.dumps(given)
+
+
 def to_blocks(owner: JsonObject, name: str, path: str) -> list[JsonObject]:
     """Return a text or a list of parts as blocks, less blank texts, which Anthropic refuses."""
     said = {name: as_blocks(owner.get(name))}
@@ -2215,7 +2221,7 @@ def to_block(part: JsonObject, path: str) -> JsonObject:
     if kind not in ("file", "input_file"):
         raise InvalidRequest(f"{path}.type: Input should be a type of text, image or file")
     url = optional(part, "file_url", str, path)
-    if url is None:
+    if not url:
         data = require(part, "file_data", str, path)
         url = data if data.startswith("data:") else f"data:application/pdf;base64,{data}"
     title = part.get("filename") or None
@@ -2290,8 +2296,8 @@ def _to_answer(kind: str, message: JsonObject, style: ChatStyle, said: JsonObjec
 
 def _to_call(block: JsonObject, arguments: str, style: ChatStyle) -> JsonObject:
     kind, said = "function", {"arguments": arguments}
-    if block["name"] in style.custom_tools:  # the model may have written anything
-        kind, said = "custom", {"input": _object(block["input"]).get("input", "")}
+    if block["name"] in style.custom_tools:
+        kind, said = "custom", {"input": to_raw_input(block["input"])}
     return {"id": block["id"], "type": kind, kind: {"name": block["name"], **said}}
 
 
@@ -2433,19 +2439,23 @@ def parse_responses_request(
     chosen, tools = _choose(body, tools)
     effort = optional(reasoning, "effort", str, "reasoning")
     effort = _OPENAI_EFFORTS.get(str(effort), effort)
+    shared = to_shared_fields({**body, "tool_choice": chosen}, tools)
     wants_summary = reasoning.get("summary") or reasoning.get("generate_summary")
+    # with a forced tool the API refuses thinking
+    is_forced = _object(shared["tool_choice"]).get("type") in ("any", "tool")
+    may_think = reasoning.get("effort") != "none" and not is_forced
     shown = {"type": "adaptive", "display": "summarized"}
     translated = {
-        **to_shared_fields({**body, "tool_choice": chosen}, tools),
+        **shared,
         "system": said.system,
         "max_tokens": body.get("max_output_tokens"),
         "effort": effort if effort in (None, *EFFORTS) else "max",  # Codex has an `ultra`
-        "thinking": shown if wants_summary and reasoning.get("effort") != "none" else None,
+        "thinking": shown if wants_summary and may_think else None,
         "output_format": to_output_format(form, said.system),
     }
     turn = to_turn(translated, said.placed(is_count=is_count), is_count=is_count)
     response = _to_blank(body, created)
-    response |= {"text": {"format": {"type": "text"}, **text}}
+    response |= {"text": {"format": {"type": "text"}, **without_nulls(text)}}
     response |= {"reasoning": {name: reasoning.get(name) for name in ("effort", "summary")}}
     return turn, ResponseStyle(response, calls)
 
@@ -2601,7 +2611,7 @@ def _to_tools(placed: Iterable[Placed]) -> tuple[list[JsonObject], dict[str, Jso
         kind = require(tool, "type", str, path)
         is_foreign = kind == "tool_search" and tool.get("execution") != "client"
         if is_foreign or kind.startswith("web_search"):  # Codex always has one of the latter
-            log.info("a search that OpenAI runs was dropped from the tools")
+            log.debug("a search that OpenAI runs was dropped from the tools")
             continue
         if kind not in _CALL_TYPES:
             raise InvalidRequest(f"{path}.type: tools of this type are run by OpenAI, not here")
@@ -2611,9 +2621,9 @@ def _to_tools(placed: Iterable[Placed]) -> tuple[list[JsonObject], dict[str, Jso
             call = {"type": _CALL_TYPES[kind], **without_nulls(said)}
             name = _upstream_name(call, path)
         told = {**tool, "name": name, "description": _describe(tool, namespace, path)}
-        both = (to_tool(kind, told, path), call)
-        if both != (tools.setdefault(name, both[0]), calls.setdefault(name, call)):
+        if calls.setdefault(name, call) != call:
             raise InvalidRequest(f"{path}.name: there is another tool of the name {name}")
+        tools[name] = to_tool(kind, told, path)  # a later search may find it described anew
     return list(tools.values()), calls
 
 
@@ -2712,9 +2722,8 @@ class _Item:
     def end(self) -> Iterator[JsonObject]:
         """Finish; a message that has said nothing is none."""
         given = self._block.get("input")
-        if self.kind == "custom_tool_call":  # inside JSON so far; the model may write anything
-            raw = _object(given).get("input")
-            yield from self.say(raw if isinstance(raw, str) else json.dumps(given))
+        if self.kind == "custom_tool_call":  # inside JSON so far
+            yield from self.say(to_raw_input(given))
         elif self.kind == "function_call" and not self._pieces:
             yield from self.say(json.dumps(given))
         elif self.kind == "tool_search_call":

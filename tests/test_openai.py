@@ -357,6 +357,9 @@ def test_custom_tools_are_answered_in_kind() -> None:
     reply = Reply(blocks=[tool("c", {"input": "raw"}, 1)], stop_reason="tool_use")
     custom = {"id": "toolu_1", "type": "custom", "custom": {"name": "c", "input": "raw"}}
     assert deltas_of(reply, style)[1] == {"tool_calls": [{"index": 0, **custom}]}
+    odd = Reply(blocks=[tool("c", {"patch": 1}, 1)], stop_reason="tool_use")
+    (call,) = deltas_of(odd, style)[1]["tool_calls"]
+    assert call["custom"]["input"] == '{"patch": 1}'  # what the model wrote otherwise is not lost
 
 
 def completion_of(reply: Reply) -> JsonObject:

@@ -75,7 +75,7 @@ def test_images_and_files_become_blocks() -> None:
         {"type": "input_text", "text": " "},
         {"type": "input_image", "image_url": f"data:image/png;base64,{PNG}", "detail": "original"},
         {"type": "input_image", "image_url": "https://x/y.png"},
-        {"type": "input_file", "file_data": pdf, "filename": "n"},
+        {"type": "input_file", "file_data": pdf, "filename": "n", "file_url": ""},
         {"type": "input_file", "file_url": "https://x/y.pdf"},
     ]
     image = {"type": "base64", "media_type": "image/png", "data": PNG}
@@ -229,6 +229,21 @@ def test_tools_come_with_items_too() -> None:
     assert turn.messages[1].content == [tool("tool_search", {"query": "q"}) | {"id": "s"}]
     (result,) = turn.messages[2].content
     assert json.loads(result["content"][0]["text"]) == [SPACE]
+
+
+def test_a_tool_that_a_later_search_describes_anew_is_the_later() -> None:
+    anew = {**SPACE, "tools": [{**F, "description": "better"}]}
+    turn, style = parse({"type": "additional_tools", "tools": [anew]}, HI, tools=[SPACE, C])
+    assert [sent["name"] for sent in turn.tools] == ["ns__f", "c"] == list(style.calls)
+    assert turn.tools[0]["description"] == "of ns\n\nbetter"
+
+
+def test_a_forced_tool_is_called_without_thinking() -> None:
+    """The API refuses the two together."""
+    asked = {"reasoning": {"summary": "auto"}, "tools": [F]}
+    for choice in ("required", {"type": "function", "name": "f"}):
+        assert "thinking" not in parse(**asked, tool_choice=choice)[0].extra_body
+    assert "thinking" in parse(**asked, tool_choice="auto")[0].extra_body
 
 
 FIELDS: list[tuple[JsonObject, JsonObject]] = [
@@ -436,7 +451,7 @@ FUZZED_FIELDS = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(FUZZED_FIELDS)
 def test_any_json_is_a_valid_turn_or_a_400(fields: JsonObject) -> None:
     try:
@@ -691,6 +706,8 @@ def test_the_response_says_what_was_asked() -> None:
     assert style.response.items() >= asked.items()
     assert style.response["store"] is False
     assert style.response["created_at"] == 7
+    unsaid = parse(text={"format": None})[1].response["text"]
+    assert unsaid == {"format": {"type": "text"}}
 
 
 EVENT_TYPES: dict[str, type[BaseModel]] = {
@@ -699,7 +716,7 @@ EVENT_TYPES: dict[str, type[BaseModel]] = {
 }
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(streams())
 def test_the_python_sdk_assembles_every_stream(events: list[JsonObject]) -> None:
     assert [event["sequence_number"] for event in events] == list(range(len(events)))
@@ -1048,10 +1065,11 @@ def test_a_kept_process_goes_on_through_a_turn_with_late_rules(
     assert [block.get("text") for block in second.body["messages"][-1]["content"]][1:] == [reminder]
 
 
-def test_the_status_counts_responses(start: Any) -> None:
-    gateway = start("--processes", "0")
+def test_the_status_counts_responses(start_fake: Any) -> None:
+    gateway = start_fake("--processes", "0")
     assert ask(gateway, "hi").status == 200
     assert ask(gateway, []).status == 400
+    gateway.wait_for_log("event=done", 2)  # written when a request is counted, after its answer
     status = gateway.request("GET", "/").body.decode()
     assert "requests      2, 1 failed, 0 waiting\n" in status
 
