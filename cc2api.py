@@ -2395,6 +2395,9 @@ _REFUSED: Final = {
     **{"conversation": _NOT_KEPT, "prompt": "prompts are not kept here; send what it says"},
     **{"background": "answers are not kept here", "top_logprobs": "no model here tells these"},
 }
+_REFUSED_DETAILS: Final = {  # OpenAI's own
+    "previous_response_id": {"error_code": "previous_response_not_found"}
+}
 _HINTS: Final = {
     "item_reference": "items are not persisted here: set store to false"
     " (AI SDK: providerOptions.openai.store), so that they are sent whole",
@@ -2422,9 +2425,7 @@ def parse_responses_request(
     """Check a request; return the Turn, and the style of the answer. Raises InvalidRequest."""
     for name, problem in _REFUSED.items():
         if body.get(name):
-            is_id = name == "previous_response_id"  # whose code is OpenAI's own
-            details = {"error_code": "previous_response_not_found"} if is_id else None
-            raise InvalidRequest(f"{name}: {problem}", details=details)
+            raise InvalidRequest(f"{name}: {problem}", details=_REFUSED_DETAILS.get(name))
     if "message.output_text.logprobs" in (optional(body, "include", list) or []):
         raise InvalidRequest("include: logprobs are not supported by this gateway")
     said, given = _Input(to_blocks(body, "instructions", "")), body.get("input") or None
@@ -2653,11 +2654,11 @@ def _choose(body: JsonObject, tools: list[JsonObject]) -> tuple[Any, list[JsonOb
     choice = body.get("tool_choice")
     if not isinstance(choice, dict):
         return choice, tools
-    if choice.get("type") in ("function", "custom"):
+    if (kind := choice.get("type")) in ("function", "custom"):
         return {"name": _upstream_name(choice, "tool_choice")}, tools
-    if choice.get("type") != "allowed_tools":
-        known = "'function', 'custom' or 'allowed_tools'"
-        raise InvalidRequest(f"tool_choice.type: Input should be {known}")
+    if kind != "allowed_tools":
+        problem = "Input should be 'function', 'custom' or 'allowed_tools'"
+        raise InvalidRequest(f"tool_choice.type: {problem}")
     named = [_upstream_name(tool, path) for path, tool in objects(choice, "tools", "tool_choice")]
     return choice.get("mode"), [tool for tool in tools if tool["name"] in named]
 
@@ -2728,18 +2729,16 @@ class _Item:
             yield from self.say(json.dumps(given))
         elif self.kind == "tool_search_call":
             self._item["arguments"] = given
-        if self.kind == "message" and not self._is_said:
-            return
-        said: JsonObject = {self.form.field: "".join(self._pieces)}
         if not self._is_said:
+            if self.kind == "message":
+                return
             yield self._whole("added")
-        if self.form.part and self._is_said:
-            part = {**self.form.part, **said}
+        said: JsonObject = {self.form.field: "".join(self._pieces)}
+        if self._is_said or (self.form.events and not self.form.part):
             yield self._text("done", **said)
-            yield self._event(f"{self._part}.done", part=part)
-            self._item[self._list] = [part]
-        elif self.form.events and not self.form.part:
-            yield self._text("done", **said)
+            if self.form.part:
+                said = {self._list: [{**self.form.part, **said}]}
+                yield self._event(f"{self._part}.done", part=said[self._list][0])
             self._item |= said
         if "status" in self._item:
             self._item["status"] = "completed"
@@ -2831,8 +2830,7 @@ class ResponseWriter:
 
     def _end(self) -> Iterator[JsonObject]:
         item, self._item = self._item, None
-        if item:
-            yield from item.end()
+        yield from item.end() if item else ()
 
     def _finish(self, message: JsonObject) -> Iterator[JsonObject]:
         finish = _FINISH_REASONS.get(message["stop_reason"])
@@ -3705,20 +3703,14 @@ def _ask_responses(body: JsonObject, betas: str) -> Asked:
     turn, style = parse_responses_request(body, int(time.time()))
     writer = ResponseWriter(style)
 
-    def frames(events: list[JsonObject]) -> bytes:
-        return b"".join(map(to_frame, events))
+    def framed(write: Callable[..., list[JsonObject]]) -> Callable[..., bytes]:
+        return lambda *given: b"".join(map(to_frame, write(*given)))
 
-    def live() -> bytes:
-        return frames(writer.live())
+    def finish(message: JsonObject) -> JsonObject:
+        return to_response(message, style)
 
-    return Asked(
-        turn,
-        encode=lambda event: frames(writer.feed(event)),
-        finish=lambda message: to_response(message, style),
-        wait=live,
-        live=live,
-        fail=lambda error: frames(writer.fail(error)),
-    )
+    live = framed(writer.live)
+    return Asked(turn, framed(writer.feed), finish, live, live, framed(writer.fail))
 
 
 class Dialect(NamedTuple):
