@@ -9,6 +9,7 @@ import re
 import signal
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -101,12 +102,12 @@ def processes_of(api: ScriptedApi, *words: str) -> list[str]:
     return [process_of(call) for word in words for call in calls_for(api, word)]
 
 
-@pytest.fixture
-def alone(start: Any) -> RunningGateway:
+@pytest.fixture(scope="module")
+def alone(api: ScriptedApi, claude: str) -> Iterator[RunningGateway]:
     """A gateway that serves one caller by one process."""
-    gateway: RunningGateway = start("--max-concurrency", "1")
-    wait_until(lambda: len(gateway.children()) == 1)
-    return gateway
+    with RunningGateway("--max-concurrency", "1", claude=claude, base_url=api.url) as gateway:
+        wait_until(lambda: len(gateway.children()) == 1)
+        yield gateway
 
 
 def ask(gateway: Any, api: ScriptedApi, reply: Reply | None = None, **fields: Any) -> Call:
