@@ -873,7 +873,9 @@ class AnswerReader:
             self._blocks += 1
             # some Anthropic-compatible upstreams leave these out, and SDKs stumble over that
             block = event["content_block"]
-            defaults = {"type": block["type"], **_BLOCK_DEFAULTS.get(str(block["type"]), {})}
+            needed = ("type", "id", "name") if block["type"] == "tool_use" else ("type",)
+            defaults = {name: block[name] for name in needed}
+            defaults |= _BLOCK_DEFAULTS.get(str(block["type"]), {})
             return [{**event, "content_block": {**defaults, **block}}]
         elif kind == "message_delta" and isinstance(reason, str):
             self._stop_reason, self.done = reason, True

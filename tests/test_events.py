@@ -185,3 +185,15 @@ def test_tool_input_of_any_depth_can_be_answered(depth: int) -> None:
 def test_an_event_that_lacks_what_it_should_hold_is_upstreams_failure() -> None:
     with pytest.raises(cc2api.CliFailed, match="broke the protocol"), cc2api.upstream_protocol():
         assemble([{"type": "message_start", "message": {}}])
+
+
+@pytest.mark.parametrize("missing", ["type", "id", "name"])
+def test_a_tool_call_without_what_names_it_is_upstreams_failure(missing: str) -> None:
+    block = {"type": "tool_use", "id": "t", "name": "f", "input": {}}
+    del block[missing]
+    reader = cc2api.AnswerReader()
+    start = {"type": "message_start", "message": {"usage": {}}}
+    reader.feed({"type": "stream_event", "event": start})
+    event = {"type": "content_block_start", "index": 0, "content_block": block}
+    with pytest.raises(cc2api.CliFailed, match="broke the protocol"), cc2api.upstream_protocol():
+        reader.feed({"type": "stream_event", "event": event})
