@@ -26,6 +26,7 @@ def claude() -> str:
 def api() -> Iterator[ScriptedApi]:
     """The scripted upstream."""
     with ScriptedApi() as running:
+        running.thinking_s = 0.05
         yield running
 
 

@@ -153,6 +153,9 @@ class ScriptedApi:
     def __init__(self) -> None:
         self.calls: list[Call] = []
         self.counted = 0  # count_tokens requests
+        # Before answers after which the CLI asks again by itself. No model answers at once, and
+        # meanwhile the CLI is held back; at once that may come too late (bench/second_calls.py).
+        self.thinking_s = 0.0
         self.counts = True  # else they are refused
         self.counts_at_most: int | None = None  # as `counted`; what is beyond is refused
         self._replies: dict[str, Reply] = {}
@@ -273,7 +276,8 @@ class _Handler(BaseHTTPRequestHandler):
                 reply.left.set()
                 self.close_connection = True
                 return None
-        time.sleep(reply.delay_s)
+        is_plain = reply.stop_reason == "end_turn" and bool(reply.blocks)
+        time.sleep(reply.delay_s or (0 if is_plain else self.server.api.thinking_s))
         if reply.status != 200:
             message = reply.message or f"scripted {reply.status}"
             return self._json(reply.status, _error(reply.status, message), reply.headers)
