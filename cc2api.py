@@ -112,9 +112,7 @@ IDLE_S: Final = 300.0  # after a burst, for processes beyond --processes
 SIGN_IN_S: Final = 60.0  # until the CLI is asked again how it is signed in; it takes 0.2 s
 SPARE_DELAY_S: Final = 0.1  # a new spare takes 0.45 CPU-seconds: not before the call has left
 REHEARSE_AGAIN_S: Final = 600.0  # a CLI that could not be used again may be busy, not other
-BLANK_DISTANCE: Final = (
-    25  # messages that replay in the time that a spare's first turn takes longer
-)
+BLANK_DISTANCE: Final = 25  # messages that replay while a spare's first turn takes longer
 MAX_TOOL_RESULT_CHARS: Final = 100_000  # through the tool channel; the CLI saves large ones to disk
 MAX_TOOL_ERROR_CHARS: Final = 5_000  # the CLI cuts errors at 10,000
 KEEPER_TICK_S: Final = 5.0  # how soon a dead or stale spare is noticed without a request
@@ -132,10 +130,9 @@ MAX_CHUNK_LINE_BYTES: Final = 256  # a size and extensions that nobody sends
 HEAD_TIMEOUT_S: Final = 15.0  # for a whole head: half-open connections go
 BODY_TIMEOUT_S: Final = 120.0  # for a whole body: 32 MB at 2 Mbit/s
 KEYS_GONE_S: Final = 2.0  # a key file that is written anew is empty or gone for a moment
-IDLE_CONNECTION_S: Final = (
-    120.0  # an idle connection is kept longer than proxies keep theirs (60 s)
-)
+IDLE_CONNECTION_S: Final = 120.0  # longer than proxies keep theirs (60 s)
 LINGER_S: Final = 2.0  # reading on after an early answer, or a reset would destroy it on its way
+DEMO_CHARS: Final = 300  # of a demo's answer; agents' first prompts are 10 kB, read out for 40 s
 DEMO_WORD_S: Final = 0.03  # between the words of `--demo`: as quick as a model
 ACCEPT_TICK_S: Final = 0.1  # how soon the accepting thread notices that it is to stop
 LISTEN_BACKLOG: Final = 128  # socketserver's 5 refuses a burst of parallel clients
@@ -146,6 +143,7 @@ LISTEN_BACKLOG: Final = 128  # socketserver's 5 refuses a burst of parallel clie
 # defaults; the command line is built from these fields, so help and code cannot differ.
 
 
+# 1e9 is no limit but keeps infinity out, which no wait takes
 def _option(default: Any, text: str, *, low: float = 0, high: float = 1e9, form: str = ".*") -> Any:
     return field(default=default, metadata={"help": text, "low": low, "high": high, "form": form})
 
@@ -4014,7 +4012,8 @@ class DemoApi(BaseHTTPRequestHandler):
             self.wfile.write(json.dumps({"input_tokens": len(raw) // 2}).encode())
             return
         asked = [part.get("text") for part in as_blocks(body["messages"][-1]["content"])]
-        words = re.findall(r"\S+\s*", f"DEMO: no model was asked. You said: {asked[-1]}"[:300])
+        said = f"DEMO: no model was asked. You said: {asked[-1]}"
+        words = re.findall(r"\S+\s*", said[:DEMO_CHARS])
         usage = {"input_tokens": len(raw) // 4, "output_tokens": len(words)}
         message = {"id": f"msg_{uuid.uuid4().hex[:24]}", "type": "message", "role": "assistant"}
         more = {"model": body["model"], "content": [], "usage": usage}
