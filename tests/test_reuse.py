@@ -470,17 +470,21 @@ def between(
     )
 
 
+@pytest.fixture
+def _short_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cc2api, "CHANGE_TIMEOUT_S", 0.7)
+
+
+@pytest.mark.usefixtures("_short_changes")
 @pytest.mark.parametrize(("mode", "subtype"), REFUSALS)
 def test_a_cut_or_prompt_that_is_not_taken_ends_the_process_and_a_new_one_is_asked(
     tmp_path: Path,
     api: ScriptedApi,
     claude: str,
-    monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
     mode: str,
     subtype: str,
 ) -> None:
-    monkeypatch.setattr(cc2api, "CHANGE_TIMEOUT_S", 0.7)
     order = f"{mode} {subtype} 2"  # the rehearsal passes
     with between(tmp_path, api, claude, order, processes=2, max_concurrency=1) as gateway:
         wait_until(lambda: len(gateway.now.spare) == 1)
@@ -493,17 +497,19 @@ def test_a_cut_or_prompt_that_is_not_taken_ends_the_process_and_a_new_one_is_ask
     assert gateway.gateway.pool.refusal == ""
 
 
-@pytest.mark.parametrize(("mode", "subtype"), [REFUSALS[0], REFUSALS[5]])
+FOR_GOOD = [("refuse", "rewind_conversation"), ("silent", "set_model")]
+
+
+@pytest.mark.usefixtures("_short_changes")
+@pytest.mark.parametrize(("mode", "subtype"), FOR_GOOD)
 def test_a_cli_that_refuses_for_good_gets_a_process_for_each_conversation(
     tmp_path: Path,
     api: ScriptedApi,
     claude: str,
-    monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
     mode: str,
     subtype: str,
 ) -> None:
-    monkeypatch.setattr(cc2api, "CHANGE_TIMEOUT_S", 0.7)
     order = f"{mode} {subtype} 1"
     with between(tmp_path, api, claude, order, processes=3) as gateway:
         wait_until(lambda: bool(gateway.gateway.pool.refusal))
