@@ -2387,7 +2387,6 @@ def to_openai_error(error: ApiError) -> tuple[int, JsonObject]:
 # both its stream and its body, so they cannot differ.
 
 _SEAL: Final = "cc2api:"  # before a thinking block that we gave out as `encrypted_content`
-_SEALED: Final = {"thinking": ("thinking", "signature"), "redacted_thinking": ("data",)}
 _NOT_KEPT: Final = "nothing is kept here; send the whole conversation as `input`"
 # Fields that ignoring would give another answer than was asked for.
 _REFUSED: Final = {
@@ -2395,15 +2394,11 @@ _REFUSED: Final = {
     **{"conversation": _NOT_KEPT, "prompt": "prompts are not kept here; send what it says"},
     **{"background": "answers are not kept here", "top_logprobs": "no model here tells these"},
 }
-_REFUSED_DETAILS: Final = {  # OpenAI's own
-    "previous_response_id": {"error_code": "previous_response_not_found"}
-}
 _HINTS: Final = {
     "item_reference": "items are not persisted here: set store to false"
     " (AI SDK: providerOptions.openai.store), so that they are sent whole",
     "compaction_trigger": "Codex compacts by itself with a provider of your own in its config",
 }
-_FINISHED: Final = ("web_search_call", "file_search_call", "code_interpreter_call")
 _CALL_TYPES: Final = {  # of the tools that clients run
     **{"function": "function_call", "custom": "custom_tool_call"},
     "tool_search": "tool_search_call",
@@ -2425,45 +2420,45 @@ def parse_responses_request(
     """Check a request; return the Turn, and the style of the answer. Raises InvalidRequest."""
     for name, problem in _REFUSED.items():
         if body.get(name):
-            raise InvalidRequest(f"{name}: {problem}", details=_REFUSED_DETAILS.get(name))
+            raise InvalidRequest(f"{name}: {problem}")
     if "message.output_text.logprobs" in (optional(body, "include", list) or []):
         raise InvalidRequest("include: logprobs are not supported by this gateway")
-    said, given = _Input(to_blocks(body, "instructions", "")), body.get("input") or None
-    listed = [{"role": "user", "content": given}] if isinstance(given, str) else given
-    require({"input": listed}, "input", list)
-    for path, item in objects({"input": listed}, "input"):
+    given = body.get("input") or None
+    listed = {"input": [{"role": "user", "content": given}] if isinstance(given, str) else given}
+    require(listed, "input", list)
+    said = _Input(to_blocks(body, "instructions", ""))
+    for path, item in objects(listed, "input"):
         said.read(path, item)
-    changed = {name: optional(body, name, dict) or {} for name in ("reasoning", "text")}
-    reasoning, text = ({**changed[name], **said.changes.get(name, {})} for name in changed)
-    form = optional(text, "format", dict, "text") or {}
+    reasoning, text = (optional(body, name, dict) or {} for name in ("reasoning", "text"))
     tools, calls = _to_tools([*objects(body, "tools"), *said.tools])
     chosen, tools = _choose(body, tools)
     effort = optional(reasoning, "effort", str, "reasoning")
     effort = _OPENAI_EFFORTS.get(str(effort), effort)
     shared = to_shared_fields({**body, "tool_choice": chosen}, tools)
-    wants_summary = reasoning.get("summary") or reasoning.get("generate_summary")
-    # with a forced tool the API refuses thinking
-    is_forced = _object(shared["tool_choice"]).get("type") in ("any", "tool")
-    may_think = reasoning.get("effort") != "none" and not is_forced
-    shown = {"type": "adaptive", "display": "summarized"}
+    shows_thinking = bool(reasoning.get("summary") or reasoning.get("generate_summary"))
+    shows_thinking &= reasoning.get("effort") != "none"
+    # with a forced tool the API refuses it
+    shows_thinking &= _object(shared["tool_choice"]).get("type") not in ("any", "tool")
     translated = {
         **shared,
         "system": said.system,
         "max_tokens": body.get("max_output_tokens"),
         "effort": effort if effort in (None, *EFFORTS) else "max",  # Codex has an `ultra`
-        "thinking": shown if wants_summary and may_think else None,
-        "output_format": to_output_format(form, said.system),
+        "thinking": {"type": "adaptive", "display": "summarized"} if shows_thinking else None,
+        "output_format": to_output_format(
+            optional(text, "format", dict, "text") or {}, said.system
+        ),
     }
-    turn = to_turn(translated, said.placed(is_count=is_count), is_count=is_count)
-    response = _to_blank(body, created)
-    response |= {"text": {"format": {"type": "text"}, **without_nulls(text)}}
-    response |= {"reasoning": {name: reasoning.get(name) for name in ("effort", "summary")}}
-    return turn, ResponseStyle(response, calls)
+    if not said.messages or (said.messages[-1][1]["role"] == "assistant" and not is_count):
+        raise InvalidRequest("input: The last item must be a user's message or a tool's output")
+    turn = to_turn(translated, said.messages, is_count=is_count)
+    return turn, ResponseStyle(_to_blank(body, created), calls)
 
 
 def _to_blank(body: JsonObject, created: int) -> JsonObject:
     """Return a response in which nothing is said yet, with what the request asked for."""
     echoed = ("instructions", "temperature", "top_p", "max_output_tokens", "user", "model")
+    text, reasoning = _object(body.get("text")), _object(body.get("reasoning"))
     return {
         **{"id": f"resp_{uuid.uuid4().hex}", "object": "response", "status": "in_progress"},
         **{"created_at": created, "completed_at": None, "error": None, "incomplete_details": None},
@@ -2473,6 +2468,8 @@ def _to_blank(body: JsonObject, created: int) -> JsonObject:
         **{name: body.get(name) for name in echoed},
         **{"metadata": body.get("metadata") or {}, "tools": body.get("tools") or []},
         "tool_choice": body.get("tool_choice") or "auto",
+        "text": {"format": {"type": "text"}, **without_nulls(text)},
+        "reasoning": {name: reasoning.get(name) for name in ("effort", "summary")},
     }
 
 
@@ -2489,53 +2486,42 @@ class _Input:
     def __init__(self, instructions: list[JsonObject]) -> None:
         self.system = instructions
         self.tools: list[Placed] = []  # that came with items
-        self.changes: JsonObject = {}  # to the fields `reasoning` and `text`
-        self._messages: list[Placed] = []
+        self.messages: list[Placed] = []
+        self._front = 0  # behind the last answer and its results
         self._thinking: list[JsonObject] = []  # before the next item of the same answer
         self._calls: set[str] = set()  # without an output so far
 
     def read(self, path: str, item: JsonObject) -> None:
         """Take the next item."""
         kind = str(item.get("type") or ("message" if "role" in item else "item_reference"))
-        if kind in _FINISHED:  # by another provider; the answer that came of it is there
-            return
         if kind not in _READERS:
             hint = _HINTS.get(kind, "this type is not supported by this gateway")
             raise InvalidRequest(f"{path}.type: {kind}: {hint}")
-        if item.get("execution") == "server":
-            raise InvalidRequest(f"{path}.execution: only 'client' is supported by this gateway")
         _READERS[kind](self, path, item)
 
-    def placed(self, *, is_count: bool) -> list[Placed]:
-        """Return the messages; in front of what a user says between two answers stand results."""
-        by_side = itertools.groupby(self._messages, lambda one: one[1]["role"] == "assistant")
-        runs = [sorted(run, key=lambda one: "result" not in one[1]) for _, run in by_side]
-        if not runs or (runs[-1][-1][1]["role"] == "assistant" and not is_count):
-            raise InvalidRequest("input: The last item must be a user's message or a tool's output")
-        return list(itertools.chain.from_iterable(runs))
-
-    def _add(self, role: str, path: str, blocks: list[JsonObject], **more: bool) -> None:
+    def _add(self, role: str, path: str, blocks: list[JsonObject]) -> None:
         content = self._thinking + blocks if role == "assistant" else blocks
         self._thinking = []  # of an answer that went no further: the API takes none at the end
-        self._messages.append((path, {"role": role, "content": content, **more}))
+        self.messages.append((path, {"role": role, "content": content}))
+        if role == "assistant":
+            self._front = len(self.messages)
 
     def message(self, path: str, item: JsonObject) -> None:
-        role = item.get("role")
-        blocks = to_blocks(item, "content", path)
+        role, blocks = str(item.get("role")), to_blocks(item, "content", path)
         if role in ("developer", "system"):
+            # A late one as a system prompt would end the caching, and the process that was kept,
+            # each time that Codex adds one.
+            role = "system"
             if any(block["type"] != "text" for block in blocks):
                 raise InvalidRequest(f"{path}.content: Input should be text")
-            if not self._messages:
+            if not self.messages:
                 self.system += blocks
                 return
-            # As a system prompt it would end the caching, and the process that was kept, each time
-            # that Codex adds one.
-            role = "system"
         if blocks or role not in ("assistant", "system"):
-            self._add(str(role), path, blocks)
+            self._add(role, path, blocks)
 
-    def reasoning(self, path: str, item: JsonObject) -> None:
-        """Take our own; other providers' is of no use here."""
+    def thought(self, path: str, item: JsonObject) -> None:
+        """Take our own; what other providers thought, or did by themselves, is of no use here."""
         self._thinking += _unseal(item.get("encrypted_content"))
 
     def call(self, path: str, item: JsonObject) -> None:
@@ -2556,7 +2542,9 @@ class _Input:
         self._calls.discard(call_id)
         content = to_blocks(item, "output", path)
         result = {"type": "tool_result", "tool_use_id": call_id, "content": content}
-        self._add("user", path, [result], result=True)
+        self._add("user", path, [result])  # but results stand in front of what a user says
+        self.messages.insert(self._front, self.messages.pop())
+        self._front += 1
 
     def more_tools(self, path: str, item: JsonObject) -> None:
         """Take tools, and where a search found them, its output, which is they."""
@@ -2565,17 +2553,13 @@ class _Input:
         if item["type"] == "tool_search_output":
             self.output(path, {**item, "output": json.dumps([tool for _, tool in more])})
 
-    def configuration(self, path: str, item: JsonObject) -> None:
-        given = {name: optional(item, name, dict, path) for name in ("reasoning", "text")}
-        self.changes |= without_nulls(given)
-
 
 _READERS: Final[dict[str, Callable[[_Input, str, JsonObject], None]]] = {
-    **{"message": _Input.message, "reasoning": _Input.reasoning},
-    **dict.fromkeys(("function_call", "custom_tool_call", "tool_search_call"), _Input.call),
+    **dict.fromkeys(("reasoning", "web_search_call", "file_search_call"), _Input.thought),
+    **{"code_interpreter_call": _Input.thought, "message": _Input.message},
+    **dict.fromkeys(_CALL_TYPES.values(), _Input.call),
     **dict.fromkeys(("function_call_output", "custom_tool_call_output"), _Input.output),
     **dict.fromkeys(("tool_search_output", "additional_tools"), _Input.more_tools),
-    "configuration_update": _Input.configuration,
 }
 
 
@@ -2589,9 +2573,7 @@ def _unseal(sealed: Any) -> list[JsonObject]:
     if isinstance(sealed, str) and sealed.startswith(_SEAL):
         with contextlib.suppress(ValueError, InvalidRequest):
             block = parse_json(base64.urlsafe_b64decode(sealed[len(_SEAL) :]))
-            names = _SEALED.get(str(block.get("type")))
-            if names and all(isinstance(block.get(name), str) for name in ("type", *names)):
-                return [{name: block[name] for name in ("type", *names)}]
+            return [block] if block.get("type") in ("thinking", "redacted_thinking") else []
     return []
 
 
@@ -2608,45 +2590,39 @@ def _to_tools(placed: Iterable[Placed]) -> tuple[list[JsonObject], dict[str, Jso
     """Return tools in Anthropic's form, and what their calls are, by name (section 1.3)."""
     tools: dict[str, JsonObject] = {}
     calls: dict[str, JsonObject] = {}
-    for path, tool, namespace in _flattened(placed):
+    for path, tool in _flattened(placed):
         kind = require(tool, "type", str, path)
         is_foreign = kind == "tool_search" and tool.get("execution") != "client"
         if is_foreign or kind.startswith("web_search"):  # Codex always has one of the latter
-            log.debug("a search that OpenAI runs was dropped from the tools")
             continue
         if kind not in _CALL_TYPES:
             raise InvalidRequest(f"{path}.type: tools of this type are run by OpenAI, not here")
         call, name = {"type": _CALL_TYPES[kind], "execution": "client"}, kind
         if kind != "tool_search":
-            said = {"name": require(tool, "name", str, path), "namespace": namespace.get("name")}
+            said = {"name": require(tool, "name", str, path), "namespace": tool["namespace"]}
             call = {"type": _CALL_TYPES[kind], **without_nulls(said)}
             name = _upstream_name(call, path)
-        told = {**tool, "name": name, "description": _describe(tool, namespace, path)}
         if calls.setdefault(name, call) != call:
             raise InvalidRequest(f"{path}.name: there is another tool of the name {name}")
-        tools[name] = to_tool(kind, told, path)  # a later search may find it described anew
+        # a later search may find it described anew
+        tools[name] = to_tool(kind, {**tool, "name": name}, path)
     return list(tools.values()), calls
 
 
-def _flattened(placed: Iterable[Placed]) -> Iterator[tuple[str, JsonObject, JsonObject]]:
-    """Yield tools with their paths, and the namespaces that they are in, {} for none."""
+def _flattened(placed: Iterable[Placed]) -> Iterator[Placed]:
+    """Yield tools, with the name of their namespace and all that the model is to know of them."""
     for path, tool in placed:
-        if tool.get("type") == "namespace":
-            require(tool, "name", str, path)
-            yield from ((place, inner, tool) for place, inner in objects(tool, "tools", path))
-        else:
-            yield path, tool, {}
-
-
-def _describe(tool: JsonObject, namespace: JsonObject, path: str) -> str | None:
-    """Return a tool's description with what else the model is to know of it."""
-    texts = [optional(owner, "description", str, path) for owner in (namespace, tool)]
-    if tool["type"] == "custom":
-        texts.append(_RAW_HINT)
-        form = optional(tool, "format", dict, path) or {}
-        if definition := optional(form, "definition", str, f"{path}.format"):
-            texts.append(f"It follows this {form.get('syntax')} grammar:\n{definition}")
-    return "\n\n".join(filter(None, texts)) or None
+        is_space = tool.get("type") == "namespace"
+        space = require(tool, "name", str, path) if is_space else None
+        for place, inner in objects(tool, "tools", path) if is_space else [(path, tool)]:
+            texts = [optional(tool, "description", str, path)] if is_space else []
+            texts.append(optional(inner, "description", str, place))
+            if inner.get("type") == "custom":
+                form = optional(inner, "format", dict, place) or {}
+                grammar = optional(form, "definition", str, f"{place}.format")
+                texts += [_RAW_HINT, grammar and f"Its {form.get('syntax')} grammar:\n{grammar}"]
+            about = "\n\n".join(filter(None, texts)) or None
+            yield place, {**inner, "namespace": space, "description": about}
 
 
 def _choose(body: JsonObject, tools: list[JsonObject]) -> tuple[Any, list[JsonObject]]:
@@ -2704,15 +2680,15 @@ class _Item:
         self._list = "summary" if kind == "reasoning" else "content"  # that its part is in
         self._part = "reasoning_summary_part" if kind == "reasoning" else "content_part"
         self._pieces: list[str] = []  # of its text
-        self._is_said = False  # some of it, which is more than blanks
+        self._is_begun = False
 
     def say(self, text: str) -> Iterator[JsonObject]:
         """Say more of its text; it begins with the first that is not blank."""
         self._pieces += [text] * bool(text)
-        if not self._is_said:
+        if not self._is_begun:
             if not (text := "".join(self._pieces)).strip():
                 return
-            self._is_said = True
+            self._is_begun = True
             yield self._whole("added")
             if self.form.part:
                 self._place |= {f"{self._list}_index": 0}
@@ -2729,21 +2705,21 @@ class _Item:
             yield from self.say(json.dumps(given))
         elif self.kind == "tool_search_call":
             self._item["arguments"] = given
-        if not self._is_said:
+        if not self._is_begun:
             if self.kind == "message":
                 return
             yield self._whole("added")
         said: JsonObject = {self.form.field: "".join(self._pieces)}
-        if self._is_said or (self.form.events and not self.form.part):
+        if self._is_begun or (self.form.events and not self.form.part):
             yield self._text("done", **said)
             if self.form.part:
                 said = {self._list: [{**self.form.part, **said}]}
                 yield self._event(f"{self._part}.done", part=said[self._list][0])
             self._item |= said
-        if "status" in self._item:
-            self._item["status"] = "completed"
         if self.kind == "reasoning":
             self._item["encrypted_content"] = _seal(self._block)
+        else:
+            self._item["status"] = "completed"
         yield self._whole("done")
 
     def _whole(self, ending: str) -> JsonObject:
@@ -2766,7 +2742,8 @@ class ResponseWriter:
     """
 
     def __init__(self, style: ResponseStyle) -> None:
-        self._style = style
+        self.response = style.response  # as far as it was told; at the end all of it
+        self._calls = style.calls
         self._answer = MessageAssembler()
         self._written = 0  # events
         self._output: list[JsonObject] = []  # the items that are finished
@@ -2779,12 +2756,11 @@ class ResponseWriter:
 
     def live(self) -> list[JsonObject]:
         """Show life: by beginning, then by an event, since comments leave Codex' clock running."""
-        return self._numbered([{"type": "keepalive"}] if self._written else self._begin())
+        return self._numbered(self._begin() or [{"type": "keepalive"}])
 
     def fail(self, error: ApiError) -> list[JsonObject]:
         """End with a failure, told so that Codex does not repeat in vain (section 3)."""
-        end = self._to_event("failed", error=_to_failure(error))
-        return self._numbered([*self._begin(), end])
+        return self._numbered([*self._begin(), self._tell("failed", error=_to_failure(error))])
 
     def _numbered(self, events: Iterable[JsonObject]) -> list[JsonObject]:
         numbered = []
@@ -2807,24 +2783,25 @@ class ResponseWriter:
             yield from self._finish(self._answer.message)
 
     def _begin(self) -> list[JsonObject]:
-        statuses = () if self._written else ("created", "in_progress")
-        return [self._to_event(name, "in_progress") for name in statuses]
+        if self._written:
+            return []
+        return [self._tell("in_progress", name="created"), self._tell("in_progress")]
 
     def _start(self, block: JsonObject) -> Iterator[JsonObject]:
         """Begin the next item, or go on with a message whose next text this is."""
         kind, call = str(block["type"]), JsonObject()
         if kind == "tool_use":
             plain = {"type": "function_call", "name": block["name"]}
-            call = {**self._style.calls.get(block["name"], plain), "call_id": block["id"]}
-        kind = call.get("type") or ("reasoning" if kind in _SEALED else kind)
-        kind = "message" if kind == "text" else kind
+            call = {**self._calls.get(block["name"], plain), "call_id": block["id"]}
+        kinds = {"text": "message", "thinking": "reasoning", "redacted_thinking": "reasoning"}
+        kind = call.get("type") or kinds.get(kind, kind)
         is_left_out = kind not in _FORMS  # what upstream's own tools do, which ends no text
         if not (self._item and self._item.kind == "message" and (is_left_out or kind == "message")):
             yield from self._end()
         if is_left_out:
             return
         if not self._item:
-            name = self._style.response["id"].partition("_")[2]
+            name = self.response["id"].partition("_")[2]
             self._item = _Item(kind, block, call, name, len(self._output))
         yield from self._item.say(block.get(self._item.form.source) or "")
 
@@ -2845,15 +2822,16 @@ class ResponseWriter:
         usage = to_openai_usage(message["usage"], "input", "output")
         if is_cut:
             reason = {"reason": "max_output_tokens"}
-            yield self._to_event("incomplete", usage=usage, incomplete_details=reason)
+            yield self._tell("incomplete", usage=usage, incomplete_details=reason)
         else:
-            yield self._to_event("completed", usage=usage, completed_at=int(time.time()))
+            yield self._tell("completed", usage=usage, completed_at=int(time.time()))
 
-    def _to_event(self, name: str, status: str = "", **said: Any) -> JsonObject:
-        """Return an event with the response as far as it has come."""
+    def _tell(self, status: str, *, name: str = "", **said: Any) -> JsonObject:
+        """Return an event with the response as it is now."""
         told = without_nulls({"model": self._answer.message.get("model")})
-        told |= {"status": status or name, "output": list(self._output), **said}
-        return {"type": f"response.{name}", "response": {**self._style.response, **told}}
+        told |= {"status": status, "output": list(self._output), **said}
+        self.response = {**self.response, **told}
+        return {"type": f"response.{name or status}", "response": self.response}
 
 
 def to_response(message: JsonObject, style: ResponseStyle) -> JsonObject:
@@ -2862,8 +2840,8 @@ def to_response(message: JsonObject, style: ResponseStyle) -> JsonObject:
     writer.feed({"type": "message_start", "message": message})
     for block in message["content"]:
         writer.feed({"type": "content_block_start", "content_block": block})
-    response: JsonObject = writer.feed({"type": "message_stop"})[-1]["response"]
-    return response
+    writer.feed({"type": "message_stop"})
+    return writer.response
 
 
 # ---- errors
@@ -2875,6 +2853,8 @@ def to_responses_error(error: ApiError) -> tuple[int, JsonObject]:
     inner = body["error"]
     if inner["code"] == "overloaded":
         inner["code"] = "server_is_overloaded"
+    if inner["param"] == "previous_response_id":
+        inner["code"] = "previous_response_not_found"
     if error.status == 429 and error.should_retry is False:  # a window of the plan is used up
         resets_at = int(time.time()) + (error.retry_after_s or 0)
         inner |= {"type": "usage_limit_reached", "resets_at": resets_at}
