@@ -32,7 +32,7 @@ Beside it Metrics (Record) notes; at its end the session rests, and the pool tak
 
 Facts about the CLI were seen on 2.1.300 to 2.1.331 talking to a scripted API; each one relied on is
 pinned by a test in tests/. Sections, each using only what stands above it: Settings, Errors, API
-keys, Requests, Lines, Events, The CLI, Process, Conversation, Pool, Chat completions,
+keys, Requests, Lines, Events, The CLI, Process, Conversation, Pool, OpenAI, Chat completions,
 Responses, Metrics, Service, Status, HTTP, Routes, Demo, Command line.
 """
 
@@ -922,15 +922,30 @@ def read_error(result: JsonObject, cli_error: str | None = None) -> ApiError:
     return ApiError(_DECORATION.sub("", text), status, kind if kind in STATUS_BY_TYPE else "")
 
 
-class MessageAssembler:
-    """Put the events of one answer together to its message, as far as they have come."""
+class AnswerWriter:
+    """Writes one answer as a stream or whole: here as the Messages API does, which is the base."""
+
+    end = b""  # of a stream
+    fails_in_stream = False  # with a status of 200, also where nothing was written yet
 
     def __init__(self) -> None:
-        self.message: JsonObject = {}
+        self.message: JsonObject = {}  # as far as it has come
         self.pieces: list[str] = []  # what the deltas of the latest block say; it gets them whole
 
-    def add(self, event: Event) -> None:
-        """Take the next event that an AnswerReader gave out."""
+    def whole(self) -> JsonObject:
+        """Return the answer once all events have been fed."""
+        return self.message
+
+    def live(self) -> list[JsonObject]:
+        """Return events that show life in a stream that is silent; for none a comment does."""
+        return [{"type": "ping"}] if self.message else []  # so early it confuses some clients
+
+    def fail(self, error: ApiError, body: JsonObject) -> list[JsonObject]:
+        """Return what ends a stream that fails; `body` tells the error whole."""
+        return [body]
+
+    def feed(self, event: Event) -> list[JsonObject]:
+        """Take the next event that an AnswerReader gave out; return what a stream says of it."""
         kind, delta = event["type"], _object(event.get("delta"))
         content = self.message.get("content", [])
         pieces = [delta[name] for name in ("text", "thinking", "partial_json") if name in delta]
@@ -957,6 +972,7 @@ class MessageAssembler:
             extra = {"context_management": event.get("context_management")}
             self.message |= {**delta, **without_nulls(extra)}
             self.message["usage"] |= without_nulls(event.get("usage") or {})
+        return [event]
 
 
 def parse_input(text: str) -> Any:
@@ -2071,142 +2087,42 @@ class Pool:
             self._changed.notify_all()
 
 
-# ============================================================= Chat completions
-# OpenAI chat completions to a Turn and back: a translation, not a second pipeline. Pure. What
-# Anthropic's own OpenAI layer ignores is ignored. Parts, tools and calls are of a form that the
-# Responses API shares, given the object that says what they are.
+# ======================================================================= OpenAI
+# What its two APIs have in common, to a Turn and back: a translation, not a second pipeline. Pure.
+# Both bring a conversation as items and tools in the form of the Responses API, each with the path
+# under which the client sent it. What Anthropic's own OpenAI layer ignores is ignored.
 
 _DATA_URL: Final = re.compile(r"data:([\w.+-]+/[\w.+-]+)(?:;[\w=-]+)*;base64,(.*)\Z", re.DOTALL)
-_NO_INPUT: Final = {"type": "object", "properties": {}}
-_RAW_INPUT: Final = {"properties": {"input": {"type": "string"}}, "required": ["input"]}
-_OPENAI_EFFORTS: Final = {"none": None, "minimal": "low"}  # the others are Anthropic's
-# What ignoring would give another answer than was asked for, and the value that asks for no more.
-_ONLY: Final = {
-    **{"n": 1, "modalities": ["text"], "audio": None, "functions": None, "function_call": None},
-    **{"logprobs": None, "top_logprobs": None},
-}
 _JSON_OBJECT_PROMPT: Final = "Answer with one bare JSON object and nothing else: no code fences."
-_FINISH_REASONS: Final = {  # any other: stop
+_RAW_INPUT: Final = {"properties": {"input": {"type": "string"}}, "required": ["input"]}
+_RAW_HINT: Final = "`input` is the raw text itself: not wrapped in JSON, not quoted."
+_SEAL: Final = "cc2api:"  # before a thinking block that we gave out as `encrypted_content`
+_HINTS: Final = {
+    "item_reference": "items are not persisted here: set store to false"
+    " (AI SDK: providerOptions.openai.store), so that they are sent whole",
+    "compaction_trigger": "Codex compacts by itself with a provider of your own in its config",
+}
+CALL_TYPES: Final = {  # of the tools that clients run
+    **{"function": "function_call", "custom": "custom_tool_call"},
+    "tool_search": "tool_search_call",
+}
+FINISH_REASONS: Final = {  # any other: stop
     **{"tool_use": "tool_calls", "refusal": "content_filter"},
     **{"max_tokens": "length", "model_context_window_exceeded": "length"},
 }
 
 
-class ChatStyle(NamedTuple):
-    """How the client wants its chat completion, beyond what a Turn says."""
-
-    created: int  # Unix seconds
-    include_usage: bool = False
-    custom_tools: frozenset[str] = frozenset()  # answered as `custom`, not `function`
-
-
-def parse_chat_request(body: JsonObject, created: int) -> tuple[Turn, ChatStyle]:
-    """Check a request; return the Turn, and the style of the answer. Raises InvalidRequest."""
-    for name, only in _ONLY.items():
-        if body.get(name) and body[name] != only:
-            raise InvalidRequest(f"{name}: this value is not supported by this gateway")
-    system, messages = _chat_messages(body)
-    given = [_unwrapped(tool, path) for path, tool in objects(body, "tools")]
-    form = optional(body, "response_format", dict) or {}
-    if form.get("type") == "json_schema":
-        inner = require(form, "json_schema", dict, "response_format")
-        form = {**inner, "type": "json_schema"}
-    effort, stop = body.get("reasoning_effort"), body.get("stop")
-    stops = [stop] if isinstance(stop, str) else optional(body, "stop", list) or []
-    translated = {
-        **to_shared_fields(body, [to_tool(*each) for each in given]),
-        "system": system,
-        "max_tokens": body.get("max_completion_tokens") or body.get("max_tokens"),
-        # blank ones OpenAI takes and Anthropic does not
-        "stop_sequences": [text for text in stops if str(text).strip()] or None,
-        "effort": _OPENAI_EFFORTS.get(str(effort), effort),
-        "output_format": to_output_format(form, system),
-    }
-    include_usage = bool(_object(body.get("stream_options")).get("include_usage"))
-    custom = frozenset(tool["name"] for kind, tool, _ in given if kind == "custom")
-    return to_turn(translated, messages), ChatStyle(created, include_usage, custom)
-
-
-def to_shared_fields(body: JsonObject, tools: list[JsonObject]) -> JsonObject:
-    """Return what OpenAI's APIs call by the same names, in Anthropic's form."""
-    temperature, top_p = body.get("temperature"), body.get("top_p")
-    if isinstance(temperature, (int, float)) and 1 < temperature <= 2:
-        temperature = 1
-    return {
-        "model": body.get("model"),
-        "stream": body.get("stream"),
-        "temperature": temperature,
-        # 1 says nothing, and newer models refuse the two together
-        "top_p": None if temperature is not None and top_p == 1 else top_p,
-        "tools": tools,
-        "tool_choice": to_tool_choice(body) if tools else None,
-    }
-
-
-def to_output_format(form: JsonObject, system: list[JsonObject]) -> JsonObject | None:
-    """Return a format of text as an output_format; JSON of any shape is asked for in `system`."""
-    kind, schema = form.get("type", "text"), form.get("schema")
-    if kind == "json_object" or (kind == "json_schema" and schema is None):
-        system += as_blocks(_JSON_OBJECT_PROMPT)
-    elif kind != "text":
-        return {"type": kind, "schema": schema}
-    return None
-
-
-def _unwrapped(owner: JsonObject, path: str) -> tuple[str, JsonObject, str]:
-    """Return of a tool, or of a call of one, its kind, the object of that name, and its path."""
-    kind = "function" if owner.get("custom") is None else "custom"
-    return kind, require(owner, kind, dict, path), f"{path}.{kind}"
-
-
-def to_tool(kind: str, tool: JsonObject, path: str) -> JsonObject:
-    """Return a function or custom tool in Anthropic's form."""
-    said = {"name": require(tool, "name", str, path), "description": tool.get("description")}
-    parameters = optional(tool, "parameters", dict, path) or _NO_INPUT
-    schema = {"type": "object", **(_RAW_INPUT if kind == "custom" else parameters)}
-    return without_nulls({**said, "strict": tool.get("strict"), "input_schema": schema})
-
-
-def to_tool_choice(body: JsonObject) -> JsonObject:
-    """Return tool_choice and parallel_tool_calls in Anthropic's form."""
-    choice = body.get("tool_choice") or "auto"
-    translated: JsonObject = {"type": "any" if choice == "required" else choice}
-    if isinstance(choice, dict):  # of the Responses API it names the tool itself
-        named = choice.get(str(choice.get("type"))) or choice
-        translated = {"type": "tool", "name": _object(named).get("name")}
-    if body.get("parallel_tool_calls") is False and choice != "none":
-        translated["disable_parallel_tool_use"] = True
-    return translated
-
-
-def to_tool_use(call_id: str, kind: str, call: JsonObject, path: str) -> JsonObject:
-    """Return a call of a function or custom tool as a tool_use block."""
-    name = require(call, "name", str, path)
-    if kind == "custom":
-        given = {"input": require(call, "input", str, path)}
-    else:
-        try:
-            given = parse_json((optional(call, "arguments", str, path) or "{}").encode())
-        except InvalidRequest:
-            problem = "Input should be a JSON object in a string"
-            raise InvalidRequest(f"{path}.arguments: {problem}") from None
-    return {"type": "tool_use", "id": call_id, "name": name, "input": given}
-
-
-def to_raw_input(given: Any) -> str:
-    """Return the text that a custom tool is called with; the model may have written anything."""
-    raw = _object(given).get("input")
-    return raw if isinstance(raw, str) else json.dumps(given)
+# ---- content
 
 
 def to_blocks(owner: JsonObject, name: str, path: str) -> list[JsonObject]:
     """Return a text or a list of parts as blocks, less blank texts, which Anthropic refuses."""
     said = {name: as_blocks(owner.get(name))}
-    blocks = [to_block(part, place) for place, part in objects(said, name, path)]
+    blocks = [_to_block(part, place) for place, part in objects(said, name, path)]
     return [b for b in blocks if b["type"] != "text" or b["text"].strip()]
 
 
-def to_block(part: JsonObject, path: str) -> JsonObject:
+def _to_block(part: JsonObject, path: str) -> JsonObject:
     """Return a part of a message's content, in either API's form, as a block."""
     kind = str(part.get("type"))
     if kind in ("text", "input_text", "output_text", "refusal"):
@@ -2215,7 +2131,7 @@ def to_block(part: JsonObject, path: str) -> JsonObject:
         part, path = require(part, kind, dict, path), f"{path}.{kind}"
     if kind in ("image_url", "input_image"):
         name = "url" if kind == "image_url" else "image_url"
-        source = to_source(require(part, name, str, path))
+        source = _to_source(require(part, name, str, path))
         check_image(f"{path}.{name}", source)
         return {"type": "image", "source": source}
     if kind not in ("file", "input_file"):
@@ -2225,10 +2141,10 @@ def to_block(part: JsonObject, path: str) -> JsonObject:
         data = require(part, "file_data", str, path)
         url = data if data.startswith("data:") else f"data:application/pdf;base64,{data}"
     title = part.get("filename") or None
-    return without_nulls({"type": "document", "title": title, "source": to_source(url)})
+    return without_nulls({"type": "document", "title": title, "source": _to_source(url)})
 
 
-def to_source(url: str) -> JsonObject:
+def _to_source(url: str) -> JsonObject:
     """Return an http or data URL as the source of an image or document."""
     data = _DATA_URL.match(url)
     if data is None:
@@ -2241,28 +2157,238 @@ def to_source(url: str) -> JsonObject:
     return {"type": "base64", "media_type": media_type, "data": encoded}
 
 
-def _chat_messages(body: JsonObject) -> tuple[list[JsonObject], list[Placed]]:
-    """Return the system blocks, hoisted from wherever they stand, and the other messages."""
-    system: list[JsonObject] = []
-    messages: list[Placed] = []
-    for path, message in objects(body, "messages"):
-        said = {"content": message.get("content") or message.get("refusal")}
-        blocks = to_blocks(said, "content", path)
-        role = message.get("role")
-        if role in ("system", "developer"):
-            system += blocks
-            continue
+# ---- items
+
+
+class Items:
+    """What the items of a conversation say (responses-api.md 1.2), one message each, to be merged.
+
+    Refused items are told by their place: those of tools that OpenAI runs, and what points to
+    something kept. Raises InvalidRequest.
+    """
+
+    def __init__(self, system: list[JsonObject], *, hoists: bool = False) -> None:
+        """`hoists`: what a developer says late joins the system prompt as well."""
+        self.system, self._hoists = system, hoists
+        self.tools: list[Placed] = []  # that came with items
+        self.messages: list[Placed] = []
+        self._front = 0  # behind the last answer and its results
+        self._thinking: list[JsonObject] = []  # before the next item of the same answer
+        self._calls: set[str] = set()  # without an output so far
+
+    def read(self, path: str, item: JsonObject) -> None:
+        """Take the next item."""
+        kind = str(item.get("type") or ("message" if "role" in item else "item_reference"))
+        if kind not in _READERS:
+            hint = _HINTS.get(kind, "this type is not supported by this gateway")
+            raise InvalidRequest(f"{path}.type: {kind}: {hint}")
+        _READERS[kind](self, path, item)
+
+    def _add(self, role: str, path: str, blocks: list[JsonObject]) -> None:
+        content = self._thinking + blocks if role == "assistant" else blocks
+        self._thinking = []  # of an answer that went no further: the API takes none at the end
+        self.messages.append((path, {"role": role, "content": content}))
         if role == "assistant":
-            for place, call in objects(message, "tool_calls", path):
-                call_id = require(call, "id", str, place)
-                blocks.append(to_tool_use(call_id, *_unwrapped(call, place)))
-        if role == "tool":
-            call_id = require(message, "tool_call_id", str, path)
-            role, result = "user", {"type": "tool_result", "tool_use_id": call_id}
-            blocks = [{**result, "content": blocks}]
-        if blocks or role != "assistant":
-            messages.append((path, {"role": role, "content": blocks}))
-    return system, messages
+            self._front = len(self.messages)
+
+    def message(self, path: str, item: JsonObject) -> None:
+        role, blocks = str(item.get("role")), to_blocks(item, "content", path)
+        if role in ("developer", "system"):
+            role = "system"
+            if any(block["type"] != "text" for block in blocks):
+                raise InvalidRequest(f"{path}.content: Input should be text")
+            # Codex adds some late: in the system prompt they would each time end the caching, and
+            # the process that was kept
+            if self._hoists or not self.messages:
+                self.system += blocks
+                return
+        if blocks or role not in ("assistant", "system"):
+            self._add(role, path, blocks)
+
+    def thought(self, path: str, item: JsonObject) -> None:
+        """Take our own; what other providers thought, or did by themselves, is of no use here."""
+        self._thinking += _unseal(item.get("encrypted_content"))
+
+    def call(self, path: str, item: JsonObject) -> None:
+        kind, call_id = item["type"], require(item, "call_id", str, path)
+        name = "tool_search" if kind == "tool_search_call" else _upstream_name(item, path)
+        if kind == "tool_search_call":
+            given = require(item, "arguments", dict, path)
+        elif kind == "custom_tool_call":
+            given = {"input": require(item, "input", str, path)}
+        else:
+            try:
+                given = parse_json((optional(item, "arguments", str, path) or "{}").encode())
+            except InvalidRequest:
+                problem = "Input should be a JSON object in a string"
+                raise InvalidRequest(f"{path}.arguments: {problem}") from None
+        self._calls.add(call_id)
+        block = {"type": "tool_use", "id": call_id, "name": name, "input": given}
+        self._add("assistant", path, [block])
+
+    def output(self, path: str, item: JsonObject) -> None:
+        call_id = require(item, "call_id", str, path)
+        require(item, "output", object, path)
+        if call_id not in self._calls:
+            problem = f"No tool call found for function call output with call_id {call_id}."
+            raise InvalidRequest(f"{path}: {problem}")
+        self._calls.discard(call_id)
+        content = to_blocks(item, "output", path)
+        self._add(
+            "user", path, [{"type": "tool_result", "tool_use_id": call_id, "content": content}]
+        )
+        self.messages.insert(self._front, self.messages.pop())  # in front of what the user says
+        self._front += 1
+
+    def more_tools(self, path: str, item: JsonObject) -> None:
+        """Take tools, and where a search found them, its output, which is they."""
+        more = list(objects(item, "tools", path))
+        self.tools += more
+        if item["type"] == "tool_search_output":
+            self.output(path, {**item, "output": json.dumps([tool for _, tool in more])})
+
+
+_READERS: Final[dict[str, Callable[[Items, str, JsonObject], None]]] = {
+    **dict.fromkeys(("reasoning", "web_search_call", "file_search_call"), Items.thought),
+    **{"code_interpreter_call": Items.thought, "message": Items.message},
+    **dict.fromkeys(CALL_TYPES.values(), Items.call),
+    **dict.fromkeys(("function_call_output", "custom_tool_call_output"), Items.output),
+    **dict.fromkeys(("tool_search_output", "additional_tools"), Items.more_tools),
+}
+
+
+def seal(block: JsonObject) -> str:
+    """Return a thinking block as `encrypted_content`, whole: clients cut summaries anew."""
+    return _SEAL + base64.urlsafe_b64encode(json.dumps(block).encode("ascii")).decode("ascii")
+
+
+def _unseal(sealed: Any) -> list[JsonObject]:
+    """Return the block that was sealed; none of what is not our own, or damaged."""
+    if isinstance(sealed, str) and sealed.startswith(_SEAL):
+        with contextlib.suppress(ValueError, InvalidRequest):
+            block = parse_json(base64.urlsafe_b64decode(sealed[len(_SEAL) :]))
+            return [block] if block.get("type") in ("thinking", "redacted_thinking") else []
+    return []
+
+
+# ---- tools
+
+
+def _upstream_name(tool: JsonObject, path: str) -> str:
+    """Return the name under which a tool goes upstream, by its own and its namespace's."""
+    name, namespace = require(tool, "name", str, path), optional(tool, "namespace", str, path)
+    return f"{namespace}__{name}" if namespace else name
+
+
+def _flattened(placed: Iterable[Placed]) -> Iterator[Placed]:
+    """Yield tools, with the name of their namespace and all that the model is to know of them."""
+    for path, tool in placed:
+        is_space = tool.get("type") == "namespace"
+        space = require(tool, "name", str, path) if is_space else None
+        for place, inner in objects(tool, "tools", path) if is_space else [(path, tool)]:
+            texts = [optional(tool, "description", str, path)] if is_space else []
+            texts.append(optional(inner, "description", str, place))
+            if inner.get("type") == "custom":
+                form = optional(inner, "format", dict, place) or {}
+                grammar = optional(form, "definition", str, f"{place}.format")
+                texts += [_RAW_HINT, grammar and f"Its {form.get('syntax')} grammar:\n{grammar}"]
+            about = "\n\n".join(filter(None, texts)) or None
+            yield place, {**inner, "namespace": space, "description": about}
+
+
+def _to_tools(placed: Iterable[Placed]) -> tuple[list[JsonObject], dict[str, JsonObject]]:
+    """Return tools in Anthropic's form, and what their calls are, by name (section 1.3)."""
+    tools: dict[str, JsonObject] = {}
+    calls: dict[str, JsonObject] = {}
+    for path, tool in _flattened(placed):
+        kind = require(tool, "type", str, path)
+        is_foreign = kind == "tool_search" and tool.get("execution") != "client"
+        if is_foreign or kind.startswith("web_search"):  # Codex always has one of the latter
+            continue
+        if kind not in CALL_TYPES:
+            raise InvalidRequest(f"{path}.type: tools of this type are run by OpenAI, not here")
+        call, name = {"type": CALL_TYPES[kind], "execution": "client"}, kind
+        if kind != "tool_search":
+            said = {"name": require(tool, "name", str, path), "namespace": tool["namespace"]}
+            call = {"type": CALL_TYPES[kind], **without_nulls(said)}
+            name = _upstream_name(call, path)
+        if calls.setdefault(name, call) != call:
+            raise InvalidRequest(f"{path}.name: there is another tool of the name {name}")
+        parameters = optional(tool, "parameters", dict, path) or {"properties": {}}
+        schema = {"type": "object", **(_RAW_INPUT if kind == "custom" else parameters)}
+        told = {"name": name, "description": tool["description"], "strict": tool.get("strict")}
+        # a later search may find it described anew
+        tools[name] = without_nulls({**told, "input_schema": schema})
+    return list(tools.values()), calls
+
+
+def _to_tool_choice(
+    body: JsonObject, tools: list[JsonObject]
+) -> tuple[JsonObject, list[JsonObject]]:
+    """Return tool_choice and parallel_tool_calls in Anthropic's form, and the tools they leave."""
+    choice = body.get("tool_choice") or "auto"
+    named = choice if isinstance(choice, dict) else {}
+    if named.get("type") == "allowed_tools":
+        allowed = objects(named, "tools", "tool_choice")
+        names = [_upstream_name(tool, path) for path, tool in allowed]
+        tools, choice = [tool for tool in tools if tool["name"] in names], named.get("mode")
+    elif named.get("type") in ("function", "custom"):
+        choice = "tool"
+    elif named:
+        problem = "Input should be 'function', 'custom' or 'allowed_tools'"
+        raise InvalidRequest(f"tool_choice.type: {problem}")
+    translated: JsonObject = {"type": "any" if choice == "required" else choice}
+    if choice == "tool":
+        translated["name"] = _upstream_name(named, "tool_choice")
+    if body.get("parallel_tool_calls") is False and choice != "none":
+        translated["disable_parallel_tool_use"] = True
+    return translated, tools
+
+
+def to_fields(
+    body: JsonObject, items: Items, tools: Iterable[Placed], form: JsonObject
+) -> tuple[JsonObject, dict[str, JsonObject]]:
+    """Return what both APIs ask for in Anthropic's form, and what the calls of tools are.
+
+    `form` is that of the text; JSON of any shape is asked for in the system prompt.
+    """
+    temperature, top_p = body.get("temperature"), body.get("top_p")
+    if isinstance(temperature, (int, float)) and 1 < temperature <= 2:
+        temperature = 1
+    translated, calls = _to_tools([*tools, *items.tools])
+    choice, translated = _to_tool_choice(body, translated)
+    kind, schema = form.get("type", "text"), form.get("schema")
+    if is_any_json := kind == "json_object" or (kind == "json_schema" and schema is None):
+        items.system += as_blocks(_JSON_OBJECT_PROMPT)
+    is_text = is_any_json or kind == "text"
+    fields = {
+        "model": body.get("model"),
+        "system": items.system,
+        "stream": body.get("stream"),
+        "temperature": temperature,
+        # 1 says nothing, and newer models refuse the two together
+        "top_p": None if temperature is not None and top_p == 1 else top_p,
+        "tools": translated,
+        "tool_choice": choice if translated else None,
+        "output_format": None if is_text else {"type": kind, "schema": schema},
+    }
+    return fields, calls
+
+
+def to_effort(owner: JsonObject, name: str, path: str = "") -> str | None:
+    """Return an effort as Anthropic has it, the highest for one of a later day."""
+    effort = optional(owner, name, str, path) or "none"
+    effort = {"minimal": "low"}.get(effort, effort)
+    return None if effort == "none" else effort if effort in EFFORTS else EFFORTS[-1]
+
+
+# ---- answers
+
+
+def to_raw_input(given: Any) -> str:
+    """Return the text that a custom tool is called with; the model may have written anything."""
+    raw = _object(given).get("input")
+    return raw if isinstance(raw, str) else json.dumps(given)
 
 
 def to_openai_usage(usage: JsonObject, asked: str, said: str) -> JsonObject:
@@ -2278,82 +2404,6 @@ def to_openai_usage(usage: JsonObject, asked: str, said: str) -> JsonObject:
         f"{asked}_tokens_details": {"cached_tokens": cached, "cache_write_tokens": written},
         f"{said}_tokens_details": {"reasoning_tokens": thinking},
     }
-
-
-def _to_answer(kind: str, message: JsonObject, style: ChatStyle, said: JsonObject) -> JsonObject:
-    """Return an answer of a kind, whole or a chunk, to which its one choice says something."""
-    stop_reason = message.get("stop_reason")
-    finish = _FINISH_REASONS.get(stop_reason, "stop") if stop_reason else None
-    return {
-        "id": "chatcmpl-" + str(message["id"]).removeprefix("msg_"),
-        "object": kind,
-        "created": style.created,
-        "model": message.get("model"),
-        "system_fingerprint": None,
-        "choices": [{"index": 0, **said, "logprobs": None, "finish_reason": finish}],
-    }
-
-
-def _to_call(block: JsonObject, arguments: str, style: ChatStyle) -> JsonObject:
-    kind, said = "function", {"arguments": arguments}
-    if block["name"] in style.custom_tools:
-        kind, said = "custom", {"input": to_raw_input(block["input"])}
-    return {"id": block["id"], "type": kind, kind: {"name": block["name"], **said}}
-
-
-def to_completion(message: JsonObject, style: ChatStyle) -> JsonObject:
-    """Return a finished message as a chat completion."""
-    blocks = message["content"]
-    calls = [_to_call(b, json.dumps(b["input"]), style) for b in blocks if b["type"] == "tool_use"]
-    text = "".join(block["text"] for block in blocks if block["type"] == "text")
-    thinking = "".join(block["thinking"] for block in blocks if block["type"] == "thinking")
-    reply = {
-        "role": "assistant",
-        "content": text or (None if calls else ""),
-        "refusal": _object(message.get("stop_details")).get("explanation"),
-    }
-    reply |= without_nulls({"reasoning_content": thinking or None, "tool_calls": calls or None})
-    answer = _to_answer("chat.completion", message, style, {"message": reply})
-    return {**answer, "usage": to_openai_usage(message["usage"], "prompt", "completion")}
-
-
-def to_chunks(event: Event, answer: MessageAssembler, style: ChatStyle) -> list[JsonObject]:
-    """Return the chunks for an event that `answer` was just given (messages-api.md 7.3).
-
-    After those of message_stop `[DONE]` is still to be sent.
-    """
-    delta = _to_delta(event, answer, style)
-    if delta is None:
-        return []
-    chunk = _to_answer("chat.completion.chunk", answer.message, style, {"delta": delta})
-    if style.include_usage:
-        chunk["usage"] = None
-        if event["type"] == "message_stop":
-            usage = to_openai_usage(answer.message["usage"], "prompt", "completion")
-            return [chunk, {**chunk, "choices": [], "usage": usage}]
-    return [chunk]
-
-
-def _to_delta(event: Event, answer: MessageAssembler, style: ChatStyle) -> JsonObject | None:
-    content = answer.message["content"]
-    block = content[-1] if content else {}
-    is_call = block.get("type") == "tool_use"
-    is_custom = is_call and block["name"] in style.custom_tools  # its input is inside JSON: whole
-    kind, delta = event["type"], _object(event.get("delta"))
-    if kind in ("message_start", "message_stop"):
-        return {"role": "assistant", "content": ""} if kind == "message_start" else {}
-    for ours, theirs in (("text", "content"), ("thinking", "reasoning_content")):
-        if delta.get(ours):
-            return {theirs: delta[ours]}
-    is_end, arguments = kind == "content_block_stop", delta.get("partial_json")
-    if is_call and kind == ("content_block_stop" if is_custom else "content_block_start"):
-        call = _to_call(block, "", style)
-    elif is_call and not is_custom and (arguments or (is_end and not any(answer.pieces))):
-        call = {"function": {"arguments": arguments or json.dumps(block["input"])}}
-    else:
-        return None
-    index = sum(block["type"] == "tool_use" for block in content) - 1
-    return {"tool_calls": [{"index": index, **call}]}
 
 
 # Anthropic status to OpenAI's status, type and code (messages-api.md 7.4); others keep the status.
@@ -2380,13 +2430,158 @@ def to_openai_error(error: ApiError) -> tuple[int, JsonObject]:
     return status, {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
-# ==================================================================== Responses
-# OpenAI's Responses API to a Turn and back, by responses-api.md, whose sections are named here.
-# Pure, and without a memory: a request brings its whole conversation as `input`, a list of items,
-# and what refers to anything kept is refused. An answer is a list of items too; one writer makes
-# both its stream and its body, so they cannot differ.
+# ============================================================= Chat completions
+# OpenAI's chat completions, by messages-api.md, sections 7 and 8. Pure.
 
-_SEAL: Final = "cc2api:"  # before a thinking block that we gave out as `encrypted_content`
+# What ignoring would give another answer than was asked for, and the value that asks for no more.
+_ONLY: Final = {
+    **{"n": 1, "modalities": ["text"], "audio": None, "functions": None, "function_call": None},
+    **{"logprobs": None, "top_logprobs": None},
+}
+
+
+def parse_chat_request(body: JsonObject) -> tuple[Turn, ChatWriter]:
+    """Check a request; return its Turn, and what writes its answer. Raises InvalidRequest."""
+    for name, only in _ONLY.items():
+        if body.get(name) and body[name] != only:
+            raise InvalidRequest(f"{name}: this value is not supported by this gateway")
+    items = Items([], hoists=True)
+    for path, item in _chat_items(body):
+        items.read(path, item)
+    form = optional(body, "response_format", dict) or {}
+    if form.get("type") == "json_schema":
+        inner = require(form, "json_schema", dict, "response_format")
+        form = {**inner, "type": "json_schema"}
+    tools = [_unwrapped(tool, path) for path, tool in objects(body, "tools")]
+    if isinstance(choice := body.get("tool_choice"), dict):
+        _, choice = _unwrapped(choice, "tool_choice")
+    fields, calls = to_fields({**body, "tool_choice": choice}, items, tools, form)
+    stop = body.get("stop")
+    stops = [stop] if isinstance(stop, str) else optional(body, "stop", list) or []
+    fields |= {
+        "max_tokens": body.get("max_completion_tokens") or body.get("max_tokens"),
+        # blank ones OpenAI takes and Anthropic does not
+        "stop_sequences": [text for text in stops if str(text).strip()] or None,
+        "effort": to_effort(body, "reasoning_effort"),
+    }
+    include_usage = bool(_object(body.get("stream_options")).get("include_usage"))
+    return to_turn(fields, items.messages), ChatWriter(calls, include_usage=include_usage)
+
+
+def _unwrapped(owner: JsonObject, path: str) -> Placed:
+    """Return a tool, a call or a choice of one, flat: less the object named by its type."""
+    kind = "function" if owner.get("custom") is None else "custom"
+    return f"{path}.{kind}", {**require(owner, kind, dict, path), "type": kind}
+
+
+def _chat_items(body: JsonObject) -> Iterator[Placed]:
+    """Yield what the messages say as items."""
+    for path, message in objects(body, "messages"):
+        if message.get("role") == "tool":
+            call = {"call_id": require(message, "tool_call_id", str, path)}
+            said = {"type": "function_call_output", "output": message.get("content") or ""}
+            yield path, {**call, **said}
+            continue
+        said = {"role": message.get("role"), "type": "message"}
+        yield path, {**said, "content": message.get("content") or message.get("refusal")}
+        for place, call in objects(message, "tool_calls", path):
+            call_id = require(call, "id", str, place)
+            place, flat = _unwrapped(call, place)
+            yield place, {**flat, "type": CALL_TYPES[flat["type"]], "call_id": call_id}
+
+
+class ChatWriter(AnswerWriter):
+    """Writes an answer as a chat completion, whole or in chunks."""
+
+    end = b"data: [DONE]\n\n"
+
+    def __init__(self, calls: Mapping[str, JsonObject], *, include_usage: bool = False) -> None:
+        super().__init__()
+        self._created, self._include_usage = int(time.time()), include_usage
+        self.calls = calls
+
+    def feed(self, event: Event) -> list[JsonObject]:
+        super().feed(event)
+        if (delta := self._to_delta(event)) is None:
+            return []
+        chunk = self._to_answer("chat.completion.chunk", {"delta": delta})
+        if self._include_usage:
+            chunk["usage"] = None
+            if event["type"] == "message_stop":
+                usage = to_openai_usage(self.message["usage"], "prompt", "completion")
+                return [chunk, {**chunk, "choices": [], "usage": usage}]
+        return [chunk]
+
+    def whole(self) -> JsonObject:
+        message = self.message
+        blocks = message["content"]
+        calls = [
+            self._to_call(b, json.dumps(b["input"])) for b in blocks if b["type"] == "tool_use"
+        ]
+        text = "".join(block["text"] for block in blocks if block["type"] == "text")
+        thinking = "".join(block["thinking"] for block in blocks if block["type"] == "thinking")
+        reply = {
+            "role": "assistant",
+            "content": text or (None if calls else ""),
+            "refusal": _object(message.get("stop_details")).get("explanation"),
+        }
+        reply |= without_nulls({"reasoning_content": thinking or None, "tool_calls": calls or None})
+        usage = to_openai_usage(message["usage"], "prompt", "completion")
+        return {**self._to_answer("chat.completion", {"message": reply}), "usage": usage}
+
+    def live(self) -> list[JsonObject]:
+        return []
+
+    def _to_answer(self, kind: str, said: JsonObject) -> JsonObject:
+        """Return an answer of a kind, whole or a chunk, to which its one choice says something."""
+        message = self.message
+        stop_reason = message.get("stop_reason")
+        finish = FINISH_REASONS.get(stop_reason, "stop") if stop_reason else None
+        return {
+            "id": "chatcmpl-" + str(message["id"]).removeprefix("msg_"),
+            "object": kind,
+            "created": self._created,
+            "model": message.get("model"),
+            "system_fingerprint": None,
+            "choices": [{"index": 0, **said, "logprobs": None, "finish_reason": finish}],
+        }
+
+    def _is_custom(self, block: JsonObject) -> bool:
+        return _object(self.calls.get(block["name"])).get("type") == "custom_tool_call"
+
+    def _to_call(self, block: JsonObject, arguments: str) -> JsonObject:
+        kind, said = "function", {"arguments": arguments}
+        if self._is_custom(block):
+            kind, said = "custom", {"input": to_raw_input(block["input"])}
+        return {"id": block["id"], "type": kind, kind: {"name": block["name"], **said}}
+
+    def _to_delta(self, event: Event) -> JsonObject | None:
+        kind, delta = event["type"], _object(event.get("delta"))
+        if kind in ("message_start", "message_stop"):
+            return {"role": "assistant", "content": ""} if kind == "message_start" else {}
+        for ours, theirs in (("text", "content"), ("thinking", "reasoning_content")):
+            if delta.get(ours):
+                return {theirs: delta[ours]}
+        content = self.message["content"]
+        block = content[-1] if content else {}
+        if block.get("type") != "tool_use":
+            return None
+        is_custom = self._is_custom(block)  # its input is inside JSON: told whole
+        is_end, arguments = kind == "content_block_stop", delta.get("partial_json")
+        if kind == ("content_block_stop" if is_custom else "content_block_start"):
+            call = self._to_call(block, "")
+        elif not is_custom and (arguments or (is_end and not any(self.pieces))):
+            call = {"function": {"arguments": arguments or json.dumps(block["input"])}}
+        else:
+            return None
+        index = sum(block["type"] == "tool_use" for block in content) - 1
+        return {"tool_calls": [{"index": index, **call}]}
+
+
+# ==================================================================== Responses
+# OpenAI's Responses API, by responses-api.md, whose sections are named here. Pure, and without a
+# memory: a request brings its whole conversation, and what refers to anything kept is refused.
+
 _NOT_KEPT: Final = "nothing is kept here; send the whole conversation as `input`"
 # Fields that ignoring would give another answer than was asked for.
 _REFUSED: Final = {
@@ -2394,30 +2589,13 @@ _REFUSED: Final = {
     **{"conversation": _NOT_KEPT, "prompt": "prompts are not kept here; send what it says"},
     **{"background": "answers are not kept here", "top_logprobs": "no model here tells these"},
 }
-_HINTS: Final = {
-    "item_reference": "items are not persisted here: set store to false"
-    " (AI SDK: providerOptions.openai.store), so that they are sent whole",
-    "compaction_trigger": "Codex compacts by itself with a provider of your own in its config",
-}
-_CALL_TYPES: Final = {  # of the tools that clients run
-    **{"function": "function_call", "custom": "custom_tool_call"},
-    "tool_search": "tool_search_call",
-}
-_RAW_HINT: Final = "`input` is the raw text itself: not wrapped in JSON, not quoted."
 _DEFAULT_REFUSAL: Final = "The model refused to answer."
 
 
-class ResponseStyle(NamedTuple):
-    """How the client wants its response, beyond what a Turn says."""
-
-    response: JsonObject  # while nothing is said yet (section 2.1)
-    calls: Mapping[str, JsonObject]  # what the call of a tool says it is, by its name upstream
-
-
 def parse_responses_request(
-    body: JsonObject, created: int, *, is_count: bool = False
-) -> tuple[Turn, ResponseStyle]:
-    """Check a request; return the Turn, and the style of the answer. Raises InvalidRequest."""
+    body: JsonObject, *, is_count: bool = False
+) -> tuple[Turn, ResponseWriter]:
+    """Check a request; return its Turn, and what writes its answer. Raises InvalidRequest."""
     for name, problem in _REFUSED.items():
         if body.get(name):
             raise InvalidRequest(f"{name}: {problem}")
@@ -2426,220 +2604,44 @@ def parse_responses_request(
     given = body.get("input") or None
     listed = {"input": [{"role": "user", "content": given}] if isinstance(given, str) else given}
     require(listed, "input", list)
-    said = _Input(to_blocks(body, "instructions", ""))
+    items = Items(to_blocks(body, "instructions", ""))
     for path, item in objects(listed, "input"):
-        said.read(path, item)
+        items.read(path, item)
+    if not items.messages or (items.messages[-1][1]["role"] == "assistant" and not is_count):
+        raise InvalidRequest("input: The last item must be a user's message or a tool's output")
     reasoning, text = (optional(body, name, dict) or {} for name in ("reasoning", "text"))
-    tools, calls = _to_tools([*objects(body, "tools"), *said.tools])
-    chosen, tools = _choose(body, tools)
-    effort = optional(reasoning, "effort", str, "reasoning")
-    effort = _OPENAI_EFFORTS.get(str(effort), effort)
-    shared = to_shared_fields({**body, "tool_choice": chosen}, tools)
+    form = optional(text, "format", dict, "text") or {}
+    fields, calls = to_fields(body, items, objects(body, "tools"), form)
     shows_thinking = bool(reasoning.get("summary") or reasoning.get("generate_summary"))
     shows_thinking &= reasoning.get("effort") != "none"
     # with a forced tool the API refuses it
-    shows_thinking &= _object(shared["tool_choice"]).get("type") not in ("any", "tool")
-    translated = {
-        **shared,
-        "system": said.system,
+    shows_thinking &= _object(fields["tool_choice"]).get("type") not in ("any", "tool")
+    fields |= {
         "max_tokens": body.get("max_output_tokens"),
-        "effort": effort if effort in (None, *EFFORTS) else "max",  # Codex has an `ultra`
+        "effort": to_effort(reasoning, "effort", "reasoning"),
         "thinking": {"type": "adaptive", "display": "summarized"} if shows_thinking else None,
-        "output_format": to_output_format(
-            optional(text, "format", dict, "text") or {}, said.system
-        ),
     }
-    if not said.messages or (said.messages[-1][1]["role"] == "assistant" and not is_count):
-        raise InvalidRequest("input: The last item must be a user's message or a tool's output")
-    turn = to_turn(translated, said.messages, is_count=is_count)
-    return turn, ResponseStyle(_to_blank(body, created), calls)
+    turn = to_turn(fields, items.messages, is_count=is_count)
+    return turn, ResponseWriter(_to_blank(body), calls)
 
 
-def _to_blank(body: JsonObject, created: int) -> JsonObject:
-    """Return a response in which nothing is said yet, with what the request asked for."""
+def _to_blank(body: JsonObject) -> JsonObject:
+    """Return a response in which nothing is said yet (section 2.1), with what was asked for."""
     echoed = ("instructions", "temperature", "top_p", "max_output_tokens", "user", "model")
     text, reasoning = _object(body.get("text")), _object(body.get("reasoning"))
     return {
         **{"id": f"resp_{uuid.uuid4().hex}", "object": "response", "status": "in_progress"},
-        **{"created_at": created, "completed_at": None, "error": None, "incomplete_details": None},
-        **{"output": [], "usage": None, "previous_response_id": None, "store": False},
-        **{"background": False, "truncation": "disabled", "service_tier": "default"},
-        **{"top_logprobs": 0, "parallel_tool_calls": body.get("parallel_tool_calls") is not False},
+        **{"created_at": int(time.time()), "completed_at": None, "error": None},
+        **{"incomplete_details": None, "output": [], "usage": None, "store": False},
+        **{"previous_response_id": None, "background": False, "truncation": "disabled"},
+        **{"service_tier": "default", "top_logprobs": 0},
         **{name: body.get(name) for name in echoed},
         **{"metadata": body.get("metadata") or {}, "tools": body.get("tools") or []},
+        "parallel_tool_calls": body.get("parallel_tool_calls") is not False,
         "tool_choice": body.get("tool_choice") or "auto",
         "text": {"format": {"type": "text"}, **without_nulls(text)},
         "reasoning": {name: reasoning.get(name) for name in ("effort", "summary")},
     }
-
-
-# ---- items
-
-
-class _Input:
-    """What the items of `input` say (section 1.2); each becomes a message of its own, to be merged.
-
-    Refused items are told by their place: those of tools that OpenAI runs, and what points to
-    something kept. Raises InvalidRequest.
-    """
-
-    def __init__(self, instructions: list[JsonObject]) -> None:
-        self.system = instructions
-        self.tools: list[Placed] = []  # that came with items
-        self.messages: list[Placed] = []
-        self._front = 0  # behind the last answer and its results
-        self._thinking: list[JsonObject] = []  # before the next item of the same answer
-        self._calls: set[str] = set()  # without an output so far
-
-    def read(self, path: str, item: JsonObject) -> None:
-        """Take the next item."""
-        kind = str(item.get("type") or ("message" if "role" in item else "item_reference"))
-        if kind not in _READERS:
-            hint = _HINTS.get(kind, "this type is not supported by this gateway")
-            raise InvalidRequest(f"{path}.type: {kind}: {hint}")
-        _READERS[kind](self, path, item)
-
-    def _add(self, role: str, path: str, blocks: list[JsonObject]) -> None:
-        content = self._thinking + blocks if role == "assistant" else blocks
-        self._thinking = []  # of an answer that went no further: the API takes none at the end
-        self.messages.append((path, {"role": role, "content": content}))
-        if role == "assistant":
-            self._front = len(self.messages)
-
-    def message(self, path: str, item: JsonObject) -> None:
-        role, blocks = str(item.get("role")), to_blocks(item, "content", path)
-        if role in ("developer", "system"):
-            # A late one as a system prompt would end the caching, and the process that was kept,
-            # each time that Codex adds one.
-            role = "system"
-            if any(block["type"] != "text" for block in blocks):
-                raise InvalidRequest(f"{path}.content: Input should be text")
-            if not self.messages:
-                self.system += blocks
-                return
-        if blocks or role not in ("assistant", "system"):
-            self._add(role, path, blocks)
-
-    def thought(self, path: str, item: JsonObject) -> None:
-        """Take our own; what other providers thought, or did by themselves, is of no use here."""
-        self._thinking += _unseal(item.get("encrypted_content"))
-
-    def call(self, path: str, item: JsonObject) -> None:
-        kind, call_id = item["type"].partition("_")[0], require(item, "call_id", str, path)
-        if kind == "tool":
-            given = json.dumps(require(item, "arguments", dict, path))
-            item = {"name": "tool_search", "arguments": given}
-        named = {**item, "name": _upstream_name(item, path)}
-        self._calls.add(call_id)
-        self._add("assistant", path, [to_tool_use(call_id, kind, named, path)])
-
-    def output(self, path: str, item: JsonObject) -> None:
-        call_id = require(item, "call_id", str, path)
-        require(item, "output", object, path)
-        if call_id not in self._calls:
-            problem = f"No tool call found for function call output with call_id {call_id}."
-            raise InvalidRequest(f"{path}.call_id: {problem}")
-        self._calls.discard(call_id)
-        content = to_blocks(item, "output", path)
-        result = {"type": "tool_result", "tool_use_id": call_id, "content": content}
-        self._add("user", path, [result])  # but results stand in front of what a user says
-        self.messages.insert(self._front, self.messages.pop())
-        self._front += 1
-
-    def more_tools(self, path: str, item: JsonObject) -> None:
-        """Take tools, and where a search found them, its output, which is they."""
-        more = list(objects(item, "tools", path))
-        self.tools += more
-        if item["type"] == "tool_search_output":
-            self.output(path, {**item, "output": json.dumps([tool for _, tool in more])})
-
-
-_READERS: Final[dict[str, Callable[[_Input, str, JsonObject], None]]] = {
-    **dict.fromkeys(("reasoning", "web_search_call", "file_search_call"), _Input.thought),
-    **{"code_interpreter_call": _Input.thought, "message": _Input.message},
-    **dict.fromkeys(_CALL_TYPES.values(), _Input.call),
-    **dict.fromkeys(("function_call_output", "custom_tool_call_output"), _Input.output),
-    **dict.fromkeys(("tool_search_output", "additional_tools"), _Input.more_tools),
-}
-
-
-def _seal(block: JsonObject) -> str:
-    """Return a thinking block as `encrypted_content`, whole: clients cut summaries anew."""
-    return _SEAL + base64.urlsafe_b64encode(json.dumps(block).encode("ascii")).decode("ascii")
-
-
-def _unseal(sealed: Any) -> list[JsonObject]:
-    """Return the block that was sealed; none of what is not our own, or damaged."""
-    if isinstance(sealed, str) and sealed.startswith(_SEAL):
-        with contextlib.suppress(ValueError, InvalidRequest):
-            block = parse_json(base64.urlsafe_b64decode(sealed[len(_SEAL) :]))
-            return [block] if block.get("type") in ("thinking", "redacted_thinking") else []
-    return []
-
-
-# ---- tools
-
-
-def _upstream_name(tool: JsonObject, path: str) -> str:
-    """Return the name under which a tool goes upstream, by its own and its namespace's."""
-    name, namespace = require(tool, "name", str, path), optional(tool, "namespace", str, path)
-    return f"{namespace}__{name}" if namespace else name
-
-
-def _to_tools(placed: Iterable[Placed]) -> tuple[list[JsonObject], dict[str, JsonObject]]:
-    """Return tools in Anthropic's form, and what their calls are, by name (section 1.3)."""
-    tools: dict[str, JsonObject] = {}
-    calls: dict[str, JsonObject] = {}
-    for path, tool in _flattened(placed):
-        kind = require(tool, "type", str, path)
-        is_foreign = kind == "tool_search" and tool.get("execution") != "client"
-        if is_foreign or kind.startswith("web_search"):  # Codex always has one of the latter
-            continue
-        if kind not in _CALL_TYPES:
-            raise InvalidRequest(f"{path}.type: tools of this type are run by OpenAI, not here")
-        call, name = {"type": _CALL_TYPES[kind], "execution": "client"}, kind
-        if kind != "tool_search":
-            said = {"name": require(tool, "name", str, path), "namespace": tool["namespace"]}
-            call = {"type": _CALL_TYPES[kind], **without_nulls(said)}
-            name = _upstream_name(call, path)
-        if calls.setdefault(name, call) != call:
-            raise InvalidRequest(f"{path}.name: there is another tool of the name {name}")
-        # a later search may find it described anew
-        tools[name] = to_tool(kind, {**tool, "name": name}, path)
-    return list(tools.values()), calls
-
-
-def _flattened(placed: Iterable[Placed]) -> Iterator[Placed]:
-    """Yield tools, with the name of their namespace and all that the model is to know of them."""
-    for path, tool in placed:
-        is_space = tool.get("type") == "namespace"
-        space = require(tool, "name", str, path) if is_space else None
-        for place, inner in objects(tool, "tools", path) if is_space else [(path, tool)]:
-            texts = [optional(tool, "description", str, path)] if is_space else []
-            texts.append(optional(inner, "description", str, place))
-            if inner.get("type") == "custom":
-                form = optional(inner, "format", dict, place) or {}
-                grammar = optional(form, "definition", str, f"{place}.format")
-                texts += [_RAW_HINT, grammar and f"Its {form.get('syntax')} grammar:\n{grammar}"]
-            about = "\n\n".join(filter(None, texts)) or None
-            yield place, {**inner, "namespace": space, "description": about}
-
-
-def _choose(body: JsonObject, tools: list[JsonObject]) -> tuple[Any, list[JsonObject]]:
-    """Return a tool_choice by names upstream, and the tools that it leaves."""
-    choice = body.get("tool_choice")
-    if not isinstance(choice, dict):
-        return choice, tools
-    if (kind := choice.get("type")) in ("function", "custom"):
-        return {"name": _upstream_name(choice, "tool_choice")}, tools
-    if kind != "allowed_tools":
-        problem = "Input should be 'function', 'custom' or 'allowed_tools'"
-        raise InvalidRequest(f"tool_choice.type: {problem}")
-    named = [_upstream_name(tool, path) for path, tool in objects(choice, "tools", "tool_choice")]
-    return choice.get("mode"), [tool for tool in tools if tool["name"] in named]
-
-
-# ---- answers
 
 
 class _Form(NamedTuple):
@@ -2717,7 +2719,7 @@ class _Item:
                 yield self._event(f"{self._part}.done", part=said[self._list][0])
             self._item |= said
         if self.kind == "reasoning":
-            self._item["encrypted_content"] = _seal(self._block)
+            self._item["encrypted_content"] = seal(self._block)
         else:
             self._item["status"] = "completed"
         yield self._whole("done")
@@ -2734,32 +2736,35 @@ class _Item:
         return self._event(f"{self.form.events}.{ending}", **more, **said)
 
 
-class ResponseWriter:
-    """Write the events of one answer as those of a response; each call returns what is due.
+class ResponseWriter(AnswerWriter):
+    """Writes an answer as a response: its stream's last event holds the whole.
 
     The end of an item is held back until more is known: the next block may go on with its text,
     and a call that max_tokens cut short must not look whole (section 2.3).
     """
 
-    def __init__(self, style: ResponseStyle) -> None:
-        self.response = style.response  # as far as it was told; at the end all of it
-        self._calls = style.calls
-        self._answer = MessageAssembler()
+    fails_in_stream = True  # what was paid for: by its status Codex would repeat it thirty times
+
+    def __init__(self, blank: JsonObject, calls: Mapping[str, JsonObject]) -> None:
+        """`calls`: what the call of a tool says it is, by the tool's name upstream."""
+        super().__init__()
+        self._response, self.calls = blank, calls  # the first as it was last told
         self._written = 0  # events
         self._output: list[JsonObject] = []  # the items that are finished
         self._item: _Item | None = None  # the one that is not
 
     def feed(self, event: Event) -> list[JsonObject]:
-        """Take the next event that an AnswerReader gave out."""
-        self._answer.add(event)
+        super().feed(event)
         return self._numbered(self._translate(event))
+
+    def whole(self) -> JsonObject:
+        return self._response
 
     def live(self) -> list[JsonObject]:
         """Show life: by beginning, then by an event, since comments leave Codex' clock running."""
         return self._numbered(self._begin() or [{"type": "keepalive"}])
 
-    def fail(self, error: ApiError) -> list[JsonObject]:
-        """End with a failure, told so that Codex does not repeat in vain (section 3)."""
+    def fail(self, error: ApiError, body: JsonObject) -> list[JsonObject]:
         return self._numbered([*self._begin(), self._tell("failed", error=_to_failure(error))])
 
     def _numbered(self, events: Iterable[JsonObject]) -> list[JsonObject]:
@@ -2776,11 +2781,11 @@ class ResponseWriter:
         if kind == "message_start":
             yield from self._begin()
         elif kind == "content_block_start":
-            yield from self._start(self._answer.message["content"][-1])
+            yield from self._start(self.message["content"][-1])
         elif kind == "content_block_delta" and self._item:
             yield from self._item.say(event["delta"].get(self._item.form.source) or "")
         elif kind == "message_stop":
-            yield from self._finish(self._answer.message)
+            yield from self._finish(self.message)
 
     def _begin(self) -> list[JsonObject]:
         if self._written:
@@ -2792,7 +2797,7 @@ class ResponseWriter:
         kind, call = str(block["type"]), JsonObject()
         if kind == "tool_use":
             plain = {"type": "function_call", "name": block["name"]}
-            call = {**self._calls.get(block["name"], plain), "call_id": block["id"]}
+            call = {**self.calls.get(block["name"], plain), "call_id": block["id"]}
         kinds = {"text": "message", "thinking": "reasoning", "redacted_thinking": "reasoning"}
         kind = call.get("type") or kinds.get(kind, kind)
         is_left_out = kind not in _FORMS  # what upstream's own tools do, which ends no text
@@ -2801,7 +2806,7 @@ class ResponseWriter:
         if is_left_out:
             return
         if not self._item:
-            name = self.response["id"].partition("_")[2]
+            name = self._response["id"].partition("_")[2]
             self._item = _Item(kind, block, call, name, len(self._output))
         yield from self._item.say(block.get(self._item.form.source) or "")
 
@@ -2810,9 +2815,9 @@ class ResponseWriter:
         yield from item.end() if item else ()
 
     def _finish(self, message: JsonObject) -> Iterator[JsonObject]:
-        finish = _FINISH_REASONS.get(message["stop_reason"])
+        finish = FINISH_REASONS.get(message["stop_reason"])
         is_cut = finish == "length"
-        if not (is_cut and self._item and self._item.kind in _CALL_TYPES.values()):
+        if not (is_cut and self._item and self._item.kind in CALL_TYPES.values()):
             yield from self._end()
         if finish == "content_filter":  # in an item of its own: Codex drops what stands beside it
             details = _object(message.get("stop_details"))
@@ -2828,23 +2833,10 @@ class ResponseWriter:
 
     def _tell(self, status: str, *, name: str = "", **said: Any) -> JsonObject:
         """Return an event with the response as it is now."""
-        told = without_nulls({"model": self._answer.message.get("model")})
+        told = without_nulls({"model": self.message.get("model")})
         told |= {"status": status, "output": list(self._output), **said}
-        self.response = {**self.response, **told}
-        return {"type": f"response.{name or status}", "response": self.response}
-
-
-def to_response(message: JsonObject, style: ResponseStyle) -> JsonObject:
-    """Return a finished message as a response."""
-    writer = ResponseWriter(style)
-    writer.feed({"type": "message_start", "message": message})
-    for block in message["content"]:
-        writer.feed({"type": "content_block_start", "content_block": block})
-    writer.feed({"type": "message_stop"})
-    return writer.response
-
-
-# ---- errors
+        self._response = {**self._response, **told}
+        return {"type": f"response.{name or status}", "response": self._response}
 
 
 def to_responses_error(error: ApiError) -> tuple[int, JsonObject]:
@@ -3640,6 +3632,9 @@ CORS_HEADERS: Final = {
 }
 
 
+COMMENT: Final = b": waiting\n\n"  # shows life in a stream; clients skip it
+
+
 def to_frame(event: JsonObject) -> bytes:
     """Return an SSE frame, named where it has a type; ASCII: some clients split lines at U+2028."""
     name = f"event: {event['type']}\n" if "type" in event else ""
@@ -3652,62 +3647,18 @@ def to_anthropic_error(error: ApiError) -> tuple[int, JsonObject]:
     return error.status, {"type": "error", "error": without_nulls(inner)}
 
 
-def _comment() -> bytes:
-    return b": waiting\n\n"  # which clients skip; some are confused by an event so early
-
-
-class Asked(NamedTuple):
-    """What is asked, and how its answer is written."""
-
-    turn: Turn
-    encode: Callable[[Event], bytes]
-    finish: Callable[[JsonObject], JsonObject]  # of a whole message
-    wait: Callable[[], bytes] = _comment  # shows life in a stream before its first event
-    live: Callable[[], bytes] = _comment  # and after it
-    fail: Callable[[ApiError], bytes] | None = None  # ends a stream, where an event alone does not
-
-
-def _ask_chat(body: JsonObject, betas: str) -> Asked:
-    turn, style = parse_chat_request(body, int(time.time()))
-    answer = MessageAssembler()
-
-    def encode(event: Event) -> bytes:
-        answer.add(event)
-        end = b"data: [DONE]\n\n" if event["type"] == "message_stop" else b""
-        return b"".join(map(to_frame, to_chunks(event, answer, style))) + end
-
-    return Asked(turn, encode, lambda message: to_completion(message, style))
-
-
-def _ask_responses(body: JsonObject, betas: str) -> Asked:
-    turn, style = parse_responses_request(body, int(time.time()))
-    writer = ResponseWriter(style)
-
-    def framed(write: Callable[..., list[JsonObject]]) -> Callable[..., bytes]:
-        return lambda *given: b"".join(map(to_frame, write(*given)))
-
-    def finish(message: JsonObject) -> JsonObject:
-        return to_response(message, style)
-
-    live = framed(writer.live)
-    return Asked(turn, framed(writer.feed), finish, live, live, framed(writer.fail))
-
-
 class Dialect(NamedTuple):
     """An API that asks a model: how it is read and written."""
 
-    read: Callable[[JsonObject, str], Asked]  # a body, anthropic-beta
+    read: Callable[[JsonObject, str], tuple[Turn, AnswerWriter]]  # a body, anthropic-beta
     to_error: Callable[[ApiError], tuple[int, JsonObject]]
 
 
 ANTHROPIC: Final = Dialect(
-    lambda body, betas: Asked(
-        parse_messages_request(body, betas), to_frame, dict, live=lambda: to_frame({"type": "ping"})
-    ),
-    to_anthropic_error,
+    lambda body, betas: (parse_messages_request(body, betas), AnswerWriter()), to_anthropic_error
 )
-OPENAI: Final = Dialect(_ask_chat, to_openai_error)
-RESPONSES: Final = Dialect(_ask_responses, to_responses_error)
+OPENAI: Final = Dialect(lambda body, betas: parse_chat_request(body), to_openai_error)
+RESPONSES: Final = Dialect(lambda body, betas: parse_responses_request(body), to_responses_error)
 
 
 def cors_headers(head: Head, settings: Settings) -> dict[str, str]:
@@ -3786,7 +3737,7 @@ class Handler(BaseRequestHandler):
         ids = dict.fromkeys(("request-id", "x-request-id"), self._record.request_id)
         self._out = Response(self._stream, head, ids | cors_headers(head, service.settings))
         self._head, self._dialect = head, route.dialect
-        self._asked: Asked | None = None
+        self._writer: AnswerWriter | None = None  # of a stream
         try:
             if failure:
                 raise failure
@@ -3817,13 +3768,12 @@ class Handler(BaseRequestHandler):
         should_retry = False if (error.status, status) == (402, 429) else error.should_retry
         told = without_nulls({"retry-after": error.retry_after_s, "x-should-retry": should_retry})
         self._out.add_headers({name: str(value).lower() for name, value in told.items()})
-        fail = self._asked.fail if self._asked and self._asked.turn.stream else None
+        writer, was_paid = self._writer, error.status in (502, 504)
         with contextlib.suppress(ClientGone):
-            if fail and (self._out.status or error.status in (502, 504)):
-                # a failure that was paid for, by its status Codex would repeat it thirty times
-                self._out.write_chunk(fail(error), is_last=True)
-            elif self._out.status:
-                self._out.write_chunk(to_frame(body), is_last=True)
+            if writer and (self._out.status or (writer.fails_in_stream and was_paid)):
+                self._out.write_chunk(
+                    b"".join(map(to_frame, writer.fail(error, body))), is_last=True
+                )
             else:
                 self._out.send_json(status, body)
         return error.status  # though the client of a stream has had a 200
@@ -3894,7 +3844,7 @@ class Handler(BaseRequestHandler):
         self._out.send_json(200, self._count(parse_messages_request(body, betas, is_count=True)))
 
     def response_tokens(self) -> None:
-        turn, _ = parse_responses_request(self._read_json(), 0, is_count=True)
+        turn, _ = parse_responses_request(self._read_json(), is_count=True)
         self._out.send_json(200, {"object": "response.input_tokens", **self._count(turn)})
 
     def _count(self, turn: Turn) -> JsonObject:
@@ -3910,28 +3860,26 @@ class Handler(BaseRequestHandler):
     def ask(self) -> None:
         """Have a model answer: write its events as they come, or the whole message."""
         service, record, out = self._service, self._record, self._out
-        body, betas = self._read_json(), self._head.get("anthropic-beta")
-        asked = self._dialect.read(body, betas)
-        self._asked, turn = asked, asked.turn
+        turn, writer = self._dialect.read(self._read_json(), self._head.get("anthropic-beta"))
         record.note_turn(turn, is_known=service.knows(turn.model))
         if turn.stream:
-            out.stream_with(asked.wait)
-        assembler = MessageAssembler()
+            self._writer = writer
+            out.stream_with(lambda: b"".join(map(to_frame, writer.live())) or COMMENT)
         with contextlib.closing(service.answer(turn, self._caller, out.tick, record)) as answer:
             for batch in answer:
                 out.add_headers(service.rate_limits)
                 with upstream_protocol():
-                    for event in () if turn.stream else batch:
-                        assembler.add(event)
-                    frames = b"".join(map(asked.encode, batch)) if turn.stream else b""
+                    events = [written for event in batch for written in writer.feed(event)]
+                    frames = b"".join(map(to_frame, events)) if turn.stream else b""
                     record.note_events(batch)
-                out.write_chunk(frames, is_last=batch[-1:] == [{"type": "message_stop"}])
+                is_last = batch[-1:] == [{"type": "message_stop"}]
                 if turn.stream:
+                    frames += writer.end if is_last else b""
                     record.debug("response", frames)
-                    out.stream_with(asked.live)
+                    out.write_chunk(frames, is_last=is_last)
         if not turn.stream:
             with upstream_protocol():
-                body = asked.finish(assembler.message)
+                body = writer.whole()
             record.debug("response", out.send_json(200, body))
 
     def _read_json(self) -> JsonObject:

@@ -54,16 +54,16 @@ def replies(draw: st.DrawFn) -> Reply:
     return Reply(blocks=blocks, stop_reason=draw(_REASONS), stop_details=details)
 
 
-def style() -> cc2api.ResponseStyle:
+def asked() -> cc2api.ResponseWriter:
     body = {"model": "m", "input": "hi", "tools": TOOLS}
-    return cc2api.parse_responses_request(body, 7)[1]
+    return cc2api.parse_responses_request(body)[1]
 
 
 @st.composite
 def streams(draw: st.DrawFn) -> list[JsonObject]:
     """Draw a stream of the Responses API, with silences, and failures in the midst of it."""
     events = list(draw(replies()).events("m"))
-    writer = cc2api.ResponseWriter(style())
+    writer = asked()
     fails_at = draw(st.one_of(st.none(), st.integers(0, len(events) - 1)))
     silences = draw(st.sets(st.integers(0, len(events)), max_size=3))
     written: list[JsonObject] = []
@@ -71,6 +71,6 @@ def streams(draw: st.DrawFn) -> list[JsonObject]:
         if place in silences:
             written += writer.live()
         if place == fails_at:
-            return written + writer.fail(cc2api.ApiError("broken"))
+            return written + writer.fail(cc2api.ApiError("broken"), {})
         written += writer.feed(event)
     return written

@@ -30,10 +30,10 @@ def lines(reply: Reply) -> list[JsonObject]:
 
 
 def assemble(events: list[JsonObject]) -> JsonObject:
-    assembler = cc2api.MessageAssembler()
+    writer = cc2api.AnswerWriter()
     for event in events:
-        assembler.add(event)
-    return assembler.message
+        writer.feed(event)
+    return writer.message
 
 
 def test_the_answer_is_over_with_the_stop_reason_and_message_stop_is_added() -> None:

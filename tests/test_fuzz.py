@@ -104,7 +104,7 @@ def test_many_of_the_requests_made_up_here_are_valid() -> None:
 @given(requests)
 def test_any_chat_request_is_a_valid_turn_or_a_400(body: Any) -> None:
     try:
-        cc2api.parse_chat_request(body, 0)
+        cc2api.parse_chat_request(body)
     except cc2api.InvalidRequest:
         return
 
@@ -173,7 +173,7 @@ lines = st.one_of(
 @settings(max_examples=100, deadline=None)
 @given(st.lists(lines, max_size=25))
 def test_any_lines_give_a_valid_answer_or_an_error(script: list[Any]) -> None:
-    reader, assembler = cc2api.AnswerReader(), cc2api.MessageAssembler()
+    reader, writer = cc2api.AnswerReader(), cc2api.AnswerWriter()
     given_out: list[Any] = []
     failure: Any = None
     try:
@@ -181,7 +181,7 @@ def test_any_lines_give_a_valid_answer_or_an_error(script: list[Any]) -> None:
             with cc2api.upstream_protocol():
                 for out in reader.feed(line):
                     given_out.append(out)
-                    assembler.add(out)
+                    writer.feed(out)
     except cc2api.ApiError as error:
         _, failure = cc2api.to_anthropic_error(error)
     if failure:
@@ -192,5 +192,5 @@ def test_any_lines_give_a_valid_answer_or_an_error(script: list[Any]) -> None:
     assert kinds == [] or kinds[0] == "message_start"
     if reader.done:
         assert kinds[-2:] == ["message_delta", "message_stop"]
-        assert isinstance(assembler.message["stop_reason"], str)
-    json.dumps(assembler.message)
+        assert isinstance(writer.message["stop_reason"], str)
+    json.dumps(writer.message)

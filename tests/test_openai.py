@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import copy
+import itertools
 import json
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -21,12 +22,11 @@ import cc2api
 JsonObject = dict[str, Any]
 PNG = "iVBORw0KGgoAAAANSUhEUg=="
 CALL = {"id": "call_1", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
-STYLE = cc2api.ChatStyle(created=7)
 
 
-def parse(**fields: Any) -> tuple[cc2api.Turn, cc2api.ChatStyle]:
+def parse(**fields: Any) -> tuple[cc2api.Turn, cc2api.ChatWriter]:
     body = {"model": "m", "messages": [{"role": "user", "content": "hi"}], **fields}
-    return cc2api.parse_chat_request(copy.deepcopy(body), 7)
+    return cc2api.parse_chat_request(copy.deepcopy(body))
 
 
 def messages_of(*messages: JsonObject) -> list[tuple[str, Any]]:
@@ -164,10 +164,6 @@ PARAMETERS: list[tuple[JsonObject, JsonObject]] = [
     # what upstream refuses
     ({"tools": TOOLS, "tool_choice": "always"}, {"tool_choice": {"type": "always"}}),
     (
-        {"tools": TOOLS, "tool_choice": {"type": "allowed_tools", "allowed_tools": {}}},
-        {"tool_choice": {"type": "tool", "name": None}},
-    ),
-    (
         {"response_format": {"type": "xml"}},
         {"output_config": {"format": {"type": "xml", "schema": None}}},
     ),
@@ -210,9 +206,10 @@ MISTAKES: list[tuple[JsonObject, str | None]] = [
         {"messages": [{"role": "user", "content": [{"type": "file", "file": {"file_id": "x"}}]}]},
         "messages[0].content[0].file.file_data",
     ),
+    ({"messages": [{"role": "tool", "tool_call_id": "x", "content": "r"}]}, "messages[0]"),
     (
-        {"messages": [{"role": "tool", "tool_call_id": "x", "content": "r"}]},
-        "messages[0].content[0]",
+        {"tools": TOOLS, "tool_choice": {"type": "allowed_tools", "allowed_tools": {}}},
+        "tool_choice.function",
     ),
     (
         {
@@ -282,21 +279,16 @@ def test_statuses_are_openais(status: int, theirs: int, kind: str, code: str | N
 # ---- answers
 
 
-def to_chunks(
-    events: Iterable[JsonObject], style: cc2api.ChatStyle = STYLE
-) -> Iterator[JsonObject]:
-    answer = cc2api.MessageAssembler()
-    for event in events:
-        answer.add(event)
-        yield from cc2api.to_chunks(event, answer, style)
+def to_chunks(events: Iterable[JsonObject], **fields: Any) -> list[JsonObject]:
+    return list(itertools.chain.from_iterable(map(parse(**fields)[1].feed, events)))
 
 
-def chunks_of(reply: Reply, style: cc2api.ChatStyle = STYLE) -> list[JsonObject]:
-    return list(to_chunks(reply.events("m"), style))
+def chunks_of(reply: Reply, **fields: Any) -> list[JsonObject]:
+    return to_chunks(reply.events("m"), **fields)
 
 
-def deltas_of(reply: Reply, style: cc2api.ChatStyle = STYLE) -> list[JsonObject]:
-    return [c["choices"][0]["delta"] for c in chunks_of(reply, style) if c["choices"]]
+def deltas_of(reply: Reply, **fields: Any) -> list[JsonObject]:
+    return [c["choices"][0]["delta"] for c in chunks_of(reply, **fields) if c["choices"]]
 
 
 def tool(name: str, given: JsonObject, number: int) -> JsonObject:
@@ -344,8 +336,7 @@ def test_a_call_without_arguments_gets_an_empty_object() -> None:
 
 
 def test_usage_comes_last_and_only_when_asked_for() -> None:
-    style = cc2api.ChatStyle(7, include_usage=True)
-    chunks = chunks_of(text_reply("x"), style)
+    chunks = chunks_of(text_reply("x"), stream_options={"include_usage": True})
     assert chunks[-1]["choices"] == []
     assert chunks[-1]["usage"]["total_tokens"] == 61
     assert chunks[-1]["usage"]["prompt_tokens_details"]["cached_tokens"] == 5
@@ -353,20 +344,19 @@ def test_usage_comes_last_and_only_when_asked_for() -> None:
 
 
 def test_custom_tools_are_answered_in_kind() -> None:
-    _, style = parse(tools=TOOLS)
     reply = Reply(blocks=[tool("c", {"input": "raw"}, 1)], stop_reason="tool_use")
     custom = {"id": "toolu_1", "type": "custom", "custom": {"name": "c", "input": "raw"}}
-    assert deltas_of(reply, style)[1] == {"tool_calls": [{"index": 0, **custom}]}
+    assert deltas_of(reply, tools=TOOLS)[1] == {"tool_calls": [{"index": 0, **custom}]}
     odd = Reply(blocks=[tool("c", {"patch": 1}, 1)], stop_reason="tool_use")
-    (call,) = deltas_of(odd, style)[1]["tool_calls"]
+    (call,) = deltas_of(odd, tools=TOOLS)[1]["tool_calls"]
     assert call["custom"]["input"] == '{"patch": 1}'  # what the model wrote otherwise is not lost
 
 
 def completion_of(reply: Reply) -> JsonObject:
-    assembler = cc2api.MessageAssembler()
+    _, writer = parse()
     for event in reply.events("m"):
-        assembler.add(event)
-    return cc2api.to_completion(assembler.message, STYLE)
+        writer.feed(event)
+    return writer.whole()
 
 
 @pytest.mark.parametrize(

@@ -123,11 +123,11 @@ class Talk:
 
 def blocks_of(stream: bytes) -> list[JsonObject]:
     """Put a streamed answer together."""
-    assembler = cc2api.MessageAssembler()
+    writer = cc2api.AnswerWriter()
     for line in stream.split(b"\n"):
         if line.startswith(b"data: "):
-            assembler.add(json.loads(line[6:]))
-    return list(assembler.message["content"])
+            writer.feed(json.loads(line[6:]))
+    return list(writer.message["content"])
 
 
 # ---- time to the first delta
