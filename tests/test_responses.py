@@ -938,16 +938,18 @@ def test_what_is_refused_starts_nothing(lone_gateway: RunningGateway, api: Scrip
 def test_an_answer_that_was_cut_and_one_that_was_refused(
     gateway: RunningGateway, api: ScriptedApi
 ) -> None:
-    """19 and 20."""
+    """4, 19 and 20."""
     cut, refused = marker(), marker()
-    api.on(cut, Reply(blocks=[text("a"), tool("f", {"x": 1})], stop_reason="max_tokens"))
+    blocks = [text("a"), text(" b"), tool("f", {"x": 1})]
+    api.on(cut, Reply(blocks=blocks, stop_reason="max_tokens"))
     details = {"type": "refusal", "category": "cyber", "explanation": "not that"}
     api.on(refused, text_reply("so far", stop_reason="refusal", stop_details=details))
     for get in (final, lambda *args, **more: ask(*args, **more).json):
         response = get(gateway, cut, tools=[F])
         assert response["status"] == "incomplete"
         assert response["incomplete_details"] == {"reason": "max_output_tokens"}
-        assert [item["type"] for item in response["output"]] == ["message"]
+        (message,) = response["output"]
+        assert message["content"][0]["text"] == "a b"
         response = get(gateway, refused)
         assert response["status"] == "completed"
         parts = [item["content"][0] for item in response["output"]]
@@ -1051,7 +1053,20 @@ def test_the_status_counts_responses(start_fake: Any) -> None:
     assert "requests      2, 1 failed, 0 waiting\n" in status
 
 
-# ---- silence and failures, on the fake CLI
+# ---- silence and failures
+
+
+def test_a_stream_that_upstream_keeps_waiting_begins_and_is_kept_alive(
+    api: ScriptedApi, claude: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """22."""
+    monkeypatch.setattr(cc2api, "KEEPALIVE_S", 0.1)
+    monkeypatch.setattr(cc2api, "TICK_S", 0.05)
+    word = marker()
+    api.on(word, text_reply("x", delay_s=1.0))
+    with InProcessGateway(tmp_path, claude=claude, base_url=api.url) as gateway:
+        events = ask(gateway, word, stream=True).events
+    assert names(events) == [*BEGINNING, "keepalive", *MESSAGE, "completed"]
 
 
 @pytest.mark.parametrize("order", ["stall", "stall-after-start"])
