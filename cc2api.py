@@ -49,6 +49,7 @@ import hashlib
 import hmac
 import http.client
 import importlib.util
+import io
 import ipaddress
 import itertools
 import json
@@ -126,6 +127,7 @@ OVERLOADED_RETRY_AFTER_S: Final = 5  # told to clients that find the queue full
 MAX_CONNECTIONS: Final = 512  # open at once, each a thread; far below the usual 1024 descriptors
 MAX_HEADERS: Final = 100  # http.server's own limit
 MAX_HEAD_BYTES: Final = 64 * 1024  # request line and headers together
+HEAD_BUFFER_BYTES: Final = 8192  # most heads fit in; a body does not pass through it
 MAX_CHUNK_LINE_BYTES: Final = 256  # a size and extensions that nobody sends
 HEAD_TIMEOUT_S: Final = 15.0  # for a whole head: half-open connections go
 BODY_TIMEOUT_S: Final = 120.0  # for a whole body: 32 MB at 2 Mbit/s
@@ -3368,52 +3370,41 @@ list()
 # None of these may try one byte in two ways: hostile input would take minutes.
 _REQUEST_LINE: Final = re.compile(r"([A-Z]{1,20}) (/[\x21-\x7e]*) HTTP/1\.([01])")
 _HEADER_LINE: Final = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([\t\x20-\x7e\x80-\xff]*)")
-_CHUNK_LINE: Final = re.compile(rb"([0-9A-Fa-f]{1,8})[ \t]*(?:;[\t\x20-\x7e\x80-\xff]*)?\r\n")
-_TRAILER: Final = re.compile(rb"[^\r\n]*\r\n")
-_LINE_END: Final = re.compile(rb"\n")
-_HEAD_END: Final = re.compile(rb"[^\r\n]\r?\n\r?\n")  # not an empty line before the request
+_CHUNK_LINE: Final = re.compile(r"([0-9A-Fa-f]{1,8})[ \t]*(?:;[\t\x20-\x7e\x80-\xff]*)?")
 _HANGUP: Final = getattr(select, "POLLRDHUP", 0) | select.POLLHUP | select.POLLERR
 _TOO_LARGE: Final = f"Request exceeds the maximum size of {MAX_BODY_BYTES} bytes"
 
 
 class Head(NamedTuple):
-    """A request line and its headers, names in lower case. `get` joins those of a name, or ""."""
+    """A request line and its headers, by names in lower case; those of one name are joined."""
 
     method: str
     path: str  # without the query, percent-decoded
     is_http_11: bool
-    headers: tuple[tuple[str, str], ...]
-
-    def all(self, name: str) -> list[str]:
-        return [value for key, value in self.headers if key == name]
+    headers: Mapping[str, str]
 
     def get(self, name: str) -> str:
-        return ",".join(self.all(name))
+        return self.headers.get(name, "")
 
 
-def parse_head(raw: bytes) -> Head:
-    """Parse a head up to the blank line at its end. Raises InvalidRequest.
-
-    Lines end with CR LF alone; before the first one RFC 9112 lets empty lines pass.
-    """
-    first, *lines = filter(None, raw.decode("latin-1").split("\r\n"))
-    if (request := _REQUEST_LINE.fullmatch(first)) is None:
+def parse_head(request_line: str, lines: Sequence[str]) -> Head:
+    """Parse the lines of a head. Raises InvalidRequest."""
+    if (request := _REQUEST_LINE.fullmatch(request_line)) is None:
         raise InvalidRequest("malformed request line")
-    if len(lines) > MAX_HEADERS:
-        raise InvalidRequest(f"over {MAX_HEADERS} headers", status=431)
-    headers = []
+    headers: dict[str, str] = {}
     for line in lines:
         if (header := _HEADER_LINE.fullmatch(line)) is None:
             raise InvalidRequest("malformed header line")
-        headers.append((header[1].lower(), header[2].strip(" \t")))
+        name, value = header[1].lower(), header[2].strip(" \t")
+        headers[name] = f"{headers[name]},{value}" if name in headers else value
     path = urllib.parse.unquote(request[2].partition("?")[0])
-    head = Head(request[1], path, request[3] == "1", tuple(headers))
-    if len(head.all("host")) != 1 and (head.is_http_11 or head.all("host")):
+    head = Head(request[1], path, request[3] == "1", headers)
+    if "," in head.get("host") or (head.is_http_11 and "host" not in headers):
         raise InvalidRequest("exactly one Host header is needed")
     return head
 
 
-class ClientStream:
+class ClientStream(io.RawIOBase):
     """The client's end of a connection: `read_head`, `expect_body`, then perhaps `read_body`.
 
     All raise ClientGone, and for bad framing InvalidRequest, with 408 where nothing comes in time.
@@ -3424,7 +3415,7 @@ class ClientStream:
         self.body_length: int | None = 0  # of what is still to be read; None: nobody knows
         self._sock, self._patience_s = sock, patience_s
         self._deadline = 0.0  # of what is being read
-        self._buffer = bytearray()
+        self._reader = io.BufferedReader(self, HEAD_BUFFER_BYTES)
         self._watch = select.poll()
         self._watch.register(sock, select.POLLIN | _HANGUP)
 
@@ -3432,18 +3423,18 @@ class ClientStream:
         """Read the next request's head, waiting up to `idle_s` for its first byte."""
         self.body_length = None
         self._deadline = time.monotonic() + idle_s
-        if not self._buffer:
-            self._fill()
+        self._reader.peek(1)
         self._deadline = time.monotonic() + HEAD_TIMEOUT_S
-        return parse_head(self._read_to(_HEAD_END, MAX_HEAD_BYTES))
+        first, *lines = self._read_lines() or self._read_lines() or [""]  # RFC 9112: one may be
+        return parse_head(first, lines)
 
     def expect_body(self, head: Head) -> None:
-        codings, lengths = head.all("transfer-encoding"), head.all("content-length")
-        if codings:
-            if lengths or not head.is_http_11 or [c.lower() for c in codings] != ["chunked"]:
+        length = head.headers.get("content-length", "0")
+        if "transfer-encoding" in head.headers:
+            is_chunked = head.is_http_11 and head.get("transfer-encoding").lower() == "chunked"
+            if not is_chunked or "content-length" in head.headers:
                 raise InvalidRequest("Transfer-Encoding must be chunked, without a Content-Length")
             return
-        length = ",".join(lengths or ["0"])
         if not re.fullmatch("[0-9]+", length):
             raise InvalidRequest("Content-Length must be given once, as a decimal number")
         if len(length) > len(str(MAX_BODY_BYTES)) or int(length) > MAX_BODY_BYTES:
@@ -3453,58 +3444,57 @@ class ClientStream:
     def read_body(self) -> bytes:
         self._deadline = time.monotonic() + BODY_TIMEOUT_S
         length = self.body_length
-        body = self._read_chunks() if length is None else self._read_exactly(length)
+        body = self._read_chunks() if length is None else self._reader.read(length)
         self.body_length = 0
         return body
 
     def _read_chunks(self) -> bytes:
         body = bytearray()
-        while size := int(self._read_line(_CHUNK_LINE, MAX_CHUNK_LINE_BYTES)[1], 16):
+        while line := _CHUNK_LINE.fullmatch(self._read_line(MAX_CHUNK_LINE_BYTES)):
+            size = int(line[1], 16)
             if len(body) + size > MAX_BODY_BYTES:
                 raise InvalidRequest(_TOO_LARGE, status=413)
-            body += self._read_exactly(size)
-            if self._read_exactly(2) != b"\r\n":
-                raise InvalidRequest("a chunk is longer than announced")
-        for _ in range(MAX_HEADERS + 1):  # trailers: read and dropped
-            if self._read_line(_TRAILER, MAX_HEAD_BYTES)[0] == b"\r\n":
+            if not size:
+                self._read_lines()  # trailers: dropped
                 return bytes(body)
-        raise InvalidRequest("too many trailers", status=431)
+            body += self._reader.read(size)
+            if self._reader.read(2) != b"\r\n":
+                raise InvalidRequest("a chunk is longer than announced")
+        raise InvalidRequest("malformed chunk")
 
-    def _read_line(self, form: re.Pattern[bytes], limit: int) -> re.Match[bytes]:
-        if (line := form.fullmatch(self._read_to(_LINE_END, limit))) is None:
-            raise InvalidRequest("malformed chunk")
-        return line
+    def _read_lines(self) -> list[str]:
+        """Read the lines of a head, or of trailers, up to an empty one."""
+        lines, left = [], MAX_HEAD_BYTES
+        while line := self._read_line(left):
+            lines.append(line)
+            left -= len(line) + 2
+            if len(lines) > MAX_HEADERS + 1:
+                raise InvalidRequest(f"over {MAX_HEADERS} headers", status=431)
+        return lines
 
-    def _read_to(self, end: re.Pattern[bytes], limit: int) -> bytes:
-        """Read up to what matches `end`, and with it, at most `limit` bytes."""
-        searched = 0
-        while (found := end.search(self._buffer, searched)) is None and len(self._buffer) <= limit:
-            searched = max(0, len(self._buffer) - 4)  # what ends a head has five bytes
-            self._fill()
-        if found is None or found.end() > limit:
-            raise InvalidRequest("line or head too long", status=431)
-        return self._read_exactly(found.end())
+    def _read_line(self, limit: int) -> str:
+        line = self._reader.readline(limit)
+        if not line.endswith(b"\r\n"):
+            status = 400 if line.endswith(b"\n") else 431
+            raise InvalidRequest("a line is too long, or does not end with CR LF", status)
+        return line[:-2].decode("latin-1")
 
-    def _read_exactly(self, length: int) -> bytes:
-        while len(self._buffer) < length:
-            self._fill()
-        data = bytes(memoryview(self._buffer)[:length])
-        del self._buffer[:length]
-        return data
+    def readable(self) -> bool:
+        return True
 
-    def _fill(self) -> None:
+    def readinto(self, buffer: Any) -> int:
+        """Read what comes before the deadline: what its reader calls."""
         try:
             if (left := self._deadline - time.monotonic()) <= 0:
                 raise TimeoutError
             self._sock.settimeout(left)
-            data = self._sock.recv(READ_BYTES)
+            if count := self._sock.recv_into(buffer):
+                return count
         except TimeoutError:
             raise InvalidRequest("the request did not come in time", status=408) from None
         except OSError as exc:
             raise ClientGone from exc
-        if not data:
-            raise ClientGone
-        self._buffer += data
+        raise ClientGone
 
     def has_left(self) -> bool:
         """Say whether the client has closed its end. Does not block."""
@@ -3514,7 +3504,7 @@ class ClientStream:
         except OSError:
             return True
 
-    def write(self, data: bytes) -> None:
+    def send(self, data: bytes) -> None:
         self._sock.settimeout(self._patience_s)
         try:
             self._sock.sendall(data)
@@ -3527,8 +3517,7 @@ class ClientStream:
         with contextlib.suppress(OSError, InvalidRequest, ClientGone):
             self._sock.shutdown(socket.SHUT_WR)
             while True:
-                self._buffer.clear()
-                self._fill()
+                self.readinto(bytearray(READ_BYTES))
 
 
 class Response:
@@ -3565,7 +3554,7 @@ class Response:
         """Write a status, headers and, but for HEAD, a body."""
         sized = headers if status == 204 else {**headers, "content-length": str(len(data))}
         body = b"" if self._head.method == "HEAD" else data
-        self._stream.write(self._to_head(status, sized) + body)
+        self._stream.send(self._to_head(status, sized) + body)
 
     def write_chunk(self, data: bytes, *, is_last: bool = False) -> None:
         """Write a part of a stream with one write, the first one behind its head."""
@@ -3577,7 +3566,7 @@ class Response:
             data = b"%x\r\n%b\r\n%b" % (len(data), data, b"0\r\n\r\n" if is_last else b"")
         if not self.status:
             data = self._to_head(200, headers) + data
-        self._stream.write(data)
+        self._stream.send(data)
         self._last_write_at = time.monotonic()
 
     def _to_head(self, status: int, headers: Mapping[str, str]) -> bytes:
@@ -3791,7 +3780,7 @@ class Handler(BaseRequestHandler):
         except InvalidRequest as error:
             if error.status != 408:  # to a connection that stayed silent nothing is said
                 with contextlib.suppress(ClientGone):
-                    self._answer(Head("-", "-", True, ()), error)
+                    self._answer(Head("-", "-", True, {}), error)
         self._stream.linger()
 
     def _answer(self, head: Head, failure: ApiError | None = None) -> None:
@@ -3959,7 +3948,7 @@ class Handler(BaseRequestHandler):
             details = {"error_code": "request_body_encoding_unsupported"}
             raise InvalidRequest("Content-Encoding: only identity is taken", details=details)
         if self._head.get("expect").lower() == "100-continue":
-            self._stream.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+            self._stream.send(b"HTTP/1.1 100 Continue\r\n\r\n")
         raw = self._stream.read_body()
         self._record.debug("request", raw)
         return parse_json(raw)
