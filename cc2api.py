@@ -27,7 +27,7 @@ Rules that hold throughout:
 
 A streamed request passes HTTP (read_head) > Routes (Handler, admit) > HTTP (read_body) > Requests >
 Service (answer) > Pool (acquire) > Conversation (Session: bring, ask) > Lines > Process (Channel)
-and back Process > Conversation (read) > Events (feed) > Service > Routes (to_frame) > HTTP (write).
+and back Process > Conversation (read) > Events (feed) > Service > Routes (ask) > HTTP (Response).
 Beside it Metrics (Record) notes; at its end the session rests, and the pool takes it back.
 
 Facts about the CLI were seen on 2.1.300 to 2.1.331 talking to a scripted API; each one relied on is
@@ -3527,22 +3527,10 @@ class Response:
         self.status = 0  # what was sent, 0 while nothing was
         self.closes = True  # the connection ends with it
         self._stream, self._head, self._headers = stream, head, dict(headers)
-        self._life: Callable[[], bytes] | None = None  # what shows life in a stream
-        self._last_write_at = time.monotonic()
+        self.written_at = time.monotonic()  # last
 
     def add_headers(self, headers: Mapping[str, str]) -> None:
         self._headers |= headers
-
-    def stream_with(self, life: Callable[[], bytes]) -> None:
-        """Make it a stream; `life` tells what is written into it after KEEPALIVE_S of silence."""
-        self._life = life
-
-    def tick(self) -> None:
-        """Look after the client while it waits: see whether it left, show a stream life."""
-        if self._stream.has_left():
-            raise ClientGone
-        if self._life and time.monotonic() - self._last_write_at >= KEEPALIVE_S:
-            self.write_chunk(self._life())
 
     def send_json(self, status: int, body: JsonObject) -> bytes:
         """Write a whole answer in JSON; return its body."""
@@ -3567,7 +3555,7 @@ class Response:
         if not self.status:
             data = self._to_head(200, headers) + data
         self._stream.send(data)
-        self._last_write_at = time.monotonic()
+        self.written_at = time.monotonic()
 
     def _to_head(self, status: int, headers: Mapping[str, str]) -> bytes:
         """Return the status line and headers; all names and values are our own."""
@@ -3639,7 +3627,7 @@ class Server(ThreadingHTTPServer):
 # ======================================================================= Routes
 # Which path does what, who may call it, and the one place where errors become answers. One thread
 # for each connection. A new route is a row in ROUTES and a function of a Handler; a new API that
-# asks a model is a Dialect.
+# asks a model is a function that returns an Asked, and one for its errors.
 
 CORS_HEADERS: Final = {
     "access-control-allow-methods": "GET, POST, OPTIONS",
@@ -3649,10 +3637,12 @@ CORS_HEADERS: Final = {
 }
 
 
-def to_frame(event: JsonObject) -> bytes:
-    """Return an SSE frame, named where it has a type; ASCII: some clients split lines at U+2028."""
-    name = f"event: {event['type']}\n" if "type" in event else ""
-    return f"{name}data: {json.dumps(event)}\n\n".encode("ascii")
+def to_frames(*events: JsonObject) -> bytes:
+    """Return SSE frames, named where there is a type; ASCII: some clients split at U+2028."""
+    return "".join(
+        (f"event: {event['type']}\n" if "type" in event else "") + f"data: {json.dumps(event)}\n\n"
+        for event in events
+    ).encode("ascii")
 
 
 def to_anthropic_error(error: ApiError) -> tuple[int, JsonObject]:
@@ -3661,62 +3651,42 @@ def to_anthropic_error(error: ApiError) -> tuple[int, JsonObject]:
     return error.status, {"type": "error", "error": without_nulls(inner)}
 
 
-def _comment() -> bytes:
-    return b": waiting\n\n"  # which clients skip; some are confused by an event so early
-
-
 class Asked(NamedTuple):
-    """What is asked, and how its answer is written."""
+    """What is asked, and the events that answer it; to show life without one takes a comment."""
 
     turn: Turn
-    encode: Callable[[Event], bytes]
+    encode: Callable[[Event], list[JsonObject]]
     finish: Callable[[JsonObject], JsonObject]  # of a whole message
-    wait: Callable[[], bytes] = _comment  # shows life in a stream before its first event
-    live: Callable[[], bytes] = _comment  # and after it
-    fail: Callable[[ApiError], bytes] | None = None  # ends a stream, where an event alone does not
+    wait: Callable[[], list[JsonObject]] = list  # shows life in a stream before its first event
+    live: Callable[[], list[JsonObject]] = list  # and after it
+    fail: Callable[[ApiError], list[JsonObject]] | None = None  # where an error alone is no end
+    end: bytes = b""  # of a stream
 
 
-def _ask_chat(body: JsonObject, betas: str) -> Asked:
-    turn, style = parse_chat_request(body, int(time.time()))
-    answer = MessageAssembler()
+def ask_messages(body: JsonObject, betas: str = "", *, is_count: bool = False) -> Asked:
+    """Read a request of the Messages API."""
+    turn = parse_messages_request(body, betas, is_count=is_count)
+    return Asked(turn, lambda event: [event], dict, live=lambda: [{"type": "ping"}])
 
-    def encode(event: Event) -> bytes:
+
+def ask_chat(body: JsonObject, betas: str = "", *, is_count: bool = False) -> Asked:
+    """Read a request for a chat completion."""
+    (turn, style), answer = parse_chat_request(body, int(time.time())), MessageAssembler()
+
+    def encode(event: Event) -> list[JsonObject]:
         answer.add(event)
-        end = b"data: [DONE]\n\n" if event["type"] == "message_stop" else b""
-        return b"".join(map(to_frame, to_chunks(event, answer, style))) + end
+        return to_chunks(event, answer, style)
 
-    return Asked(turn, encode, lambda message: to_completion(message, style))
+    end = b"data: [DONE]\n\n"
+    return Asked(turn, encode, lambda message: to_completion(message, style), end=end)
 
 
-def _ask_responses(body: JsonObject, betas: str) -> Asked:
-    turn, style = parse_responses_request(body, int(time.time()))
+def ask_responses(body: JsonObject, betas: str = "", *, is_count: bool = False) -> Asked:
+    """Read a request for a response."""
+    turn, style = parse_responses_request(body, int(time.time()), is_count=is_count)
     writer = ResponseWriter(style)
-
-    def framed(write: Callable[..., list[JsonObject]]) -> Callable[..., bytes]:
-        return lambda *given: b"".join(map(to_frame, write(*given)))
-
-    def finish(message: JsonObject) -> JsonObject:
-        return to_response(message, style)
-
-    live = framed(writer.live)
-    return Asked(turn, framed(writer.feed), finish, live, live, framed(writer.fail))
-
-
-class Dialect(NamedTuple):
-    """An API that asks a model: how it is read and written."""
-
-    read: Callable[[JsonObject, str], Asked]  # a body, anthropic-beta
-    to_error: Callable[[ApiError], tuple[int, JsonObject]]
-
-
-ANTHROPIC: Final = Dialect(
-    lambda body, betas: Asked(
-        parse_messages_request(body, betas), to_frame, dict, live=lambda: to_frame({"type": "ping"})
-    ),
-    to_anthropic_error,
-)
-OPENAI: Final = Dialect(_ask_chat, to_openai_error)
-RESPONSES: Final = Dialect(_ask_responses, to_responses_error)
+    feed, live, fail = writer.feed, writer.live, writer.fail
+    return Asked(turn, feed, lambda message: to_response(message, style), live, live, fail)
 
 
 def cors_headers(head: Head, settings: Settings) -> dict[str, str]:
@@ -3794,8 +3764,9 @@ class Handler(BaseRequestHandler):
         self._record = Record(service.metrics, route.name, client, head.method, head.path)
         ids = dict.fromkeys(("request-id", "x-request-id"), self._record.request_id)
         self._out = Response(self._stream, head, ids | cors_headers(head, service.settings))
-        self._head, self._dialect = head, route.dialect
-        self._asked: Asked | None = None
+        self._head, self._route = head, route
+        self._asked: Asked | None = None  # once a model is
+        self._life: Callable[[], list[JsonObject]] | None = None  # what shows it in a stream
         try:
             if failure:
                 raise failure
@@ -3818,8 +3789,8 @@ class Handler(BaseRequestHandler):
         if error.status != 400:  # its message may quote the prompt
             self._record.note(msg=json.dumps(str(error)[:200], ensure_ascii=False))
         self._record.debug("error", str(error).encode())
-        status, body = self._dialect.to_error(error)
-        if self._dialect is ANTHROPIC:
+        status, body = self._route.to_error(error)
+        if self._route.to_error is to_anthropic_error:
             body["request_id"] = self._record.request_id
         if self._record.has_turn:
             self._out.add_headers(self._service.rate_limits)
@@ -3830,9 +3801,9 @@ class Handler(BaseRequestHandler):
         with contextlib.suppress(ClientGone):
             if fail and (self._out.status or error.status in (502, 504)):
                 # a failure that was paid for, by its status Codex would repeat it thirty times
-                self._out.write_chunk(fail(error), is_last=True)
+                self._out.write_chunk(to_frames(*fail(error)), is_last=True)
             elif self._out.status:
-                self._out.write_chunk(to_frame(body), is_last=True)
+                self._out.write_chunk(to_frames(body), is_last=True)
             else:
                 self._out.send_json(status, body)
         return error.status  # though the client of a stream has had a 200
@@ -3887,7 +3858,7 @@ class Handler(BaseRequestHandler):
 
     def models(self) -> None:
         """Answer all models on one page, which both SDKs' paging takes, or one by id or alias."""
-        models = to_model_list(self._service.models(self._caller, self._out.tick))
+        models = to_model_list(self._service.models(self._caller, self._tick))
         if name := self._head.path.partition("/models/")[2]:
             wanted = self._service.model_id(name)
             if not (found := [model for model in models if model["id"] == wanted]):
@@ -3899,18 +3870,11 @@ class Handler(BaseRequestHandler):
         self._out.send_json(200, {**body, "first_id": ids[0], "last_id": ids[-1]})
 
     def count_tokens(self) -> None:
-        body, betas = self._read_json(), self._head.get("anthropic-beta")
-        self._out.send_json(200, self._count(parse_messages_request(body, betas, is_count=True)))
-
-    def response_tokens(self) -> None:
-        turn, _ = parse_responses_request(self._read_json(), 0, is_count=True)
-        self._out.send_json(200, {"object": "response.input_tokens", **self._count(turn)})
-
-    def _count(self, turn: Turn) -> JsonObject:
-        self._record.note_turn(turn, is_known=self._service.knows(turn.model))
-        count = {"input_tokens": self._service.count_tokens(turn, self._caller, self._out.tick)}
+        turn = self._read_asked(is_count=True).turn
+        count = {"input_tokens": self._service.count_tokens(turn, self._caller, self._tick)}
         self._record.note_usage(count)
-        return count
+        kind = {"object": "response.input_tokens"} if self._route.ask is ask_responses else {}
+        self._out.send_json(200, {**kind, **count})
 
     def upgrade(self) -> None:
         """Refuse a WebSocket so that Codex comes by HTTP at once (responses-api.md 2.5)."""
@@ -3919,31 +3883,37 @@ class Handler(BaseRequestHandler):
     def ask(self) -> None:
         """Have a model answer: write its events as they come, or the whole message."""
         service, record, out = self._service, self._record, self._out
-        body, betas = self._read_json(), self._head.get("anthropic-beta")
-        asked = self._dialect.read(body, betas)
-        self._asked, turn = asked, asked.turn
-        record.note_turn(turn, is_known=service.knows(turn.model))
+        self._asked = asked = self._read_asked()
+        turn, assembler = asked.turn, MessageAssembler()
+        take: Callable[[Event], list[JsonObject] | None] = assembler.add
         if turn.stream:
-            out.stream_with(asked.wait)
-        assembler = MessageAssembler()
-        with contextlib.closing(service.answer(turn, self._caller, out.tick, record)) as answer:
+            take, self._life = asked.encode, asked.wait
+        with contextlib.closing(service.answer(turn, self._caller, self._tick, record)) as answer:
             for batch in answer:
                 out.add_headers(service.rate_limits)
                 with upstream_protocol():
-                    for event in () if turn.stream else batch:
-                        assembler.add(event)
-                    frames = b"".join(map(asked.encode, batch)) if turn.stream else b""
                     record.note_events(batch)
-                out.write_chunk(frames, is_last=batch[-1:] == [{"type": "message_stop"}])
+                    frames = to_frames(*(made for event in batch for made in take(event) or ()))
                 if turn.stream:
+                    is_last = batch[-1:] == [{"type": "message_stop"}]
+                    frames += asked.end * is_last
+                    out.write_chunk(frames, is_last=is_last)
                     record.debug("response", frames)
-                    out.stream_with(asked.live)
+                    self._life = asked.live
         if not turn.stream:
             with upstream_protocol():
                 body = asked.finish(assembler.message)
             record.debug("response", out.send_json(200, body))
 
-    def _read_json(self) -> JsonObject:
+    def _tick(self) -> None:
+        """Look after the client while it waits: see whether it left, show a stream life."""
+        if self._stream.has_left():
+            raise ClientGone
+        if self._life and time.monotonic() - self._out.written_at >= KEEPALIVE_S:
+            # a comment clients skip; some are confused by an event so early
+            self._out.write_chunk(to_frames(*self._life()) or b": waiting\n\n")
+
+    def _read_asked(self, *, is_count: bool = False) -> Asked:
         if self._head.get("content-encoding").lower() not in ("", "identity"):
             details = {"error_code": "request_body_encoding_unsupported"}
             raise InvalidRequest("Content-Encoding: only identity is taken", details=details)
@@ -3951,7 +3921,10 @@ class Handler(BaseRequestHandler):
             self._stream.send(b"HTTP/1.1 100 Continue\r\n\r\n")
         raw = self._stream.read_body()
         self._record.debug("request", raw)
-        return parse_json(raw)
+        betas = self._head.get("anthropic-beta")
+        asked = self._route.ask(parse_json(raw), betas, is_count=is_count)
+        self._record.note_turn(asked.turn, is_known=self._service.knows(asked.turn.model))
+        return asked
 
 
 class Route(NamedTuple):
@@ -3960,10 +3933,13 @@ class Route(NamedTuple):
     method: str
     name: str
     run: Callable[[Handler], None]
-    dialect: Dialect = ANTHROPIC
+    ask: Callable[..., Asked] = ask_messages
+    to_error: Callable[[ApiError], tuple[int, JsonObject]] = to_anthropic_error
     needs_key: bool = True
 
 
+CHAT: Final = (ask_chat, to_openai_error)
+RESPONSES: Final = (ask_responses, to_responses_error)
 # Without their /v1: a base URL is configured with it or without, and some clients add one.
 ROUTES: Final = {
     "/": Route("GET", "status", Handler.status),
@@ -3972,10 +3948,10 @@ ROUTES: Final = {
     "/api/hello": Route("GET", "hello", Handler.hello),  # Claude Code's own probe
     "/messages": Route("POST", "messages", Handler.ask),
     "/messages/count_tokens": Route("POST", "count_tokens", Handler.count_tokens),
-    "/chat/completions": Route("POST", "chat_completions", Handler.ask, OPENAI),
-    "/responses": Route("POST", "responses", Handler.ask, RESPONSES),
-    "GET /responses": Route("GET", "upgrade", Handler.upgrade, RESPONSES),
-    "/responses/input_tokens": Route("POST", "response_tokens", Handler.response_tokens, RESPONSES),
+    "/chat/completions": Route("POST", "chat_completions", Handler.ask, *CHAT),
+    "/responses": Route("POST", "responses", Handler.ask, *RESPONSES),
+    "GET /responses": Route("GET", "upgrade", Handler.upgrade, *RESPONSES),
+    "/responses/input_tokens": Route("POST", "response_tokens", Handler.count_tokens, *RESPONSES),
     "/models": Route("GET", "models", Handler.models),
     "/models/": Route("GET", "model", Handler.models),
 }
@@ -4018,7 +3994,7 @@ class DemoApi(BaseHTTPRequestHandler):
             {"type": "message_stop"},
         ]
         for event in events:
-            self.wfile.write(to_frame(event))
+            self.wfile.write(to_frames(event))
             time.sleep(DEMO_WORD_S)
 
     def log_message(self, *args: object) -> None:
