@@ -3757,9 +3757,8 @@ class Handler(BaseRequestHandler):
         """Run a route; whatever it raises is answered here and nowhere else. Raises ClientGone."""
         path = re.sub(r"\A(/v1)+(?=/)", "", head.path)
         path = "/models/" if path.startswith("/models/") else path
-        route = ROUTES.get(f"{head.method} {path}") or ROUTES.get(path, NO_ROUTE)
-        if path == "/" and "text/html" in head.get("accept"):
-            route = PAGE_ROUTE
+        is_page = path == "/" and "text/html" in head.get("accept")
+        route = PAGE_ROUTE if is_page else ROUTES.get(path, NO_ROUTE)
         client, service = str(self.client_address[0]), self._service
         self._record = Record(service.metrics, route.name, client, head.method, head.path)
         ids = dict.fromkeys(("request-id", "x-request-id"), self._record.request_id)
@@ -3823,7 +3822,9 @@ class Handler(BaseRequestHandler):
             raise ApiError(f"{head.method} {head.path}: no such route", status=404)
         if head.method != route.method and (head.method, route.method) != ("HEAD", "GET"):
             self._out.add_headers(allow)
-            raise ApiError(f"{head.method} is not allowed here, {route.method} is", status=405)
+            # by 426 Codex learns to come without a WebSocket, at once (responses-api.md 2.5)
+            status = 426 if head.get("upgrade") else 405
+            raise ApiError(f"{head.method} is not allowed here, {route.method} is", status)
         if needs_key:
             self._record.note(key=self._caller.name)
         route.run(self)
@@ -3875,10 +3876,6 @@ class Handler(BaseRequestHandler):
         self._record.note_usage(count)
         kind = {"object": "response.input_tokens"} if self._route.ask is ask_responses else {}
         self._out.send_json(200, {**kind, **count})
-
-    def upgrade(self) -> None:
-        """Refuse a WebSocket so that Codex comes by HTTP at once (responses-api.md 2.5)."""
-        raise ApiError("WebSockets are not spoken here; POST, please", status=426)
 
     def ask(self) -> None:
         """Have a model answer: write its events as they come, or the whole message."""
@@ -3950,7 +3947,6 @@ ROUTES: Final = {
     "/messages/count_tokens": Route("POST", "count_tokens", Handler.count_tokens),
     "/chat/completions": Route("POST", "chat_completions", Handler.ask, *CHAT),
     "/responses": Route("POST", "responses", Handler.ask, *RESPONSES),
-    "GET /responses": Route("GET", "upgrade", Handler.upgrade, *RESPONSES),
     "/responses/input_tokens": Route("POST", "response_tokens", Handler.count_tokens, *RESPONSES),
     "/models": Route("GET", "models", Handler.models),
     "/models/": Route("GET", "model", Handler.models),
