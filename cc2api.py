@@ -3829,9 +3829,6 @@ class Handler(BaseRequestHandler):
             self._record.note(key=self._caller.name)
         route.run(self)
 
-    def hello(self) -> None:
-        self._out.send_json(200, {"service": "cc2api", "version": __version__})
-
     def status(self) -> None:
         url = f"http://{quoted(self._head.get('host'), 200)}"
         self._send_text("text/plain", status_text(self._service, url))
@@ -3942,7 +3939,7 @@ ROUTES: Final = {
     "/": Route("GET", "status", Handler.status),
     "/healthz": Route("GET", "healthz", Handler.healthz, needs_key=False),
     "/metrics": Route("GET", "metrics", Handler.metrics),
-    "/api/hello": Route("GET", "hello", Handler.hello),  # Claude Code's own probe
+    "/api/hello": Route("GET", "hello", Handler.healthz),  # Claude Code's own probe
     "/messages": Route("POST", "messages", Handler.ask),
     "/messages/count_tokens": Route("POST", "count_tokens", Handler.count_tokens),
     "/chat/completions": Route("POST", "chat_completions", Handler.ask, *CHAT),
@@ -3952,7 +3949,7 @@ ROUTES: Final = {
     "/models/": Route("GET", "model", Handler.models),
 }
 PAGE_ROUTE: Final = Route("GET", "status", Handler.page, needs_key=False)
-NO_ROUTE: Final = Route("GET", "none", Handler.hello, needs_key=False)
+NO_ROUTE: Final = Route("GET", "none", Handler.healthz, needs_key=False)
 
 
 # ========================================================================= Demo
