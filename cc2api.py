@@ -3629,6 +3629,8 @@ class Server(ThreadingHTTPServer):
 # for each connection. A new route is a row in ROUTES and a function of a Handler; a new API that
 # asks a model is a function that returns an Asked, and one for its errors.
 
+# Localhost and IP addresses: no name in the DNS has one of these forms.
+_OWN_NAME: Final = re.compile(r"localhost|[0-9.]+|\[[0-9a-f:.]+\]")
 CORS_HEADERS: Final = {
     "access-control-allow-methods": "GET, POST, OPTIONS",
     "access-control-allow-headers": "authorization, *",  # the star does not cover authorization
@@ -3706,8 +3708,9 @@ def admit(head: Head, keys: KeyFile, settings: Settings, *, needs_key: bool) -> 
     loaded = keys.load()
     if keys.is_open(loaded):
         origin, host = head.get("origin"), head.get("host")
-        name = re.sub(r":\d*\Z", "", host).strip("[]").lower()
-        if name and not is_own_name(name, settings):
+        names = ("", *map(str.lower, settings.allowed_host))
+        name = re.sub(r":\d*\Z", "", host).lower()
+        if name not in names and not _OWN_NAME.fullmatch(name):
             raise ApiError(f"Host {quoted(name, 100)} is not served; see --allowed-host", 403)
         is_own = origin in ("", f"http://{host}", f"https://{host}")
         if not is_own and not cors_headers(head, settings):
@@ -3715,14 +3718,6 @@ def admit(head: Head, keys: KeyFile, settings: Settings, *, needs_key: bool) -> 
     if not needs_key:
         return NOBODY
     return keys.check(loaded, head.get("x-api-key"), head.get("authorization"))
-
-
-def is_own_name(name: str, settings: Settings) -> bool:
-    """Say whether a Host names this server: an IP address, localhost, or --allowed-host."""
-    with contextlib.suppress(ValueError):
-        names = ("localhost", *map(str.lower, settings.allowed_host))
-        return name in names or bool(ipaddress.ip_address(name))
-    return False
 
 
 class Handler(BaseRequestHandler):
