@@ -3526,11 +3526,9 @@ class Response:
     def __init__(self, stream: ClientStream, head: Head, headers: Mapping[str, str]) -> None:
         self.status = 0  # what was sent, 0 while nothing was
         self.closes = True  # the connection ends with it
-        self._stream, self._head, self._headers = stream, head, dict(headers)
+        self.headers = dict(headers)  # that go out with it
+        self._stream, self._head = stream, head
         self.written_at = time.monotonic()  # last
-
-    def add_headers(self, headers: Mapping[str, str]) -> None:
-        self._headers |= headers
 
     def send_json(self, status: int, body: JsonObject) -> bytes:
         """Write a whole answer in JSON; return its body."""
@@ -3568,7 +3566,7 @@ class Response:
             f"server: cc2api/{__version__}",
             f"date: {email.utils.formatdate(usegmt=True)}",
             f"connection: {'close' if self.closes else 'keep-alive'}",
-            *(f"{name}: {value}" for name, value in {**self._headers, **headers}.items()),
+            *(f"{name}: {value}" for name, value in {**self.headers, **headers}.items()),
         ]
         return "\r\n".join([*lines, "", ""]).encode("ascii")
 
@@ -3787,10 +3785,10 @@ class Handler(BaseRequestHandler):
         if self._route.to_error is to_anthropic_error:
             body["request_id"] = self._record.request_id
         if self._record.has_turn:
-            self._out.add_headers(self._service.rate_limits)
+            self._out.headers.update(self._service.rate_limits)
         should_retry = False if (error.status, status) == (402, 429) else error.should_retry
         told = without_nulls({"retry-after": error.retry_after_s, "x-should-retry": should_retry})
-        self._out.add_headers({name: str(value).lower() for name, value in told.items()})
+        self._out.headers.update({name: str(value).lower() for name, value in told.items()})
         fail = self._asked.fail if self._asked and self._asked.turn.stream else None
         with contextlib.suppress(ClientGone):
             if fail and (self._out.status or error.status in (502, 504)):
@@ -3816,7 +3814,7 @@ class Handler(BaseRequestHandler):
         if route is NO_ROUTE:
             raise ApiError(f"{head.method} {head.path}: no such route", status=404)
         if head.method != route.method and (head.method, route.method) != ("HEAD", "GET"):
-            self._out.add_headers(allow)
+            self._out.headers.update(allow)
             # by 426 Codex learns to come without a WebSocket, at once (responses-api.md 2.5)
             status = 426 if head.get("upgrade") else 405
             raise ApiError(f"{head.method} is not allowed here, {route.method} is", status)
@@ -3879,7 +3877,7 @@ class Handler(BaseRequestHandler):
             take, self._life = asked.encode, asked.wait
         with contextlib.closing(service.answer(turn, self._caller, self._tick, record)) as answer:
             for batch in answer:
-                out.add_headers(service.rate_limits)
+                out.headers.update(service.rate_limits)
                 with upstream_protocol():
                     record.note_events(batch)
                     frames = to_frames(*(made for event in batch for made in take(event) or ()))
