@@ -127,8 +127,6 @@ OVERLOADED_RETRY_AFTER_S: Final = 5  # told to clients that find the queue full
 MAX_CONNECTIONS: Final = 512  # open at once, each a thread; far below the usual 1024 descriptors
 MAX_HEADERS: Final = 100  # http.server's own limit
 MAX_HEAD_BYTES: Final = 64 * 1024  # request line and headers together
-HEAD_BUFFER_BYTES: Final = 8192  # most heads fit in; a body does not pass through it
-MAX_CHUNK_LINE_BYTES: Final = 256  # a size and extensions that nobody sends
 HEAD_TIMEOUT_S: Final = 15.0  # for a whole head: half-open connections go
 BODY_TIMEOUT_S: Final = 120.0  # for a whole body: 32 MB at 2 Mbit/s
 KEYS_GONE_S: Final = 2.0  # a key file that is written anew is empty or gone for a moment
@@ -3415,7 +3413,7 @@ class ClientStream(io.RawIOBase):
         self.body_length: int | None = 0  # of what is still to be read; None: nobody knows
         self._sock, self._patience_s = sock, patience_s
         self._deadline = 0.0  # of what is being read
-        self._reader = io.BufferedReader(self, HEAD_BUFFER_BYTES)
+        self._reader = io.BufferedReader(self)
         self._watch = select.poll()
         self._watch.register(sock, select.POLLIN | _HANGUP)
 
@@ -3450,7 +3448,7 @@ class ClientStream(io.RawIOBase):
 
     def _read_chunks(self) -> bytes:
         body = bytearray()
-        while line := _CHUNK_LINE.fullmatch(self._read_line(MAX_CHUNK_LINE_BYTES)):
+        while line := _CHUNK_LINE.fullmatch(self._read_line()):
             size = int(line[1], 16)
             if len(body) + size > MAX_BODY_BYTES:
                 raise InvalidRequest(_TOO_LARGE, status=413)
@@ -3472,7 +3470,7 @@ class ClientStream(io.RawIOBase):
                 raise InvalidRequest(f"over {MAX_HEADERS} headers", status=431)
         return lines
 
-    def _read_line(self, limit: int) -> str:
+    def _read_line(self, limit: int = MAX_HEAD_BYTES) -> str:
         line = self._reader.readline(limit)
         if not line.endswith(b"\r\n"):
             status = 400 if line.endswith(b"\n") else 431
