@@ -3627,12 +3627,6 @@ class Server(ThreadingHTTPServer):
 
 # Localhost and IP addresses: no name in the DNS has one of these forms.
 _OWN_NAME: Final = re.compile(r"localhost|[0-9.]+|\[[0-9a-f:.]+\]")
-CORS_HEADERS: Final = {
-    "access-control-allow-methods": "GET, POST, OPTIONS",
-    "access-control-allow-headers": "authorization, *",  # the star does not cover authorization
-    "access-control-expose-headers": "request-id, x-request-id, retry-after",
-    "access-control-max-age": "600",
-}
 
 
 def to_frames(*events: JsonObject) -> bytes:
@@ -3661,14 +3655,12 @@ class Asked(NamedTuple):
     end: bytes = b""  # of a stream
 
 
-def ask_messages(body: JsonObject, betas: str = "", *, is_count: bool = False) -> Asked:
-    """Read a request of the Messages API."""
+def _ask_messages(body: JsonObject, betas: str = "", *, is_count: bool = False) -> Asked:
     turn = parse_messages_request(body, betas, is_count=is_count)
     return Asked(turn, lambda event: [event], dict, live=lambda: [{"type": "ping"}])
 
 
-def ask_chat(body: JsonObject, betas: str = "", *, is_count: bool = False) -> Asked:
-    """Read a request for a chat completion."""
+def _ask_chat(body: JsonObject, betas: str = "", *, is_count: bool = False) -> Asked:
     (turn, style), answer = parse_chat_request(body, int(time.time())), MessageAssembler()
 
     def encode(event: Event) -> list[JsonObject]:
@@ -3679,8 +3671,7 @@ def ask_chat(body: JsonObject, betas: str = "", *, is_count: bool = False) -> As
     return Asked(turn, encode, lambda message: to_completion(message, style), end=end)
 
 
-def ask_responses(body: JsonObject, betas: str = "", *, is_count: bool = False) -> Asked:
-    """Read a request for a response."""
+def _ask_responses(body: JsonObject, betas: str = "", *, is_count: bool = False) -> Asked:
     turn, style = parse_responses_request(body, int(time.time()), is_count=is_count)
     writer = ResponseWriter(style)
     feed, live, fail = writer.feed, writer.live, writer.fail
@@ -3691,7 +3682,14 @@ def cors_headers(head: Head, settings: Settings) -> dict[str, str]:
     """Return the headers that let a page of this origin read the answer; none for others."""
     for allowed in settings.cors_origin:
         if allowed in ("*", head.get("origin")):
-            return {**CORS_HEADERS, "access-control-allow-origin": allowed, "vary": "origin"}
+            return {
+                "access-control-allow-origin": allowed,
+                "access-control-allow-methods": "GET, POST, OPTIONS",
+                "access-control-allow-headers": "authorization, *",  # a star does not cover it
+                "access-control-expose-headers": "request-id, x-request-id, retry-after",
+                "access-control-max-age": "600",
+                "vary": "origin",
+            }
     return {}
 
 
@@ -3862,7 +3860,7 @@ class Handler(BaseRequestHandler):
         turn = self._read_asked(is_count=True).turn
         count = {"input_tokens": self._service.count_tokens(turn, self._caller, self._tick)}
         self._record.note_usage(count)
-        kind = {"object": "response.input_tokens"} if self._route.ask is ask_responses else {}
+        kind = {"object": "response.input_tokens"} if self._route.ask is _ask_responses else {}
         self._out.send_json(200, {**kind, **count})
 
     def ask(self) -> None:
@@ -3918,13 +3916,13 @@ class Route(NamedTuple):
     method: str
     name: str
     run: Callable[[Handler], None]
-    ask: Callable[..., Asked] = ask_messages
+    ask: Callable[..., Asked] = _ask_messages
     to_error: Callable[[ApiError], tuple[int, JsonObject]] = to_anthropic_error
     needs_key: bool = True
 
 
-CHAT: Final = (ask_chat, to_openai_error)
-RESPONSES: Final = (ask_responses, to_responses_error)
+CHAT: Final = (_ask_chat, to_openai_error)
+RESPONSES: Final = (_ask_responses, to_responses_error)
 # Without their /v1: a base URL is configured with it or without, and some clients add one.
 ROUTES: Final = {
     "/": Route("GET", "status", Handler.status),
