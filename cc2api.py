@@ -3846,15 +3846,15 @@ class Handler(BaseRequestHandler):
     def models(self) -> None:
         """Answer all models on one page, which both SDKs' paging takes, or one by id or alias."""
         models = to_model_list(self._service.models(self._caller, self._tick))
+        by_id = {model["id"]: model for model in models}
         if name := self._head.path.partition("/models/")[2]:
-            wanted = self._service.model_id(name)
-            if not (found := [model for model in models if model["id"] == wanted]):
+            if not (body := by_id.get(self._service.model_id(name))):
                 raise ApiError(f"model: {name}", status=404)
-            self._out.send_json(200, found[0])
-            return
-        ids = [model["id"] for model in models] or [None]
-        body = {"object": "list", "data": models, "has_more": False}
-        self._out.send_json(200, {**body, "first_id": ids[0], "last_id": ids[-1]})
+        else:
+            ids = [*by_id] or [None]
+            body = {"object": "list", "data": models, "has_more": False}
+            body |= {"first_id": ids[0], "last_id": ids[-1]}
+        self._out.send_json(200, body)
 
     def count_tokens(self) -> None:
         turn = self._read_asked(is_count=True).turn
