@@ -25,7 +25,7 @@ Rules that hold throughout:
  5. A stream's 200 goes out with its first event, so that a failure keeps its true status, or after
     KEEPALIVE_S of silence.
 
-A streamed request passes HTTP (read_head) > Routes (Handler, admit) > HTTP (read_body) > Requests >
+A streamed request passes HTTP (read_head) > Routes (Handler) > HTTP (read_body) > Requests >
 Service (answer) > Pool (acquire) > Conversation (Session: bring, ask) > Lines > Process (Channel)
 and back Process > Conversation (read) > Events (feed) > Service > Routes (ask) > HTTP (Response).
 Beside it Metrics (Record) notes; at its end the session rests, and the pool takes it back.
@@ -3693,25 +3693,19 @@ def cors_headers(head: Head, settings: Settings) -> dict[str, str]:
     return {}
 
 
-def admit(head: Head, keys: KeyFile, settings: Settings, *, needs_key: bool) -> Caller:
-    """Return who calls. Raises ApiError for whom it is not for.
+def keep_pages_out(head: Head, settings: Settings) -> None:
+    """Refuse web pages, for where no key does: those of other origins and of names made ours.
 
-    Where keys are in force a page needs one like anybody. Without, web pages are kept out: those of
-    other origins, and of names made to resolve to us (rebinding).
+    Raises ApiError. Such a name is another's that was made to resolve to us (rebinding).
     """
-    loaded = keys.load()
-    if keys.is_open(loaded):
-        origin, host = head.get("origin"), head.get("host")
-        names = ("", *map(str.lower, settings.allowed_host))
-        name = re.sub(r":\d*\Z", "", host).lower()
-        if name not in names and not _OWN_NAME.fullmatch(name):
-            raise ApiError(f"Host {quoted(name, 100)} is not served; see --allowed-host", 403)
-        is_own = origin in ("", f"http://{host}", f"https://{host}")
-        if not is_own and not cors_headers(head, settings):
-            raise ApiError(f"pages of {quoted(origin, 100)} may not call; see --cors-origin", 403)
-    if not needs_key:
-        return NOBODY
-    return keys.check(loaded, head.get("x-api-key"), head.get("authorization"))
+    origin, host = head.get("origin"), head.get("host")
+    names = ("", *map(str.lower, settings.allowed_host))
+    name = re.sub(r":\d*\Z", "", host).lower()
+    if name not in names and not _OWN_NAME.fullmatch(name):
+        raise ApiError(f"Host {quoted(name, 100)} is not served; see --allowed-host", 403)
+    is_own = origin in ("", f"http://{host}", f"https://{host}")
+    if not is_own and not cors_headers(head, settings):
+        raise ApiError(f"pages of {quoted(origin, 100)} may not call; see --cors-origin", 403)
 
 
 class Handler(BaseRequestHandler):
@@ -3800,9 +3794,9 @@ class Handler(BaseRequestHandler):
         head, service = self._head, self._service
         if self.server.is_stopping:
             raise CliFailed("the gateway is shutting down", status=503)
-        needs_key = route.needs_key and head.method != "OPTIONS"
-        if route.name != "healthz":
-            self._caller = admit(head, service.keys, service.settings, needs_key=needs_key)
+        keys = service.keys.load()
+        if service.keys.is_open(keys) and route.name != "healthz":
+            keep_pages_out(head, service.settings)
         allow = {"allow": f"{route.method}, OPTIONS"}
         if head.method == "OPTIONS":
             self._out.send(204, b"", allow)
@@ -3814,7 +3808,9 @@ class Handler(BaseRequestHandler):
             # by 426 Codex learns to come without a WebSocket, at once (responses-api.md 2.5)
             status = 426 if head.get("upgrade") else 405
             raise ApiError(f"{head.method} is not allowed here, {route.method} is", status)
-        if needs_key:
+        if route.needs_key:
+            given = head.get("x-api-key"), head.get("authorization")
+            self._caller = service.keys.check(keys, *given)
             self._record.note(key=self._caller.name)
         route.run(self)
 
