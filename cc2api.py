@@ -3720,19 +3720,17 @@ class Handler(BaseRequestHandler):
         self._service: Service = self.server.service
         self._stream = ClientStream(self.request, self._service.settings.timeout)
         idle_s = HEAD_TIMEOUT_S
-        try:
-            while not self.server.is_stopping:
-                head = self._stream.read_head(idle_s)
-                with self.server.count("answers"):
-                    self._answer(head)
-                if self._out.closes:
-                    break
-                idle_s = IDLE_CONNECTION_S
-        except ClientGone:
-            return
-        except InvalidRequest as error:
-            if error.status != 408:  # to a connection that stayed silent nothing is said
-                with contextlib.suppress(ClientGone):
+        with contextlib.suppress(ClientGone):
+            try:
+                while not self.server.is_stopping:
+                    head = self._stream.read_head(idle_s)
+                    with self.server.count("answers"):
+                        self._answer(head)
+                    if self._out.closes:
+                        break
+                    idle_s = IDLE_CONNECTION_S
+            except InvalidRequest as error:
+                if error.status != 408:  # to a connection that stayed silent nothing is said
                     self._answer(Head("-", "-", True, {}), error)
         self._stream.linger()
 
