@@ -3581,8 +3581,7 @@ class Server(ThreadingHTTPServer):
         self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
         self.service: Any = None  # what the handlers serve
         self.is_stopping = False
-        self.running = collections.Counter[str]()  # connections and answers
-        self._lock = threading.Lock()  # guards the counts
+        self.running: dict[str, set[object]] = {"connections": set(), "answers": set()}
         super().__init__(address, handler)
         self.server_port: int = self.server_address[1]
 
@@ -3592,14 +3591,12 @@ class Server(ThreadingHTTPServer):
     @contextlib.contextmanager
     def count(self, what: str) -> Iterator[int]:
         """Count a connection or an answer as running; yield how many are."""
-        with self._lock:
-            self.running[what] += 1
-            count = self.running[what]
+        running, one = self.running[what], object()
+        running.add(one)
         try:
-            yield count
+            yield len(running)
         finally:
-            with self._lock:
-                self.running[what] -= 1
+            running.discard(one)
 
     def finish_request(self, request: Any, client_address: Any) -> None:
         """Run a connection's handler; beyond MAX_CONNECTIONS it is closed at once."""
@@ -4193,7 +4190,7 @@ def serve(settings: Settings, environ: Mapping[str, str]) -> int:
         time.sleep(ACCEPT_TICK_S)
     server.stop()
     deadline = time.monotonic() + settings.drain
-    if running := server.running["answers"]:
+    if running := len(server.running["answers"]):
         words = "answers still running: %d; they get %g s, another Ctrl-C cuts them off"
         log.warning(words, running, settings.drain)
     while server.running["answers"] and len(signals) < 2 and time.monotonic() < deadline:
