@@ -3652,12 +3652,12 @@ class Asked(NamedTuple):
     end: bytes = b""  # of a stream
 
 
-def _ask_messages(body: JsonObject, betas: str = "", *, is_count: bool = False) -> Asked:
+def _ask_messages(body: JsonObject, betas: str, *, is_count: bool) -> Asked:
     turn = parse_messages_request(body, betas, is_count=is_count)
     return Asked(turn, lambda event: [event], dict, live=lambda: [{"type": "ping"}])
 
 
-def _ask_chat(body: JsonObject, betas: str = "", *, is_count: bool = False) -> Asked:
+def _ask_chat(body: JsonObject, betas: str, *, is_count: bool) -> Asked:
     (turn, style), answer = parse_chat_request(body, int(time.time())), MessageAssembler()
 
     def encode(event: Event) -> list[JsonObject]:
@@ -3668,7 +3668,7 @@ def _ask_chat(body: JsonObject, betas: str = "", *, is_count: bool = False) -> A
     return Asked(turn, encode, lambda message: to_completion(message, style), end=end)
 
 
-def _ask_responses(body: JsonObject, betas: str = "", *, is_count: bool = False) -> Asked:
+def _ask_responses(body: JsonObject, betas: str, *, is_count: bool) -> Asked:
     turn, style = parse_responses_request(body, int(time.time()), is_count=is_count)
     writer = ResponseWriter(style)
     feed, live, fail = writer.feed, writer.live, writer.fail
@@ -3691,10 +3691,7 @@ def cors_headers(head: Head, settings: Settings) -> dict[str, str]:
 
 
 def keep_pages_out(head: Head, settings: Settings) -> None:
-    """Refuse web pages, for where no key does: those of other origins and of names made ours.
-
-    Raises ApiError. Such a name is another's that was made to resolve to us (rebinding).
-    """
+    """Refuse pages of other origins, and of names made to resolve to us (rebinding): ApiError."""
     origin, host = head.get("origin"), head.get("host")
     names = ("", *map(str.lower, settings.allowed_host))
     name = re.sub(r":\d*\Z", "", host).lower()
@@ -3742,8 +3739,9 @@ class Handler(BaseRequestHandler):
         ids = dict.fromkeys(("request-id", "x-request-id"), self._record.request_id)
         self._out = Response(self._stream, head, ids | cors_headers(head, service.settings))
         self._head, self._route = head, route
-        self._asked: Asked | None = None  # once a model is
-        self._life: Callable[[], list[JsonObject]] | None = None  # what shows it in a stream
+        # what shows life in a stream, and what ends it where an error alone does not
+        self._life: Callable[[], list[JsonObject]] | None = None
+        self._failed: Callable[[ApiError], list[JsonObject]] | None = None
         try:
             if failure:
                 raise failure
@@ -3774,11 +3772,10 @@ class Handler(BaseRequestHandler):
         should_retry = False if (error.status, status) == (402, 429) else error.should_retry
         told = without_nulls({"retry-after": error.retry_after_s, "x-should-retry": should_retry})
         self._out.headers.update({name: str(value).lower() for name, value in told.items()})
-        fail = self._asked.fail if self._asked and self._asked.turn.stream else None
         with contextlib.suppress(ClientGone):
-            if fail and (self._out.status or error.status in (502, 504)):
+            if self._failed and (self._out.status or error.status in (502, 504)):
                 # a failure that was paid for, by its status Codex would repeat it thirty times
-                self._out.write_chunk(to_frames(*fail(error)), is_last=True)
+                self._out.write_chunk(to_frames(*self._failed(error)), is_last=True)
             elif self._out.status:
                 self._out.write_chunk(to_frames(body), is_last=True)
             else:
@@ -3804,8 +3801,8 @@ class Handler(BaseRequestHandler):
             status = 426 if head.get("upgrade") else 405
             raise ApiError(f"{head.method} is not allowed here, {route.method} is", status)
         if route.needs_key:
-            given = head.get("x-api-key"), head.get("authorization")
-            self._caller = service.keys.check(keys, *given)
+            api_key, bearer = head.get("x-api-key"), head.get("authorization")
+            self._caller = service.keys.check(keys, api_key, bearer)
             self._record.note(key=self._caller.name)
         route.run(self)
 
@@ -3857,11 +3854,11 @@ class Handler(BaseRequestHandler):
     def ask(self) -> None:
         """Have a model answer: write its events as they come, or the whole message."""
         service, record, out = self._service, self._record, self._out
-        self._asked = asked = self._read_asked()
+        asked = self._read_asked()
         turn, assembler = asked.turn, MessageAssembler()
         take: Callable[[Event], list[JsonObject] | None] = assembler.add
         if turn.stream:
-            take, self._life = asked.encode, asked.wait
+            take, self._life, self._failed = asked.encode, asked.wait, asked.fail
         with contextlib.closing(service.answer(turn, self._caller, self._tick, record)) as answer:
             for batch in answer:
                 out.headers.update(service.rate_limits)
@@ -3895,8 +3892,9 @@ class Handler(BaseRequestHandler):
             self._stream.send(b"HTTP/1.1 100 Continue\r\n\r\n")
         raw = self._stream.read_body()
         self._record.debug("request", raw)
-        betas = self._head.get("anthropic-beta")
-        asked = self._route.ask(parse_json(raw), betas, is_count=is_count)
+        asked = self._route.ask(
+            parse_json(raw), self._head.get("anthropic-beta"), is_count=is_count
+        )
         self._record.note_turn(asked.turn, is_known=self._service.knows(asked.turn.model))
         return asked
 
