@@ -3385,23 +3385,6 @@ class Head(NamedTuple):
         return self.headers.get(name, "")
 
 
-def parse_head(request_line: str, lines: Sequence[str]) -> Head:
-    """Parse the lines of a head. Raises InvalidRequest."""
-    if (request := _REQUEST_LINE.fullmatch(request_line)) is None:
-        raise InvalidRequest("malformed request line")
-    headers: dict[str, str] = {}
-    for line in lines:
-        if (header := _HEADER_LINE.fullmatch(line)) is None:
-            raise InvalidRequest("malformed header line")
-        name, value = header[1].lower(), header[2].strip(" \t")
-        headers[name] = f"{headers[name]},{value}" if name in headers else value
-    path = urllib.parse.unquote(request[2].partition("?")[0])
-    head = Head(request[1], path, request[3] == "1", headers)
-    if "," in head.get("host") or (head.is_http_11 and "host" not in headers):
-        raise InvalidRequest("exactly one Host header is needed")
-    return head
-
-
 class ClientStream(io.RawIOBase):
     """The client's end of a connection: `read_head`, `expect_body`, then perhaps `read_body`.
 
@@ -3424,7 +3407,19 @@ class ClientStream(io.RawIOBase):
         self._reader.peek(1)
         self._deadline = time.monotonic() + HEAD_TIMEOUT_S
         first, *lines = self._read_lines() or self._read_lines() or [""]  # RFC 9112: one may be
-        return parse_head(first, lines)
+        if (request := _REQUEST_LINE.fullmatch(first)) is None:
+            raise InvalidRequest("malformed request line")
+        headers: dict[str, str] = {}
+        for line in lines:
+            if (header := _HEADER_LINE.fullmatch(line)) is None:
+                raise InvalidRequest("malformed header line")
+            name, value = header[1].lower(), header[2].strip(" \t")
+            headers[name] = f"{headers[name]},{value}" if name in headers else value
+        path = urllib.parse.unquote(request[2].partition("?")[0])
+        head = Head(request[1], path, request[3] == "1", headers)
+        if "," in head.get("host") or (head.is_http_11 and "host" not in headers):
+            raise InvalidRequest("exactly one Host header is needed")
+        return head
 
     def expect_body(self, head: Head) -> None:
         length = head.headers.get("content-length", "0")
@@ -3432,12 +3427,12 @@ class ClientStream(io.RawIOBase):
             is_chunked = head.is_http_11 and head.get("transfer-encoding").lower() == "chunked"
             if not is_chunked or "content-length" in head.headers:
                 raise InvalidRequest("Transfer-Encoding must be chunked, without a Content-Length")
-            return
-        if not re.fullmatch("[0-9]+", length):
+        elif not re.fullmatch("[0-9]+", length):
             raise InvalidRequest("Content-Length must be given once, as a decimal number")
-        if len(length) > len(str(MAX_BODY_BYTES)) or int(length) > MAX_BODY_BYTES:
+        elif len(length) > len(str(MAX_BODY_BYTES)) or int(length) > MAX_BODY_BYTES:
             raise InvalidRequest(_TOO_LARGE, status=413)
-        self.body_length = int(length)
+        else:
+            self.body_length = int(length)
 
     def read_body(self) -> bytes:
         self._deadline = time.monotonic() + BODY_TIMEOUT_S
