@@ -3575,7 +3575,6 @@ class Server(ThreadingHTTPServer):
         """Bind and listen. Raises OSError. `serve` before `serve_forever`."""
         self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
         self.service: Any = None  # what the handlers serve
-        self.is_stopping = False
         self.running: dict[str, set[object]] = {"connections": set(), "answers": set()}
         super().__init__(address, handler)
         self.server_port: int = self.server_address[1]
@@ -3607,7 +3606,6 @@ class Server(ThreadingHTTPServer):
 
     def stop(self) -> None:
         """Accept no more connections, and answer no more requests."""
-        self.is_stopping = True
         self.shutdown()
         self.server_close()
 
@@ -3711,7 +3709,7 @@ class Handler(BaseRequestHandler):
         idle_s = HEAD_TIMEOUT_S
         with contextlib.suppress(ClientGone):
             try:
-                while not self.server.is_stopping:
+                while self.server.fileno() >= 0:  # until it stops
                     head = self._stream.read_head(idle_s)
                     with self.server.count("answers"):
                         self._answer(head)
@@ -3779,7 +3777,7 @@ class Handler(BaseRequestHandler):
 
     def _run(self, route: Route) -> None:
         head, service = self._head, self._service
-        if self.server.is_stopping:
+        if self.server.fileno() < 0:
             raise CliFailed("the gateway is shutting down", status=503)
         keys = service.keys.load()
         if service.keys.is_open(keys) and route.name != "healthz":
