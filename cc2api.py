@@ -3489,13 +3489,14 @@ class ClientStream(io.RawIOBase):
             raise ClientGone from exc
         raise ClientGone
 
-    def has_left(self) -> bool:
-        """Say whether the client has closed its end. Does not block."""
+    def check(self) -> None:
+        """Raise ClientGone where the client has closed its end. Does not block."""
         try:
             seen = self._watch.poll(0)
-            return any(e & _HANGUP or not self._sock.recv(1, socket.MSG_PEEK) for _, e in seen)
-        except OSError:
-            return True
+            if any(e & _HANGUP or not self._sock.recv(1, socket.MSG_PEEK) for _, e in seen):
+                raise ConnectionError
+        except OSError as exc:
+            raise ClientGone from exc
 
     def send(self, data: bytes) -> None:
         self._sock.settimeout(self._patience_s)
@@ -3871,8 +3872,7 @@ class Handler(BaseRequestHandler):
 
     def _tick(self) -> None:
         """Look after the client while it waits: see whether it left, show a stream life."""
-        if self._stream.has_left():
-            raise ClientGone
+        self._stream.check()
         if self._life and time.monotonic() - self._out.written_at >= KEEPALIVE_S:
             # a comment clients skip; some are confused by an event so early
             self._out.write_chunk(to_frames(*self._life()) or b": waiting\n\n")
