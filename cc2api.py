@@ -3461,7 +3461,7 @@ class ClientStream(io.RawIOBase):
         while line := self._read_line(left):
             lines.append(line)
             left -= len(line) + 2
-            if len(lines) > MAX_HEADERS + 1:
+            if len(lines) > MAX_HEADERS + 1:  # with the request line
                 raise InvalidRequest(f"over {MAX_HEADERS} headers", status=431)
         return lines
 
