@@ -25,9 +25,9 @@ Rules that hold throughout:
  5. A stream's 200 goes out with its first event, so that a failure keeps its true status, or after
     KEEPALIVE_S of silence.
 
-A streamed request passes HTTP (read_head) > Routes (Handler, admit) > HTTP (read_body) > Requests >
+A streamed request passes HTTP (read_head) > Routes (Handler) > HTTP (read_body) > Requests >
 Service (answer) > Pool (acquire) > Conversation (Session: bring, ask) > Lines > Process (Channel)
-and back Process > Conversation (read) > Events (feed) > Service > Routes (to_frame) > HTTP (write).
+and back Process > Conversation (read) > Events (feed) > Service > Routes (ask) > HTTP (Response).
 Beside it Metrics (Record) notes; at its end the session rests, and the pool takes it back.
 
 Facts about the CLI were seen on 2.1.300 to 2.1.331 talking to a scripted API; each one relied on is
@@ -49,6 +49,7 @@ import hashlib
 import hmac
 import http.client
 import importlib.util
+import io
 import ipaddress
 import itertools
 import json
@@ -126,7 +127,6 @@ OVERLOADED_RETRY_AFTER_S: Final = 5  # told to clients that find the queue full
 MAX_CONNECTIONS: Final = 512  # open at once, each a thread; far below the usual 1024 descriptors
 MAX_HEADERS: Final = 100  # http.server's own limit
 MAX_HEAD_BYTES: Final = 64 * 1024  # request line and headers together
-MAX_CHUNK_LINE_BYTES: Final = 256  # a size and extensions that nobody sends
 HEAD_TIMEOUT_S: Final = 15.0  # for a whole head: half-open connections go
 BODY_TIMEOUT_S: Final = 120.0  # for a whole body: 32 MB at 2 Mbit/s
 KEYS_GONE_S: Final = 2.0  # a key file that is written anew is empty or gone for a moment
@@ -3340,52 +3340,24 @@ list()
 # None of these may try one byte in two ways: hostile input would take minutes.
 _REQUEST_LINE: Final = re.compile(r"([A-Z]{1,20}) (/[\x21-\x7e]*) HTTP/1\.([01])")
 _HEADER_LINE: Final = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([\t\x20-\x7e\x80-\xff]*)")
-_CHUNK_LINE: Final = re.compile(rb"([0-9A-Fa-f]{1,8})[ \t]*(?:;[\t\x20-\x7e\x80-\xff]*)?\r\n")
-_TRAILER: Final = re.compile(rb"[^\r\n]*\r\n")
-_LINE_END: Final = re.compile(rb"\n")
-_HEAD_END: Final = re.compile(rb"[^\r\n]\r?\n\r?\n")  # not an empty line before the request
+_CHUNK_LINE: Final = re.compile(r"([0-9A-Fa-f]{1,8})[ \t]*(?:;[\t\x20-\x7e\x80-\xff]*)?")
 _HANGUP: Final = getattr(select, "POLLRDHUP", 0) | select.POLLHUP | select.POLLERR
 _TOO_LARGE: Final = f"Request exceeds the maximum size of {MAX_BODY_BYTES} bytes"
 
 
 class Head(NamedTuple):
-    """A request line and its headers, names in lower case. `get` joins those of a name, or ""."""
+    """A request line and its headers, by names in lower case; those of one name are joined."""
 
     method: str
     path: str  # without the query, percent-decoded
     is_http_11: bool
-    headers: tuple[tuple[str, str], ...]
-
-    def all(self, name: str) -> list[str]:
-        return [value for key, value in self.headers if key == name]
+    headers: Mapping[str, str]
 
     def get(self, name: str) -> str:
-        return ",".join(self.all(name))
+        return self.headers.get(name, "")
 
 
-def parse_head(raw: bytes) -> Head:
-    """Parse a head up to the blank line at its end. Raises InvalidRequest.
-
-    Lines end with CR LF alone; before the first one RFC 9112 lets empty lines pass.
-    """
-    first, *lines = filter(None, raw.decode("latin-1").split("\r\n"))
-    if (request := _REQUEST_LINE.fullmatch(first)) is None:
-        raise InvalidRequest("malformed request line")
-    if len(lines) > MAX_HEADERS:
-        raise InvalidRequest(f"over {MAX_HEADERS} headers", status=431)
-    headers = []
-    for line in lines:
-        if (header := _HEADER_LINE.fullmatch(line)) is None:
-            raise InvalidRequest("malformed header line")
-        headers.append((header[1].lower(), header[2].strip(" \t")))
-    path = urllib.parse.unquote(request[2].partition("?")[0])
-    head = Head(request[1], path, request[3] == "1", tuple(headers))
-    if len(head.all("host")) != 1 and (head.is_http_11 or head.all("host")):
-        raise InvalidRequest("exactly one Host header is needed")
-    return head
-
-
-class ClientStream:
+class ClientStream(io.RawIOBase):
     """The client's end of a connection: `read_head`, `expect_body`, then perhaps `read_body`.
 
     All raise ClientGone, and for bad framing InvalidRequest, with 408 where nothing comes in time.
@@ -3396,7 +3368,7 @@ class ClientStream:
         self.body_length: int | None = 0  # of what is still to be read; None: nobody knows
         self._sock, self._patience_s = sock, patience_s
         self._deadline = 0.0  # of what is being read
-        self._buffer = bytearray()
+        self._reader = io.BufferedReader(self)
         self._watch = select.poll()
         self._watch.register(sock, select.POLLIN | _HANGUP)
 
@@ -3404,89 +3376,101 @@ class ClientStream:
         """Read the next request's head, waiting up to `idle_s` for its first byte."""
         self.body_length = None
         self._deadline = time.monotonic() + idle_s
-        if not self._buffer:
-            self._fill()
+        self._reader.peek(1)
         self._deadline = time.monotonic() + HEAD_TIMEOUT_S
-        return parse_head(self._read_to(_HEAD_END, MAX_HEAD_BYTES))
+        first, *lines = self._read_lines() or self._read_lines() or [""]  # RFC 9112: one may be
+        if (request := _REQUEST_LINE.fullmatch(first)) is None:
+            raise InvalidRequest("malformed request line")
+        headers: dict[str, str] = {}
+        for line in lines:
+            if (header := _HEADER_LINE.fullmatch(line)) is None:
+                raise InvalidRequest("malformed header line")
+            name, value = header[1].lower(), header[2].strip(" \t")
+            headers[name] = f"{headers[name]},{value}" if name in headers else value
+        path = urllib.parse.unquote(request[2].partition("?")[0])
+        head = Head(request[1], path, request[3] == "1", headers)
+        if "," in head.get("host") or (head.is_http_11 and "host" not in headers):
+            raise InvalidRequest("exactly one Host header is needed")
+        return head
 
     def expect_body(self, head: Head) -> None:
-        codings, lengths = head.all("transfer-encoding"), head.all("content-length")
-        if codings:
-            if lengths or not head.is_http_11 or [c.lower() for c in codings] != ["chunked"]:
+        length = head.headers.get("content-length", "0")
+        if "transfer-encoding" in head.headers:
+            is_chunked = head.is_http_11 and head.get("transfer-encoding").lower() == "chunked"
+            if not is_chunked or "content-length" in head.headers:
                 raise InvalidRequest("Transfer-Encoding must be chunked, without a Content-Length")
-            return
-        length = ",".join(lengths or ["0"])
-        if not re.fullmatch("[0-9]+", length):
+        elif not re.fullmatch("[0-9]+", length):
             raise InvalidRequest("Content-Length must be given once, as a decimal number")
-        if len(length) > len(str(MAX_BODY_BYTES)) or int(length) > MAX_BODY_BYTES:
+        elif len(length) > len(str(MAX_BODY_BYTES)) or int(length) > MAX_BODY_BYTES:
             raise InvalidRequest(_TOO_LARGE, status=413)
-        self.body_length = int(length)
+        else:
+            self.body_length = int(length)
 
     def read_body(self) -> bytes:
         self._deadline = time.monotonic() + BODY_TIMEOUT_S
         length = self.body_length
-        body = self._read_chunks() if length is None else self._read_exactly(length)
+        body = self._read_chunks() if length is None else self._reader.read(length)
         self.body_length = 0
         return body
 
     def _read_chunks(self) -> bytes:
         body = bytearray()
-        while size := int(self._read_line(_CHUNK_LINE, MAX_CHUNK_LINE_BYTES)[1], 16):
+        while line := _CHUNK_LINE.fullmatch(self._read_line()):
+            size = int(line[1], 16)
             if len(body) + size > MAX_BODY_BYTES:
                 raise InvalidRequest(_TOO_LARGE, status=413)
-            body += self._read_exactly(size)
-            if self._read_exactly(2) != b"\r\n":
-                raise InvalidRequest("a chunk is longer than announced")
-        for _ in range(MAX_HEADERS + 1):  # trailers: read and dropped
-            if self._read_line(_TRAILER, MAX_HEAD_BYTES)[0] == b"\r\n":
+            if not size:
+                self._read_lines()  # trailers: dropped
                 return bytes(body)
-        raise InvalidRequest("too many trailers", status=431)
+            body += self._reader.read(size)
+            if self._reader.read(2) != b"\r\n":
+                raise InvalidRequest("a chunk is longer than announced")
+        raise InvalidRequest("malformed chunk")
 
-    def _read_line(self, form: re.Pattern[bytes], limit: int) -> re.Match[bytes]:
-        if (line := form.fullmatch(self._read_to(_LINE_END, limit))) is None:
-            raise InvalidRequest("malformed chunk")
-        return line
+    def _read_lines(self) -> list[str]:
+        """Read the lines of a head, or of trailers, up to an empty one."""
+        lines, left = [], MAX_HEAD_BYTES
+        while line := self._read_line(left):
+            lines.append(line)
+            left -= len(line) + 2
+            if len(lines) > MAX_HEADERS + 1:  # with the request line
+                raise InvalidRequest(f"over {MAX_HEADERS} headers", status=431)
+        return lines
 
-    def _read_to(self, end: re.Pattern[bytes], limit: int) -> bytes:
-        """Read up to what matches `end`, and with it, at most `limit` bytes."""
-        searched = 0
-        while (found := end.search(self._buffer, searched)) is None and len(self._buffer) <= limit:
-            searched = max(0, len(self._buffer) - 4)  # what ends a head has five bytes
-            self._fill()
-        if found is None or found.end() > limit:
-            raise InvalidRequest("line or head too long", status=431)
-        return self._read_exactly(found.end())
+    def _read_line(self, limit: int = MAX_HEAD_BYTES) -> str:
+        line = self._reader.readline(limit)
+        if not line.endswith(b"\r\n"):
+            status = 400 if line.endswith(b"\n") else 431
+            raise InvalidRequest("a line is too long, or does not end with CR LF", status)
+        return line[:-2].decode("latin-1")
 
-    def _read_exactly(self, length: int) -> bytes:
-        while len(self._buffer) < length:
-            self._fill()
-        data = bytes(memoryview(self._buffer)[:length])
-        del self._buffer[:length]
-        return data
+    def readable(self) -> bool:
+        return True
 
-    def _fill(self) -> None:
+    def readinto(self, buffer: Any) -> int:
+        """Read what comes before the deadline: what its reader calls."""
         try:
             if (left := self._deadline - time.monotonic()) <= 0:
                 raise TimeoutError
             self._sock.settimeout(left)
-            data = self._sock.recv(READ_BYTES)
+            if count := self._sock.recv_into(buffer):
+                return count
         except TimeoutError:
             raise InvalidRequest("the request did not come in time", status=408) from None
         except OSError as exc:
             raise ClientGone from exc
-        if not data:
-            raise ClientGone
-        self._buffer += data
+        raise ClientGone
 
-    def has_left(self) -> bool:
-        """Say whether the client has closed its end. Does not block."""
+    def check(self) -> None:
+        """Raise ClientGone where the client has closed its end. Does not block."""
         try:
             seen = self._watch.poll(0)
-            return any(e & _HANGUP or not self._sock.recv(1, socket.MSG_PEEK) for _, e in seen)
-        except OSError:
-            return True
+            if any(e & _HANGUP or not self._sock.recv(1, socket.MSG_PEEK) for _, e in seen):
+                raise ConnectionError
+        except OSError as exc:
+            raise ClientGone from exc
 
-    def write(self, data: bytes) -> None:
+    def send(self, data: bytes) -> None:
         self._sock.settimeout(self._patience_s)
         try:
             self._sock.sendall(data)
@@ -3499,8 +3483,7 @@ class ClientStream:
         with contextlib.suppress(OSError, InvalidRequest, ClientGone):
             self._sock.shutdown(socket.SHUT_WR)
             while True:
-                self._buffer.clear()
-                self._fill()
+                self.readinto(bytearray(READ_BYTES))
 
 
 class Response:
@@ -3509,23 +3492,9 @@ class Response:
     def __init__(self, stream: ClientStream, head: Head, headers: Mapping[str, str]) -> None:
         self.status = 0  # what was sent, 0 while nothing was
         self.closes = True  # the connection ends with it
-        self._stream, self._head, self._headers = stream, head, dict(headers)
-        self._life: Callable[[], bytes] | None = None  # what shows life in a stream
-        self._last_write_at = time.monotonic()
-
-    def add_headers(self, headers: Mapping[str, str]) -> None:
-        self._headers |= headers
-
-    def stream_with(self, life: Callable[[], bytes]) -> None:
-        """Make it a stream; `life` tells what is written into it after KEEPALIVE_S of silence."""
-        self._life = life
-
-    def tick(self) -> None:
-        """Look after the client while it waits: see whether it left, show a stream life."""
-        if self._stream.has_left():
-            raise ClientGone
-        if self._life and time.monotonic() - self._last_write_at >= KEEPALIVE_S:
-            self.write_chunk(self._life())
+        self.headers = dict(headers)  # that go out with it
+        self._stream, self._head = stream, head
+        self.written_at = time.monotonic()  # last
 
     def send_json(self, status: int, body: JsonObject) -> bytes:
         """Write a whole answer in JSON; return its body."""
@@ -3537,7 +3506,7 @@ class Response:
         """Write a status, headers and, but for HEAD, a body."""
         sized = headers if status == 204 else {**headers, "content-length": str(len(data))}
         body = b"" if self._head.method == "HEAD" else data
-        self._stream.write(self._to_head(status, sized) + body)
+        self._stream.send(self._to_head(status, sized) + body)
 
     def write_chunk(self, data: bytes, *, is_last: bool = False) -> None:
         """Write a part of a stream with one write, the first one behind its head."""
@@ -3549,8 +3518,8 @@ class Response:
             data = b"%x\r\n%b\r\n%b" % (len(data), data, b"0\r\n\r\n" if is_last else b"")
         if not self.status:
             data = self._to_head(200, headers) + data
-        self._stream.write(data)
-        self._last_write_at = time.monotonic()
+        self._stream.send(data)
+        self.written_at = time.monotonic()
 
     def _to_head(self, status: int, headers: Mapping[str, str]) -> bytes:
         """Return the status line and headers; all names and values are our own."""
@@ -3563,7 +3532,7 @@ class Response:
             f"server: cc2api/{__version__}",
             f"date: {email.utils.formatdate(usegmt=True)}",
             f"connection: {'close' if self.closes else 'keep-alive'}",
-            *(f"{name}: {value}" for name, value in {**self._headers, **headers}.items()),
+            *(f"{name}: {value}" for name, value in {**self.headers, **headers}.items()),
         ]
         return "\r\n".join([*lines, "", ""]).encode("ascii")
 
@@ -3579,9 +3548,7 @@ class Server(ThreadingHTTPServer):
         """Bind and listen. Raises OSError. `serve` before `serve_forever`."""
         self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
         self.service: Any = None  # what the handlers serve
-        self.is_stopping = False
-        self.running = collections.Counter[str]()  # connections and answers
-        self._lock = threading.Lock()  # guards the counts
+        self.running: dict[str, set[object]] = {"connections": set(), "answers": set()}
         super().__init__(address, handler)
         self.server_port: int = self.server_address[1]
 
@@ -3591,14 +3558,12 @@ class Server(ThreadingHTTPServer):
     @contextlib.contextmanager
     def count(self, what: str) -> Iterator[int]:
         """Count a connection or an answer as running; yield how many are."""
-        with self._lock:
-            self.running[what] += 1
-            count = self.running[what]
+        running, one = self.running[what], object()
+        running.add(one)
         try:
-            yield count
+            yield len(running)
         finally:
-            with self._lock:
-                self.running[what] -= 1
+            running.discard(one)
 
     def finish_request(self, request: Any, client_address: Any) -> None:
         """Run a connection's handler; beyond MAX_CONNECTIONS it is closed at once."""
@@ -3614,7 +3579,6 @@ class Server(ThreadingHTTPServer):
 
     def stop(self) -> None:
         """Accept no more connections, and answer no more requests."""
-        self.is_stopping = True
         self.shutdown()
         self.server_close()
 
@@ -3624,21 +3588,16 @@ class Server(ThreadingHTTPServer):
 # for each connection. A new route is a row in ROUTES and a function of a Handler; a new API that
 # asks a model is a Dialect.
 
-CORS_HEADERS: Final = {
-    "access-control-allow-methods": "GET, POST, OPTIONS",
-    "access-control-allow-headers": "authorization, *",  # the star does not cover authorization
-    "access-control-expose-headers": "request-id, x-request-id, retry-after",
-    "access-control-max-age": "600",
-}
+# Localhost and IP addresses: no name in the DNS has one of these forms.
+_OWN_NAME: Final = re.compile(r"localhost|[0-9.]+|\[[0-9a-f:.]+\]")
 
 
-COMMENT: Final = b": waiting\n\n"  # shows life in a stream; clients skip it
-
-
-def to_frame(event: JsonObject) -> bytes:
-    """Return an SSE frame, named where it has a type; ASCII: some clients split lines at U+2028."""
-    name = f"event: {event['type']}\n" if "type" in event else ""
-    return f"{name}data: {json.dumps(event)}\n\n".encode("ascii")
+def to_frames(*events: JsonObject) -> bytes:
+    """Return SSE frames, named where there is a type; ASCII: some clients split at U+2028."""
+    return "".join(
+        (f"event: {event['type']}\n" if "type" in event else "") + f"data: {json.dumps(event)}\n\n"
+        for event in events
+    ).encode("ascii")
 
 
 def to_anthropic_error(error: ApiError) -> tuple[int, JsonObject]:
@@ -3648,53 +3607,51 @@ def to_anthropic_error(error: ApiError) -> tuple[int, JsonObject]:
 
 
 class Dialect(NamedTuple):
-    """An API that asks a model: how it is read and written."""
+    """An API that asks a model: how its requests are read, and its errors written."""
 
-    read: Callable[[JsonObject, str], tuple[Turn, AnswerWriter]]  # a body, anthropic-beta
+    read: Callable[[JsonObject, str, bool], tuple[Turn, AnswerWriter]]  # body, betas, is_count
     to_error: Callable[[ApiError], tuple[int, JsonObject]]
 
 
 ANTHROPIC: Final = Dialect(
-    lambda body, betas: (parse_messages_request(body, betas), AnswerWriter()), to_anthropic_error
+    lambda body, betas, is_count: (
+        parse_messages_request(body, betas, is_count=is_count),
+        AnswerWriter(),
+    ),
+    to_anthropic_error,
 )
-OPENAI: Final = Dialect(lambda body, betas: parse_chat_request(body), to_openai_error)
-RESPONSES: Final = Dialect(lambda body, betas: parse_responses_request(body), to_responses_error)
+OPENAI: Final = Dialect(lambda body, *_: parse_chat_request(body), to_openai_error)
+RESPONSES: Final = Dialect(
+    lambda body, betas, is_count: parse_responses_request(body, is_count=is_count),
+    to_responses_error,
+)
 
 
 def cors_headers(head: Head, settings: Settings) -> dict[str, str]:
     """Return the headers that let a page of this origin read the answer; none for others."""
     for allowed in settings.cors_origin:
         if allowed in ("*", head.get("origin")):
-            return {**CORS_HEADERS, "access-control-allow-origin": allowed, "vary": "origin"}
+            return {
+                "access-control-allow-origin": allowed,
+                "access-control-allow-methods": "GET, POST, OPTIONS",
+                "access-control-allow-headers": "authorization, *",  # a star does not cover it
+                "access-control-expose-headers": "request-id, x-request-id, retry-after",
+                "access-control-max-age": "600",
+                "vary": "origin",
+            }
     return {}
 
 
-def admit(head: Head, keys: KeyFile, settings: Settings, *, needs_key: bool) -> Caller:
-    """Return who calls. Raises ApiError for whom it is not for.
-
-    Where keys are in force a page needs one like anybody. Without, web pages are kept out: those of
-    other origins, and of names made to resolve to us (rebinding).
-    """
-    loaded = keys.load()
-    if keys.is_open(loaded):
-        origin, host = head.get("origin"), head.get("host")
-        name = re.sub(r":\d*\Z", "", host).strip("[]").lower()
-        if name and not is_own_name(name, settings):
-            raise ApiError(f"Host {quoted(name, 100)} is not served; see --allowed-host", 403)
-        is_own = origin in ("", f"http://{host}", f"https://{host}")
-        if not is_own and not cors_headers(head, settings):
-            raise ApiError(f"pages of {quoted(origin, 100)} may not call; see --cors-origin", 403)
-    if not needs_key:
-        return NOBODY
-    return keys.check(loaded, head.get("x-api-key"), head.get("authorization"))
-
-
-def is_own_name(name: str, settings: Settings) -> bool:
-    """Say whether a Host names this server: an IP address, localhost, or --allowed-host."""
-    with contextlib.suppress(ValueError):
-        names = ("localhost", *map(str.lower, settings.allowed_host))
-        return name in names or bool(ipaddress.ip_address(name))
-    return False
+def keep_pages_out(head: Head, settings: Settings) -> None:
+    """Refuse pages of other origins, and of names made to resolve to us (rebinding): ApiError."""
+    origin, host = head.get("origin"), head.get("host")
+    names = ("", *map(str.lower, settings.allowed_host))
+    name = re.sub(r":\d*\Z", "", host).lower()
+    if name not in names and not _OWN_NAME.fullmatch(name):
+        raise ApiError(f"Host {quoted(name, 100)} is not served; see --allowed-host", 403)
+    is_own = origin in ("", f"http://{host}", f"https://{host}")
+    if not is_own and not cors_headers(head, settings):
+        raise ApiError(f"pages of {quoted(origin, 100)} may not call; see --cors-origin", 403)
 
 
 class Handler(BaseRequestHandler):
@@ -3709,34 +3666,31 @@ class Handler(BaseRequestHandler):
         self._service: Service = self.server.service
         self._stream = ClientStream(self.request, self._service.settings.timeout)
         idle_s = HEAD_TIMEOUT_S
-        try:
-            while not self.server.is_stopping:
-                head = self._stream.read_head(idle_s)
-                with self.server.count("answers"):
-                    self._answer(head)
-                if self._out.closes:
-                    break
-                idle_s = IDLE_CONNECTION_S
-        except ClientGone:
-            return
-        except InvalidRequest as error:
-            if error.status != 408:  # to a connection that stayed silent nothing is said
-                with contextlib.suppress(ClientGone):
-                    self._answer(Head("-", "-", True, ()), error)
+        with contextlib.suppress(ClientGone):
+            try:
+                while self.server.fileno() >= 0:  # until it stops
+                    head = self._stream.read_head(idle_s)
+                    with self.server.count("answers"):
+                        self._answer(head)
+                    if self._out.closes:
+                        break
+                    idle_s = IDLE_CONNECTION_S
+            except InvalidRequest as error:
+                if error.status != 408:  # to a connection that stayed silent nothing is said
+                    self._answer(Head("-", "-", True, {}), error)
         self._stream.linger()
 
     def _answer(self, head: Head, failure: ApiError | None = None) -> None:
         """Run a route; whatever it raises is answered here and nowhere else. Raises ClientGone."""
         path = re.sub(r"\A(/v1)+(?=/)", "", head.path)
         path = "/models/" if path.startswith("/models/") else path
-        route = ROUTES.get(f"{head.method} {path}") or ROUTES.get(path, NO_ROUTE)
-        if path == "/" and "text/html" in head.get("accept"):
-            route = PAGE_ROUTE
+        is_page = path == "/" and "text/html" in head.get("accept")
+        route = PAGE_ROUTE if is_page else ROUTES.get(path, NO_ROUTE)
         client, service = str(self.client_address[0]), self._service
         self._record = Record(service.metrics, route.name, client, head.method, head.path)
         ids = dict.fromkeys(("request-id", "x-request-id"), self._record.request_id)
         self._out = Response(self._stream, head, ids | cors_headers(head, service.settings))
-        self._head, self._dialect = head, route.dialect
+        self._head, self._route = head, route
         self._writer: AnswerWriter | None = None  # of a stream
         try:
             if failure:
@@ -3760,31 +3714,29 @@ class Handler(BaseRequestHandler):
         if error.status != 400:  # its message may quote the prompt
             self._record.note(msg=json.dumps(str(error)[:200], ensure_ascii=False))
         self._record.debug("error", str(error).encode())
-        status, body = self._dialect.to_error(error)
-        if self._dialect is ANTHROPIC:
+        status, body = self._route.dialect.to_error(error)
+        if self._route.dialect is ANTHROPIC:
             body["request_id"] = self._record.request_id
         if self._record.has_turn:
-            self._out.add_headers(self._service.rate_limits)
+            self._out.headers.update(self._service.rate_limits)
         should_retry = False if (error.status, status) == (402, 429) else error.should_retry
         told = without_nulls({"retry-after": error.retry_after_s, "x-should-retry": should_retry})
-        self._out.add_headers({name: str(value).lower() for name, value in told.items()})
+        self._out.headers.update({name: str(value).lower() for name, value in told.items()})
         writer, was_paid = self._writer, error.status in (502, 504)
         with contextlib.suppress(ClientGone):
             if writer and (self._out.status or (writer.fails_in_stream and was_paid)):
-                self._out.write_chunk(
-                    b"".join(map(to_frame, writer.fail(error, body))), is_last=True
-                )
+                self._out.write_chunk(to_frames(*writer.fail(error, body)), is_last=True)
             else:
                 self._out.send_json(status, body)
         return error.status  # though the client of a stream has had a 200
 
     def _run(self, route: Route) -> None:
         head, service = self._head, self._service
-        if self.server.is_stopping:
+        if self.server.fileno() < 0:
             raise CliFailed("the gateway is shutting down", status=503)
-        needs_key = route.needs_key and head.method != "OPTIONS"
-        if route.name != "healthz":
-            self._caller = admit(head, service.keys, service.settings, needs_key=needs_key)
+        keys = service.keys.load()
+        if service.keys.is_open(keys) and route.name != "healthz":
+            keep_pages_out(head, service.settings)
         allow = {"allow": f"{route.method}, OPTIONS"}
         if head.method == "OPTIONS":
             self._out.send(204, b"", allow)
@@ -3792,14 +3744,15 @@ class Handler(BaseRequestHandler):
         if route is NO_ROUTE:
             raise ApiError(f"{head.method} {head.path}: no such route", status=404)
         if head.method != route.method and (head.method, route.method) != ("HEAD", "GET"):
-            self._out.add_headers(allow)
-            raise ApiError(f"{head.method} is not allowed here, {route.method} is", status=405)
-        if needs_key:
+            self._out.headers.update(allow)
+            # by 426 Codex learns to come without a WebSocket, at once (responses-api.md 2.5)
+            status = 426 if head.get("upgrade") else 405
+            raise ApiError(f"{head.method} is not allowed here, {route.method} is", status)
+        if route.needs_key:
+            api_key, bearer = head.get("x-api-key"), head.get("authorization")
+            self._caller = service.keys.check(keys, api_key, bearer)
             self._record.note(key=self._caller.name)
         route.run(self)
-
-    def hello(self) -> None:
-        self._out.send_json(200, {"service": "cc2api", "version": __version__})
 
     def status(self) -> None:
         url = f"http://{quoted(self._head.get('host'), 200)}"
@@ -3828,69 +3781,64 @@ class Handler(BaseRequestHandler):
 
     def models(self) -> None:
         """Answer all models on one page, which both SDKs' paging takes, or one by id or alias."""
-        models = to_model_list(self._service.models(self._caller, self._out.tick))
+        models = to_model_list(self._service.models(self._caller, self._tick))
+        by_id = {model["id"]: model for model in models}
         if name := self._head.path.partition("/models/")[2]:
-            wanted = self._service.model_id(name)
-            if not (found := [model for model in models if model["id"] == wanted]):
+            if not (body := by_id.get(self._service.model_id(name))):
                 raise ApiError(f"model: {name}", status=404)
-            self._out.send_json(200, found[0])
-            return
-        ids = [model["id"] for model in models] or [None]
-        body = {"object": "list", "data": models, "has_more": False}
-        self._out.send_json(200, {**body, "first_id": ids[0], "last_id": ids[-1]})
+        else:
+            ids = [*by_id] or [None]
+            body = {"object": "list", "data": models, "has_more": False}
+            body |= {"first_id": ids[0], "last_id": ids[-1]}
+        self._out.send_json(200, body)
 
     def count_tokens(self) -> None:
-        body, betas = self._read_json(), self._head.get("anthropic-beta")
-        self._out.send_json(200, self._count(parse_messages_request(body, betas, is_count=True)))
-
-    def response_tokens(self) -> None:
-        turn, _ = parse_responses_request(self._read_json(), is_count=True)
-        self._out.send_json(200, {"object": "response.input_tokens", **self._count(turn)})
-
-    def _count(self, turn: Turn) -> JsonObject:
-        self._record.note_turn(turn, is_known=self._service.knows(turn.model))
-        count = {"input_tokens": self._service.count_tokens(turn, self._caller, self._out.tick)}
+        turn, _ = self._read_asked(is_count=True)
+        count = {"input_tokens": self._service.count_tokens(turn, self._caller, self._tick)}
         self._record.note_usage(count)
-        return count
-
-    def upgrade(self) -> None:
-        """Refuse a WebSocket so that Codex comes by HTTP at once (responses-api.md 2.5)."""
-        raise ApiError("WebSockets are not spoken here; POST, please", status=426)
+        kind = {"object": "response.input_tokens"} if self._route.dialect is RESPONSES else {}
+        self._out.send_json(200, {**kind, **count})
 
     def ask(self) -> None:
         """Have a model answer: write its events as they come, or the whole message."""
         service, record, out = self._service, self._record, self._out
-        turn, writer = self._dialect.read(self._read_json(), self._head.get("anthropic-beta"))
-        record.note_turn(turn, is_known=service.knows(turn.model))
+        turn, writer = self._read_asked()
         if turn.stream:
             self._writer = writer
-            out.stream_with(lambda: b"".join(map(to_frame, writer.live())) or COMMENT)
-        with contextlib.closing(service.answer(turn, self._caller, out.tick, record)) as answer:
+        with contextlib.closing(service.answer(turn, self._caller, self._tick, record)) as answer:
             for batch in answer:
-                out.add_headers(service.rate_limits)
+                out.headers.update(service.rate_limits)
                 with upstream_protocol():
                     events = [written for event in batch for written in writer.feed(event)]
-                    frames = b"".join(map(to_frame, events)) if turn.stream else b""
                     record.note_events(batch)
-                is_last = batch[-1:] == [{"type": "message_stop"}]
                 if turn.stream:
-                    frames += writer.end if is_last else b""
-                    record.debug("response", frames)
+                    is_last = batch[-1:] == [{"type": "message_stop"}]
+                    frames = to_frames(*events) + writer.end * is_last
                     out.write_chunk(frames, is_last=is_last)
+                    record.debug("response", frames)
         if not turn.stream:
             with upstream_protocol():
                 body = writer.whole()
             record.debug("response", out.send_json(200, body))
 
-    def _read_json(self) -> JsonObject:
+    def _tick(self) -> None:
+        """Look after the client while it waits: see whether it left, show a stream life."""
+        self._stream.check()
+        if self._writer and time.monotonic() - self._out.written_at >= KEEPALIVE_S:
+            self._out.write_chunk(to_frames(*self._writer.live()) or b": waiting\n\n")
+
+    def _read_asked(self, *, is_count: bool = False) -> tuple[Turn, AnswerWriter]:
         if self._head.get("content-encoding").lower() not in ("", "identity"):
             details = {"error_code": "request_body_encoding_unsupported"}
             raise InvalidRequest("Content-Encoding: only identity is taken", details=details)
         if self._head.get("expect").lower() == "100-continue":
-            self._stream.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+            self._stream.send(b"HTTP/1.1 100 Continue\r\n\r\n")
         raw = self._stream.read_body()
         self._record.debug("request", raw)
-        return parse_json(raw)
+        body, betas = parse_json(raw), self._head.get("anthropic-beta")
+        turn, writer = self._route.dialect.read(body, betas, is_count)
+        self._record.note_turn(turn, is_known=self._service.knows(turn.model))
+        return turn, writer
 
 
 class Route(NamedTuple):
@@ -3908,18 +3856,17 @@ ROUTES: Final = {
     "/": Route("GET", "status", Handler.status),
     "/healthz": Route("GET", "healthz", Handler.healthz, needs_key=False),
     "/metrics": Route("GET", "metrics", Handler.metrics),
-    "/api/hello": Route("GET", "hello", Handler.hello),  # Claude Code's own probe
+    "/api/hello": Route("GET", "hello", Handler.healthz),  # Claude Code's own probe
     "/messages": Route("POST", "messages", Handler.ask),
     "/messages/count_tokens": Route("POST", "count_tokens", Handler.count_tokens),
     "/chat/completions": Route("POST", "chat_completions", Handler.ask, OPENAI),
     "/responses": Route("POST", "responses", Handler.ask, RESPONSES),
-    "GET /responses": Route("GET", "upgrade", Handler.upgrade, RESPONSES),
-    "/responses/input_tokens": Route("POST", "response_tokens", Handler.response_tokens, RESPONSES),
+    "/responses/input_tokens": Route("POST", "response_tokens", Handler.count_tokens, RESPONSES),
     "/models": Route("GET", "models", Handler.models),
     "/models/": Route("GET", "model", Handler.models),
 }
 PAGE_ROUTE: Final = Route("GET", "status", Handler.page, needs_key=False)
-NO_ROUTE: Final = Route("GET", "none", Handler.hello, needs_key=False)
+NO_ROUTE: Final = Route("GET", "none", Handler.healthz, needs_key=False)
 
 
 # ========================================================================= Demo
@@ -3957,7 +3904,7 @@ class DemoApi(BaseHTTPRequestHandler):
             {"type": "message_stop"},
         ]
         for event in events:
-            self.wfile.write(to_frame(event))
+            self.wfile.write(to_frames(event))
             time.sleep(DEMO_WORD_S)
 
     def log_message(self, *args: object) -> None:
@@ -4180,7 +4127,7 @@ def serve(settings: Settings, environ: Mapping[str, str]) -> int:
         time.sleep(ACCEPT_TICK_S)
     server.stop()
     deadline = time.monotonic() + settings.drain
-    if running := server.running["answers"]:
+    if running := len(server.running["answers"]):
         words = "answers still running: %d; they get %g s, another Ctrl-C cuts them off"
         log.warning(words, running, settings.drain)
     while server.running["answers"] and len(signals) < 2 and time.monotonic() < deadline:

@@ -152,7 +152,7 @@ def test_usage_of_message_delta_overwrites_and_null_does_not() -> None:
 
 def test_a_frame_is_ascii_and_on_one_line() -> None:
     event = {"type": "content_block_delta", "delta": {"text": "a\u2028b\n\U0001f600"}}
-    frame = cc2api.to_frame(event)
+    frame = cc2api.to_frames(event)
     assert frame.isascii()
     assert frame.count(b"\n") == 3
 

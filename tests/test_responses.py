@@ -718,7 +718,7 @@ def test_the_python_sdk_assembles_every_stream(events: list[JsonObject]) -> None
     assert [event["sequence_number"] for event in events] == list(range(len(events)))
     state: Any = ResponseStreamState(input_tools=[], text_format=openai.omit)
     for event in events:
-        cc2api.to_frame(event)
+        cc2api.to_frames(event)
         if event["type"] in EVENT_TYPES:
             EVENT_TYPES[event["type"]].model_validate(without_tools(event))
         else:
