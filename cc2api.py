@@ -3004,14 +3004,21 @@ class Record:
 # nothing of sockets. Runs on request threads.
 
 
-class Sessions:
-    """Lends the pool's sessions, and keeps what they tell in passing."""
+class Service:
+    """The running service behind the HTTP server."""
 
-    def __init__(
-        self, settings: Settings, cli: Cli, environ: Mapping[str, str], metrics: Metrics, bare: bool
-    ) -> None:
-        self.models: list[JsonObject] = []  # the CLI's, as the last process told them
-        self._metrics = metrics
+    def __init__(self, settings: Settings, cli: Cli, environ: Mapping[str, str]) -> None:
+        self.settings, self.metrics = settings, Metrics()
+        self.keys = KeyFile(settings.keys, required=needs_keys(settings))
+        self.rate_limits: dict[str, str] = {}  # the plan's state as headers, as last reported
+        bare = wants_bare(settings.bare, environ)
+        self.is_login = not bare
+        self._cli, self._stamp, self._environ = cli, cli.stamp(), environ
+        self._sign_in = IN_DEMO if settings.demo else UNKNOWN
+        self._ask_at = math.inf if settings.demo else 0.0  # monotonic; when the CLI is asked next
+        self._models: list[JsonObject] = []  # the CLI's, as the last process told them
+        self._model_map = dict(pair.split("=", 1) for pair in settings.model_map)
+        self._padding: dict[str, int] = {}  # tokens of a padding tool, by model
         self._temp = tempfile.TemporaryDirectory(prefix="cc-", ignore_cleanup_errors=True)
         # With a login the model is told this directory's name, so it says nothing.
         work_dir, temp_dir = Path(self._temp.name, "work"), Path(self._temp.name, "tmp")
@@ -3034,54 +3041,6 @@ class Sessions:
         self.pool.close()
         self._temp.cleanup()
 
-    @contextlib.contextmanager
-    def lend(self, demand: Demand) -> Iterator[Session]:
-        """Lend a session; where it cannot serve and nothing went upstream, that passes silently.
-
-        To be called again then: another one is lent.
-        """
-        session = self.pool.acquire(demand)
-        was_new = session.is_new
-        try:
-            yield session
-        except ProcessDied as death:
-            demand.note_death(death, was_new=was_new)
-        finally:
-            usable = False
-            try:
-                usable = session.rest()
-            finally:
-                if not usable:
-                    session.process.kill()  # first of all: it may be about to call upstream
-                self.models = session.models or self.models
-                self._note_cost(session)
-                self.pool.give_back(session, usable=usable)
-
-    def _note_cost(self, session: Session) -> None:
-        """Count what a process has told of its cost: of the turns before the one just ended."""
-        if cost := session.take_cost():
-            name = session.base[0].name if session.base else OPEN
-            self._metrics.add("cc2api_cost_dollars_total", cost, caller=name)
-
-
-class Service:
-    """The running service behind the HTTP server."""
-
-    def __init__(self, settings: Settings, cli: Cli, environ: Mapping[str, str]) -> None:
-        self.settings = settings
-        self.metrics = Metrics()
-        self.keys = KeyFile(settings.keys, required=needs_keys(settings))
-        self.rate_limits: dict[str, str] = {}  # the plan's state as headers, as last reported
-        self._bare = wants_bare(settings.bare, environ)
-        self.is_login = not self._bare
-        self._cli, self._stamp, self._environ = cli, cli.stamp(), environ
-        self._sign_in = IN_DEMO if settings.demo else UNKNOWN
-        self._ask_at = math.inf if settings.demo else 0.0  # monotonic; when the CLI is asked next
-        self._model_map = dict(pair.split("=", 1) for pair in settings.model_map)
-        self._padding: dict[str, int] = {}  # tokens of a padding tool, by model
-        self._sessions = Sessions(settings, cli, environ, self.metrics, self._bare)
-        self.pool, self.close = self._sessions.pool, self._sessions.close
-
     def answer(
         self, turn: Turn, caller: Caller, tick: Callable[[], None], record: Record
     ) -> Generator[list[Event], None, None]:
@@ -3093,7 +3052,7 @@ class Service:
         demand = self._demand(turn, caller, tick, record.queued)
         last: list[Event] = []
         while not last:
-            with self._sessions.lend(demand) as session:
+            with self._lend(demand) as session:
                 used = "kept" if session.turns else "spare"
                 record.note(process="new" if session.is_new else used)
                 session.bring(demand)
@@ -3114,12 +3073,11 @@ class Service:
         def count(*tools: JsonObject) -> tuple[int, int]:
             # with a system prompt that was never counted before (`to_counts`)
             fresh = dataclasses.replace(turn, system=" ".join(uuid.uuid4().hex), marked=None)
-            of, found = dataclasses.replace(demand, turn=fresh, counted=list(tools)), JsonObject()
-            while not found:
-                with self._sessions.lend(of) as session:
+            of = dataclasses.replace(demand, turn=fresh, counted=list(tools))
+            while True:
+                with self._lend(of) as session:
                     session.bring(of)
-                    found = session.count_context(of.patience)
-            return to_counts(found)
+                    return to_counts(session.count_context(of.patience))
 
         if not turn.tools:
             return count()[0]
@@ -3131,22 +3089,21 @@ class Service:
     def models(self, caller: Caller, tick: Callable[[], None]) -> list[JsonObject]:
         """Return the models as the CLI lists them; every request that is served refreshes them."""
         demand = self._demand(REHEARSALS[0], caller, tick)
-        is_known = bool(self._sessions.models)
-        while not is_known:
-            with self._sessions.lend(demand) as session:
+        while not self._models:
+            with self._lend(demand) as session:
                 if session.is_new:
                     session.bring(demand)
-                is_known = True
-        return self._sessions.models
+                return session.models
+        return self._models
 
     def model_id(self, name: str) -> str:
         """Return the id behind an alias, a mapped name, or an id itself."""
-        model = resolve_model(self._model_map.get(name, name), self._sessions.models)
+        model = resolve_model(self._model_map.get(name, name), self._models)
         return model.removesuffix("[1m]")
 
     def knows(self, model: str) -> bool:
         """Say whether the CLI lists a model, by its name or its id."""
-        ids = {str(m.get(key)) for m in self._sessions.models for key in ("value", "resolvedModel")}
+        ids = {str(m.get(key)) for m in self._models for key in ("value", "resolvedModel")}
         return model in ids or model in (DEFAULT_MODEL_NAME, *self._model_map)
 
     def cli(self) -> Cli:
@@ -3161,7 +3118,7 @@ class Service:
         if time.monotonic() >= self._ask_at:
             self._ask_at = time.monotonic() + SIGN_IN_S
             with contextlib.suppress(CliUnusable):
-                self._sign_in = ask_sign_in(self._cli, self._environ, bare=self._bare)
+                self._sign_in = ask_sign_in(self._cli, self._environ, bare=not self.is_login)
         return self._sign_in
 
     def describe(self) -> dict[str, str]:
@@ -3182,6 +3139,35 @@ class Service:
         signed_in = int(not self.sign_in().is_missing)
         more = {"cc2api_waiting_requests": {"": now.waiting}, "cc2api_signed_in": {"": signed_in}}
         return {"cc2api_processes": processes, **more}
+
+    @contextlib.contextmanager
+    def _lend(self, demand: Demand) -> Iterator[Session]:
+        """Lend a session; where it cannot serve and nothing went upstream, that passes silently.
+
+        To be called again then: another one is lent.
+        """
+        session = self.pool.acquire(demand)
+        was_new = session.is_new
+        try:
+            yield session
+        except ProcessDied as death:
+            demand.note_death(death, was_new=was_new)
+        finally:
+            usable = False
+            try:
+                usable = session.rest()
+            finally:
+                if not usable:
+                    session.process.kill()  # first of all: it may be about to call upstream
+                self._models = session.models or self._models
+                self._note_cost(session)
+                self.pool.give_back(session, usable=usable)
+
+    def _note_cost(self, session: Session) -> None:
+        """Count what a process has told of its cost: of the turns before the one just ended."""
+        if cost := session.take_cost():
+            name = session.base[0].name if session.base else OPEN
+            self.metrics.add("cc2api_cost_dollars_total", cost, caller=name)
 
     def _demand(
         self,
