@@ -1597,7 +1597,7 @@ class Demand:
     turn: Turn
     caller: Caller
     patience: Patience
-    queued: Callable[[int], None] = lambda place: None  # told its place, from 1, if it has to wait
+    request_id: str = "-"  # for the log
     counted: list[JsonObject] | None = None  # the tools to count
     is_new_wanted: bool = False  # a process that is not initialised yet
     deaths: int = 0  # of processes started for it; kept ones may all have been killed at once
@@ -1947,7 +1947,7 @@ class Pool:
                 if not waiter.served.done():  # else the keeper would only take the processor
                     self._changed.notify_all()
             if place > 0 and not waiter.served.done():
-                waiter.queued(place)
+                log.info("event=queued id=%s place=%d", waiter.request_id, place)
             while True:
                 with contextlib.suppress(FutureTimeout):
                     return waiter.served.result(waiter.patience.slice_s())
@@ -2971,10 +2971,6 @@ class Record:
                 log.info("event=first_delta id=%s ms=%d", self.request_id, seconds * 1000)
                 self._metrics.add("cc2api_first_delta_seconds", seconds)
 
-    def queued(self, place: int) -> None:
-        """Log that it has to wait, and how many are before it."""
-        log.info("event=queued id=%s place=%d", self.request_id, place)
-
     def debug(self, what: str, data: bytes) -> None:
         """Log a request or a response whole, under --debug; a line stays a line."""
         if log.isEnabledFor(logging.DEBUG):
@@ -3049,7 +3045,7 @@ class Service:
         The last event is always message_stop. `tick` is called every TICK_S and may raise
         ClientGone. Raises ApiError; closing the generator early ends the turn at once.
         """
-        demand = self._demand(turn, caller, tick, record.queued)
+        demand = self._demand(turn, caller, tick, record.request_id)
         last: list[Event] = []
         while not last:
             with self._lend(demand) as session:
@@ -3170,17 +3166,13 @@ class Service:
             self.metrics.add("cc2api_cost_dollars_total", cost, caller=name)
 
     def _demand(
-        self,
-        turn: Turn,
-        caller: Caller,
-        tick: Callable[[], None],
-        queued: Callable[[int], None] = lambda place: None,
+        self, turn: Turn, caller: Caller, tick: Callable[[], None], request_id: str = "-"
     ) -> Demand:
         turn = for_login(turn) if self.is_login else turn
         mapped = dataclasses.replace(turn, model=self._model_map.get(turn.model, turn.model))
         message = f"no whole answer within {self.settings.timeout:g} s"
         late = ApiError(message, status=504, should_retry=False)
-        return Demand(mapped, caller, Patience(self.settings.timeout, tick, late), queued)
+        return Demand(mapped, caller, Patience(self.settings.timeout, tick, late), request_id)
 
 
 def _with_reset(error: ApiError, limits: Mapping[str, str]) -> ApiError:
