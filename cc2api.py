@@ -2878,7 +2878,7 @@ _FAMILIES: Final = {
     "cc2api_first_delta_seconds": ("histogram", "From the request to its answer's first delta."),
     "cc2api_request_seconds": ("histogram", "From the request to the end of its answer."),
 }
-_BUCKETS_S: Final = (0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, math.inf)
+_BUCKETS_S: Final = "0.025 0.05 0.1 0.25 0.5 1 2.5 5 10 30 60 120 300 600 +Inf"
 _TOKEN_KINDS: Final = {
     **{"input_tokens": "input", "output_tokens": "output"},
     **{"cache_read_input_tokens": "cache_read", "cache_creation_input_tokens": "cache_write"},
@@ -2894,7 +2894,7 @@ class Metrics:
     """Counters and histograms. No label holds what a client made up."""
 
     def __init__(self) -> None:
-        self.started_at = time.time()
+        self.started_at = time.monotonic()
         self._lock = threading.Lock()
         # of each family the samples, by what follows its name and by their labels
         self._families: dict[str, dict[tuple[str, tuple[tuple[str, str], ...]], float]] = {
@@ -2909,9 +2909,8 @@ class Metrics:
             if _FAMILIES[name][0] == "counter":
                 samples["", key] += value
                 return
-            for limit in _BUCKETS_S:
-                le = f"{limit:g}".replace("inf", "+Inf")
-                samples["_bucket", (*key, ("le", le))] += value <= limit
+            for le in _BUCKETS_S.split():
+                samples["_bucket", (*key, ("le", le))] += value <= float(le)
             samples["_sum", key] += value
             samples["_count", key] += 1
 
@@ -3009,7 +3008,7 @@ class Service:
         self.rate_limits: dict[str, str] = {}  # the plan's state as headers, as last reported
         bare = wants_bare(settings.bare, environ)
         self.is_login = not bare
-        self._cli, self._stamp, self._environ = cli, cli.stamp(), environ
+        self._cli, self._environ = cli, environ
         self._sign_in = IN_DEMO if settings.demo else UNKNOWN
         self._ask_at = math.inf if settings.demo else 0.0  # monotonic; when the CLI is asked next
         self._models: list[JsonObject] = []  # the CLI's, as the last process told them
@@ -3102,31 +3101,30 @@ class Service:
         ids = {str(m.get(key)) for m in self._models for key in ("value", "resolvedModel")}
         return model in ids or model in (DEFAULT_MODEL_NAME, *self._model_map)
 
-    def cli(self) -> Cli:
-        """Return the CLI as it is, also after an update."""
-        if (stamp := self._cli.stamp()) not in (None, self._stamp):
-            with contextlib.suppress(CliUnusable):
-                self._cli, self._stamp = find_cli(self._cli.path, self._environ), stamp
-        return self._cli
-
     def sign_in(self) -> SignIn:
-        """Return how the CLI is signed in, as it said within SIGN_IN_S."""
+        """Return how the CLI is signed in; that and its version are asked every SIGN_IN_S."""
         if time.monotonic() >= self._ask_at:
             self._ask_at = time.monotonic() + SIGN_IN_S
             with contextlib.suppress(CliUnusable):
+                self._cli = find_cli(self._cli.path, self._environ)
                 self._sign_in = ask_sign_in(self._cli, self._environ, bare=not self.is_login)
         return self._sign_in
 
-    def describe(self) -> dict[str, str]:
-        """Say what it runs on, who pays and who may call."""
-        url = "" if self.settings.demo else upstream_url(self._environ)
-        lines = {"claude": str(self.cli()), "sign-in": self.sign_in().text, "upstream": url}
-        return {**{k: v for k, v in lines.items() if v}, "keys": self.keys.describe()}
-
-    def health(self) -> str:
-        """Return what is wrong, "" where nothing is."""
-        missing = self.sign_in().text if self.sign_in().is_missing else ""
-        return self.pool.failure or self.pool.refusal or missing
+    def describe(self, url: str) -> dict[str, str]:
+        """Say what it runs on, who pays, who may call, and how, where clients see it at `url`."""
+        sign_in, key = self.sign_in(), " -H 'x-api-key: YOUR-KEY'" * (self.keys.load() != {})
+        hello = (
+            '{"model":"sonnet","max_tokens":100,"messages":[{"role":"user","content":"Hello!"}]}'
+        )
+        lines = {
+            "claude": str(self._cli),
+            "sign-in": sign_in.text,
+            "upstream": "" if self.settings.demo else upstream_url(self._environ),
+            "keys": self.keys.describe(),
+            "page": f"{url}/",
+            "try": f"curl {url}/v1/messages{key} -d '{hello}'",
+        }
+        return {name: text for name, text in lines.items() if text}
 
     def gauges(self) -> dict[str, dict[str, int]]:
         """Return what /metrics tells of now, by name and state."""
@@ -3192,7 +3190,8 @@ def _with_reset(error: ApiError, limits: Mapping[str, str]) -> ApiError:
 
 def status_text(service: Service, url: str) -> str:
     """Return in plain text how things are; `url` is where the client sees the gateway."""
-    now, metrics = service.pool.snapshot(), service.metrics
+    pool, sign_in, metrics = service.pool, service.sign_in(), service.metrics
+    now = pool.snapshot()
     asked = failed = 0.0
     for labels, count in metrics.series("cc2api_requests_total"):
         if labels["route"] in ("messages", "chat_completions", "responses"):
@@ -3202,26 +3201,17 @@ def status_text(service: Service, url: str) -> str:
     for labels, count in metrics.series("cc2api_tokens_total"):
         tokens[labels["kind"]] += count
     cost = sum(dollars for _, dollars in metrics.series("cc2api_cost_dollars_total"))
-    minutes = (time.time() - metrics.started_at) / 60
+    hours, seconds = divmod(int(time.monotonic() - metrics.started_at), 3600)
     lines = {
-        f"cc2api {__version__}": f"up {minutes // 60:.0f} h {minutes % 60:.0f} min",
-        **service.describe(),
+        f"cc2api {__version__}": f"up {hours} h {seconds // 60} min",
+        **service.describe(url),
         "processes": f"{len(now.spare)} spare, {len(now.idle)} idle, {len(now.busy)} busy",
         "requests": f"{asked:.0f}, {failed:.0f} failed, {now.waiting} waiting",
         "tokens": ", ".join(f"{count:.0f} {kind}" for kind, count in tokens.items()),
         "cost": f"${cost:.4f}" + " at list price" * (service.is_login or service.settings.demo),
-        "health": service.health() or "ok",
-        "try": try_command(url, has_keys=service.keys.load() != {}),
+        "health": pool.failure or pool.refusal or (sign_in.text if sign_in.is_missing else "ok"),
     }
     return "".join(f"{name:<14}{text}\n" for name, text in lines.items())
-
-
-def try_command(url: str, *, has_keys: bool) -> str:
-    """Return a curl command that asks something."""
-    key = " -H 'x-api-key: YOUR-KEY'" if has_keys else ""
-    messages = [{"role": "user", "content": "Hello!"}]
-    body = json.dumps({"model": "sonnet", "max_tokens": 100, "messages": messages})
-    return f"curl {url}/v1/messages{key} -d '{body}'"
 
 
 PAGE: Final = """<!doctype html>
@@ -4094,9 +4084,7 @@ def serve(settings: Settings, environ: Mapping[str, str]) -> int:
     threading.Thread(None, server.serve_forever, "cc2api-accept", ticks, daemon=True).start()
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     url = f"http://{host}:{server.server_port}"
-    tried = try_command(url, has_keys=service.keys.load() != {})
-    lines = {**service.describe(), "page": f"{url}/", "try": tried}
-    listed = [f"  {name:<8} {text}" for name, text in lines.items()]
+    listed = [f"  {name:<8} {text}" for name, text in service.describe(url).items()]
     print("\n".join([f"cc2api {__version__} listens on {url}", *listed]), flush=True)
     log.info("event=start version=%s claude=%s url=%s", __version__, cli.version, url)
     # Not by an Event: the kernel may hand a signal to any thread, and a main thread that waits for

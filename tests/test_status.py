@@ -176,6 +176,7 @@ def test_made_up_models_cannot_fill_the_memory(start_fake: Any) -> None:
     gateway = start_fake()
     for number in range(30):
         gateway.post({"model": f"model-{number}", "messages": [{"role": "user", "content": "hi"}]})
+    gateway.wait_for_log("event=done", count=30)
     samples = metrics(gateway)
     assert total(samples, "cc2api_requests_total", 'model="other"', 'status="200"') == 30
     assert not [name for name in samples if "model-" in name]
@@ -294,7 +295,10 @@ def test_the_status_walks_each_family_of_metrics_once(
     assert len(walked) == len(set(walked)), "at 2,000 series 402 walks held the lock for 0.35 s"
 
 
-def test_after_an_update_of_the_cli_its_new_version_is_shown(tmp_path: Path) -> None:
+def test_after_an_update_of_the_cli_its_new_version_is_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cc2api, "SIGN_IN_S", 0.0)
     program = tmp_path / "claude"
     program.write_text(FAKE_CLAUDE.read_text())
     program.chmod(0o755)
