@@ -2956,14 +2956,12 @@ class Record:
         self.has_turn, self._model = True, turn.model if is_known else "other"
         self.note(model=quoted(turn.model, 100), stream=int(turn.stream))
 
-    def note_usage(self, usage: JsonObject) -> None:
-        told = (name for name in _TOKEN_KINDS if isinstance(usage.get(name), int))
-        self._usage |= {name: usage[name] for name in told}
-
     def note_events(self, batch: Sequence[Event]) -> None:
         """Note what a batch of events tells: tokens, and that the model has begun to answer."""
         for event in batch:
-            self.note_usage(event.get("usage") or (event.get("message") or {}).get("usage") or {})
+            usage = event.get("usage") or (event.get("message") or {}).get("usage") or {}
+            told = (name for name in _TOKEN_KINDS if isinstance(usage.get(name), int))
+            self._usage |= {name: usage[name] for name in told}
             if event["type"] == "content_block_delta" and not self._has_delta:
                 self._has_delta = True
                 seconds = time.monotonic() - self._started_at
@@ -2980,13 +2978,12 @@ class Record:
         """Count it, and write the log line of its end."""
         seconds = time.monotonic() - self._started_at
         caller = str(self._notes.get("key", "none"))
-        labels = {"route": self._route, "model": self._model, "caller": caller}
-        self._metrics.add("cc2api_requests_total", **labels, status=str(status))
+        labels = {"model": self._model, "caller": caller, "status": str(status)}
+        self._metrics.add("cc2api_requests_total", route=self._route, **labels)
         if self.has_turn:
             self._metrics.add("cc2api_request_seconds", seconds, route=self._route)
         for name, count in self._usage.items():
-            kind = _TOKEN_KINDS[name]
-            self._metrics.add("cc2api_tokens_total", count, kind=kind, caller=caller)
+            self._metrics.add("cc2api_tokens_total", count, kind=_TOKEN_KINDS[name], caller=caller)
         self.note(**self._usage, status=status, ms=round(seconds * 1000))
         pairs = " ".join(f"{name}={value}" for name, value in self._notes.items())
         # those that watch the gateway itself come every few seconds
@@ -3113,16 +3110,14 @@ class Service:
     def describe(self, url: str) -> dict[str, str]:
         """Say what it runs on, who pays, who may call, and how, where clients see it at `url`."""
         sign_in, key = self.sign_in(), " -H 'x-api-key: YOUR-KEY'" * (self.keys.load() != {})
-        hello = (
-            '{"model":"sonnet","max_tokens":100,"messages":[{"role":"user","content":"Hello!"}]}'
-        )
+        body = '{"model":"sonnet","max_tokens":100,"messages":[{"role":"user","content":"Hello!"}]}'
         lines = {
             "claude": str(self._cli),
             "sign-in": sign_in.text,
             "upstream": "" if self.settings.demo else upstream_url(self._environ),
             "keys": self.keys.describe(),
             "page": f"{url}/",
-            "try": f"curl {url}/v1/messages{key} -d '{hello}'",
+            "try": f"curl {url}/v1/messages{key} -d '{body}'",
         }
         return {name: text for name, text in lines.items() if text}
 
@@ -3763,7 +3758,7 @@ class Handler(BaseRequestHandler):
     def count_tokens(self) -> None:
         turn, _ = self._read_asked(is_count=True)
         count = {"input_tokens": self._service.count_tokens(turn, self._caller, self._tick)}
-        self._record.note_usage(count)
+        self._record.note(**count)
         kind = {"object": "response.input_tokens"} if self._route.dialect is RESPONSES else {}
         self._out.send_json(200, {**kind, **count})
 
