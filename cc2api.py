@@ -2919,12 +2919,10 @@ class Metrics:
             return [(dict(labels), value) for (_, labels), value in self._families[name].items()]
 
     def render(self, gauges: Mapping[str, Mapping[str, int]]) -> str:
-        """Return all in Prometheus' text format; `gauges` are values by name and state."""
+        """Return all in Prometheus' text format; `gauges` are values by name and labels."""
         lines = []
-        for name, states in gauges.items():
-            lines.append(f"# TYPE {name} gauge")
-            for state, count in states.items():
-                lines.append(f'{name}{{state="{state}"}} {count}' if state else f"{name} {count}")
+        for name, values in gauges.items():
+            lines += [f"# TYPE {name} gauge", *(f"{name}{of} {n}" for of, n in values.items())]
         with self._lock:
             for name, (kind, text) in _FAMILIES.items():
                 lines += [f"# HELP {name} {text}", f"# TYPE {name} {kind}"]
@@ -3003,8 +3001,7 @@ class Service:
         self.settings, self.metrics = settings, Metrics()
         self.keys = KeyFile(settings.keys, required=needs_keys(settings))
         self.rate_limits: dict[str, str] = {}  # the plan's state as headers, as last reported
-        bare = wants_bare(settings.bare, environ)
-        self.is_login = not bare
+        self.is_login = not wants_bare(settings.bare, environ)
         self._cli, self._environ = cli, environ
         self._sign_in = IN_DEMO if settings.demo else UNKNOWN
         self._ask_at = math.inf if settings.demo else 0.0  # monotonic; when the CLI is asked next
@@ -3019,8 +3016,8 @@ class Service:
         (work_dir / ".claude").mkdir(parents=True)
         (work_dir / ".claude" / ".git").touch()
         temp_dir.mkdir()
-        command = process_command(cli, bare=bare, setting_sources=settings.setting_sources)
-        environment = process_environment(environ, str(temp_dir))
+        sources, environment = settings.setting_sources, process_environment(environ, str(temp_dir))
+        command = process_command(cli, bare=not self.is_login, setting_sources=sources)
 
         def start() -> Session:
             os.stat(cli.path)  # raises the OSError that a shim around the CLI would hide
@@ -3090,8 +3087,7 @@ class Service:
 
     def model_id(self, name: str) -> str:
         """Return the id behind an alias, a mapped name, or an id itself."""
-        model = resolve_model(self._model_map.get(name, name), self._models)
-        return model.removesuffix("[1m]")
+        return resolve_model(self._model_map.get(name, name), self._models).removesuffix("[1m]")
 
     def knows(self, model: str) -> bool:
         """Say whether the CLI lists a model, by its name or its id."""
@@ -3122,10 +3118,9 @@ class Service:
         return {name: text for name, text in lines.items() if text}
 
     def gauges(self) -> dict[str, dict[str, int]]:
-        """Return what /metrics tells of now, by name and state."""
-        now = self.pool.snapshot()
-        processes = {state: len(getattr(now, state)) for state in now._fields if state != "waiting"}
-        signed_in = int(not self.sign_in().is_missing)
+        """Return what /metrics tells of now, by name and labels."""
+        now, signed_in = self.pool.snapshot(), int(not self.sign_in().is_missing)
+        processes = {f'{{state="{name}"}}': len(getattr(now, name)) for name in now._fields[:-1]}
         more = {"cc2api_waiting_requests": {"": now.waiting}, "cc2api_signed_in": {"": signed_in}}
         return {"cc2api_processes": processes, **more}
 
@@ -3174,9 +3169,8 @@ def _with_reset(error: ApiError, limits: Mapping[str, str]) -> ApiError:
     rejected = limits.get("anthropic-ratelimit-unified-status") == "rejected"
     if not (error.status == 429 and rejected and reset.isdigit()):
         return error
-    after_s = max(1, int(reset) - int(time.time()))
-    again = after_s <= LONGEST_RETRY_S
-    return dataclasses.replace(error, retry_after_s=after_s, should_retry=again)
+    left_s = max(1, int(reset) - int(time.time()))
+    return dataclasses.replace(error, retry_after_s=left_s, should_retry=left_s <= LONGEST_RETRY_S)
 
 
 # ======================================================================= Status
