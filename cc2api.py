@@ -3209,20 +3209,16 @@ PAGE: Final = """<!doctype html>
 <style>
  :root { color-scheme: light dark }
  body { font: 16px/1.5 system-ui, sans-serif; max-width: 50em; margin: 2em auto; padding: 0 1em }
- pre { white-space: pre-wrap; overflow-wrap: anywhere; background: #8881; padding: .6em }
+ pre { white-space: pre-wrap; overflow-wrap: anywhere }
  #status { white-space: pre; overflow-x: auto; font-size: 85% }
- pre:empty { display: none }
- textarea, input, select, button { font: inherit; padding: .5em; max-width: 100%;
-  border: 1px solid #8888; border-radius: 4px }
+ textarea, input, select, button { font: inherit; padding: .5em; max-width: 100% }
  textarea { width: 100%; box-sizing: border-box }
- #send { background: #a84a28; color: white }
- button:disabled { opacity: .5 }
 </style>
 <h1>cc2api</h1>
 <p><textarea id="prompt" rows="3" placeholder="Try a prompt; Ctrl-Enter sends it"></textarea>
 <p><select id="model" aria-label="model"><option>claude-code</option></select>
  <input id="key" type="password" placeholder="API key" hidden>
- <button id="send">Send</button> <button id="stop" disabled>Stop</button>
+ <button id="send">Send</button> <button id="stop">Stop</button>
 <pre id="answer"></pre><p id="end"></p>
 <pre id="status">…</pre>
 <script type="module">
@@ -3245,17 +3241,13 @@ async function list() {
   for (const {id, display_name} of data) model.add(new Option(display_name, id))
 }
 send.onclick = async () => {
-  if (!prompt.value.trim()) return prompt.focus()
   const messages = [{role: "user", content: prompt.value}], stopping = new AbortController()
   const body = JSON.stringify({model: model.value, max_tokens: 4000, stream: true, messages})
   const began = Date.now(), last = {}
-  const tell = text => {
-    end.textContent = `${text} ${((Date.now() - began) / 1000).toFixed(1)} s`
-  }
+  const tell = text => { end.textContent = `${text} ${((Date.now() - began) / 1000).toFixed(1)} s` }
   const timer = setInterval(tell, 100, "…")
   stop.onclick = () => stopping.abort()
   send.disabled = true
-  stop.disabled = false
   answer.textContent = ""
   try {
     const got = await call("/v1/messages", {method: "POST", body, signal: stopping.signal})
@@ -3276,7 +3268,6 @@ send.onclick = async () => {
   }
   clearInterval(timer)
   send.disabled = false
-  stop.disabled = true
 }
 prompt.onkeydown = event => {
   if (event.key == "Enter" && (event.ctrlKey || event.metaKey)) send.click()
