@@ -2896,10 +2896,8 @@ class Metrics:
     def __init__(self) -> None:
         self.started_at = time.monotonic()
         self._lock = threading.Lock()
-        # of each family the samples, by what follows its name and by their labels
-        self._families: dict[str, dict[tuple[str, tuple[tuple[str, str], ...]], float]] = {
-            name: collections.defaultdict(float) for name in _FAMILIES
-        }
+        # of each family the samples, by what follows its name and by their labels, as pairs
+        self._families = {name: collections.defaultdict[Any, float](float) for name in _FAMILIES}
 
     def add(self, name: str, value: float = 1.0, /, **labels: str) -> None:
         """Add to a counter, or a time in seconds to a histogram."""
@@ -3057,11 +3055,10 @@ class Service:
     def count_tokens(self, turn: Turn, caller: Caller, tick: Callable[[], None]) -> int:
         """Return how many input tokens a turn has, by the API's own count; nothing is generated."""
         demand = self._demand(turn, caller, tick)
-        turn = demand.turn
 
         def count(*tools: JsonObject) -> tuple[int, int]:
             # with a system prompt that was never counted before (`to_counts`)
-            fresh = dataclasses.replace(turn, system=" ".join(uuid.uuid4().hex), marked=None)
+            fresh = dataclasses.replace(demand.turn, system=" ".join(uuid.uuid4().hex), marked=None)
             of = dataclasses.replace(demand, turn=fresh, counted=list(tools))
             while True:
                 with self._lend(of) as session:
@@ -3126,10 +3123,7 @@ class Service:
 
     @contextlib.contextmanager
     def _lend(self, demand: Demand) -> Iterator[Session]:
-        """Lend a session; where it cannot serve and nothing went upstream, that passes silently.
-
-        To be called again then: another one is lent.
-        """
+        """Lend a session; where it dies before it has asked, that passes silently: lend again."""
         session = self.pool.acquire(demand)
         was_new = session.is_new
         try:
@@ -3149,18 +3143,17 @@ class Service:
 
     def _note_cost(self, session: Session) -> None:
         """Count what a process has told of its cost: of the turns before the one just ended."""
-        if cost := session.take_cost():
-            name = session.base[0].name if session.base else OPEN
-            self.metrics.add("cc2api_cost_dollars_total", cost, caller=name)
+        if session.base and (cost := session.take_cost()):
+            self.metrics.add("cc2api_cost_dollars_total", cost, caller=session.base[0].name)
 
     def _demand(
         self, turn: Turn, caller: Caller, tick: Callable[[], None], request_id: str = "-"
     ) -> Demand:
         turn = for_login(turn) if self.is_login else turn
         mapped = dataclasses.replace(turn, model=self._model_map.get(turn.model, turn.model))
-        message = f"no whole answer within {self.settings.timeout:g} s"
-        late = ApiError(message, status=504, should_retry=False)
-        return Demand(mapped, caller, Patience(self.settings.timeout, tick, late), request_id)
+        limit_s = self.settings.timeout
+        late = ApiError(f"no whole answer within {limit_s:g} s", status=504, should_retry=False)
+        return Demand(mapped, caller, Patience(limit_s, tick, late), request_id)
 
 
 def _with_reset(error: ApiError, limits: Mapping[str, str]) -> ApiError:
