@@ -3203,7 +3203,7 @@ PAGE: Final = """<!doctype html>
  :root { color-scheme: light dark }
  body { font: 16px/1.5 system-ui, sans-serif; max-width: 50em; margin: 2em auto; padding: 0 1em }
  pre { white-space: pre-wrap; overflow-wrap: anywhere }
- #status { white-space: pre; overflow-x: auto; font-size: 85% }
+ #status { white-space: pre; overflow-x: auto; font-size: 85%; background: #8881; padding: .6em }
  textarea, input, select, button { font: inherit; padding: .5em; max-width: 100% }
  textarea { width: 100%; box-sizing: border-box }
 </style>
