@@ -3173,8 +3173,7 @@ def _with_reset(error: ApiError, limits: Mapping[str, str]) -> ApiError:
 def status_text(service: Service, url: str) -> str:
     """Return in plain text how things are; `url` is where the client sees the gateway."""
     pool, sign_in, metrics = service.pool, service.sign_in(), service.metrics
-    now = pool.snapshot()
-    asked = failed = 0.0
+    now, asked, failed = pool.snapshot(), 0.0, 0.0
     for labels, count in metrics.series("cc2api_requests_total"):
         if labels["route"] in ("messages", "chat_completions", "responses"):
             asked += count
