@@ -229,7 +229,7 @@ class ClientGone(Exception):
 
 # ===================================================================== API keys
 # Who may call. The file is read on every request, so a change takes effect at once. Fails closed:
-# only a file that is not there, or that holds no key, means open mode.
+# only a file that is not there, or that holds no key, means open mode, and on loopback alone.
 
 OPEN: Final = "open"  # the caller's name where no key is asked for
 MIN_NAMED_KEY: Final = 12  # characters; of a shorter key four would tell too much
@@ -246,81 +246,68 @@ NOBODY: Final = Caller(OPEN, b"")  # the gateway itself
 
 
 class KeyFile:
-    """The keys of `apikeys.txt`: one a line, a name may follow; blank and # lines are ignored."""
+    """The file of keys: one a line, a name may follow; blank and # lines are ignored."""
 
-    def __init__(self, path: str | os.PathLike[str], *, required: bool = False) -> None:
-        """`required` shuts open mode: without a key in the file nobody may call."""
-        self.path, self.required = Path(path), required
-        self.problem = ""  # why the file could not be read last
+    def __init__(self, settings: Settings) -> None:
+        self.path = Path(settings.keys)
+        self.who = ""  # may call, in a few words, as of the last load
+        is_loopback = settings.host == "localhost"
+        with contextlib.suppress(ValueError):
+            is_loopback = ipaddress.ip_address(settings.host).is_loopback
+        self.is_needed = not (is_loopback or settings.allow_open)  # which shuts open mode
         self._last: dict[str, str] = {}  # what it held when it held something
         self._gone_at: float | None = None  # monotonic; since when there is nothing in it
 
     def load(self) -> dict[str, str] | None:
-        """Return the keys with their names; None where there is a file that cannot be read."""
+        """Return the keys with their names: {} where anybody may call, None where nobody."""
+        keys, who = None, "open: anyone who can connect may call"
+        problem = "holds no key, and --host is not loopback: add one, or use --allow-open"
         try:
-            if self.path.exists() and not self.path.is_file():  # reading a pipe would block
-                raise OSError(0, "it is not a regular file")
-            text = self.path.read_text("utf-8-sig")
-        except FileNotFoundError:
-            text = ""
+            keys = self._read()
         except (OSError, UnicodeDecodeError) as exc:
-            problem = getattr(exc, "strerror", "it is not UTF-8")
-            if problem != self.problem:
-                log.error("key file %s cannot be read, nobody is let in: %s", self.path, problem)
-            self.problem = problem
-            return None
-        self.problem = ""
+            problem = f"cannot be read ({getattr(exc, 'strerror', 'it is not UTF-8')})"
+            problem += "; mend that, or name another with --keys"
+        if keys:
+            who = f"{len(keys)} in {self.path}"
+        elif keys is None or self.is_needed:
+            keys, who = None, f"NOBODY CAN CALL: {self.path} {problem}"
+        if self.who not in ("", who):
+            log.warning("keys changed: %s", who)
+        self.who = who
+        return keys
+
+    def _read(self) -> dict[str, str]:
+        text, keys = "", {}
+        if self.path.exists() and not self.path.is_file():  # reading a pipe would block
+            raise OSError(0, "it is not a regular file")
+        with contextlib.suppress(FileNotFoundError):
+            text = self.path.read_text("utf-8-sig")
         if not text and self._last:  # as while it is written anew: what it held before holds on
             self._gone_at = gone_at = self._gone_at or time.monotonic()
             if time.monotonic() - gone_at < KEYS_GONE_S:
                 return self._last
-        keys = {}
         for line in text.split("\n"):
             key, *words = line.split() or ["#"]
             tail = key[-4:] if len(key) >= MIN_NAMED_KEY else ""
             if not key.startswith("#"):
                 keys[key] = re.sub(r"[^\w.@-]+", "_", " ".join(words)) or f"…{tail}"
-        if self._last and not keys:
-            who = "anyone who can connect" if self.is_open(keys) else "nobody"
-            log.warning("there is no key in %s any more: %s may call", self.path, who)
         self._last, self._gone_at = keys, None
         return keys
 
-    def is_open(self, keys: Mapping[str, str] | None) -> bool:
-        """Say whether anybody may call, with these keys."""
-        return keys == {} and not self.required
 
-    def check(self, keys: Mapping[str, str] | None, api_key: str, authorization: str) -> Caller:
-        """Return who calls, by `x-api-key`, which wins as on the public API, or Bearer token."""
-        if keys is None:
-            raise ApiError("the gateway's key file cannot be read", status=401)
-        scheme, _, token = authorization.strip().partition(" ")
-        given = api_key.strip() or (token.strip() if scheme.lower() == "bearer" else "")
-        raw = given.encode("latin-1", "replace")  # as it came over the wire
-        # Every key is compared, in constant time: neither a prefix nor a position can be timed.
-        names = [name for key, name in keys.items() if hmac.compare_digest(raw, key.encode())]
-        if self.is_open(keys):
-            names = [OPEN]
-        if not names:
-            missing = "x-api-key header or Authorization: Bearer is required"
-            raise ApiError("invalid x-api-key or bearer token" if given else missing, status=401)
-        return Caller(names[0], hashlib.sha256(raw).digest())
-
-    def describe(self) -> str:
-        """Say in a few words who may call."""
-        keys = self.load()
-        if keys is None:
-            why = f"{self.path} cannot be read ({self.problem})"
-            return f"NOBODY CAN CALL: {why}; mend that, or name another with --keys"
-        return f"{len(keys)} in {self.path}" if keys else "open: anyone who can connect may call"
-
-
-def needs_keys(settings: Settings) -> bool:
-    """Say whether nobody may call without a key: on any address but loopback."""
-    is_loopback = settings.host == "localhost"
-    with contextlib.suppress(ValueError):
-        is_loopback = ipaddress.ip_address(settings.host).is_loopback
-    return not (is_loopback or settings.allow_open)
+def identify(keys: Mapping[str, str] | None, api_key: str, authorization: str) -> Caller:
+    """Return who calls, by `x-api-key`, which wins as on the public API, or Bearer token."""
+    if keys is None:
+        raise ApiError("the gateway's key file cannot be read, or holds no key", status=401)
+    scheme, _, token = authorization.strip().partition(" ")
+    given = api_key.strip() or (token.strip() if scheme.lower() == "bearer" else "")
+    raw = given.encode("latin-1", "replace")  # as it came over the wire
+    # Every key is compared, in constant time: neither a prefix nor a position can be timed.
+    names = [name for key, name in keys.items() if hmac.compare_digest(raw, key.encode())]
+    if keys and not names:
+        missing = "x-api-key header or Authorization: Bearer is required"
+        raise ApiError("invalid x-api-key or bearer token" if given else missing, status=401)
+    return Caller(names[0] if keys else OPEN, hashlib.sha256(raw).digest())
 
 
 # ===================================================================== Requests
@@ -3098,7 +3085,7 @@ class Service:
     def __init__(self, settings: Settings, cli: Cli, environ: Mapping[str, str]) -> None:
         self.settings = settings
         self.metrics = Metrics()
-        self.keys = KeyFile(settings.keys, required=needs_keys(settings))
+        self.keys = KeyFile(settings)
         self.rate_limits: dict[str, str] = {}  # the plan's state as headers, as last reported
         self._bare = wants_bare(settings.bare, environ)
         self.is_login = not self._bare
@@ -3196,7 +3183,7 @@ class Service:
         """Say what it runs on, who pays and who may call."""
         url = "" if self.settings.demo else upstream_url(self._environ)
         lines = {"claude": str(self.cli()), "sign-in": self.sign_in().text, "upstream": url}
-        return {**{k: v for k, v in lines.items() if v}, "keys": self.keys.describe()}
+        return {**{k: v for k, v in lines.items() if v}, "keys": self.keys.who}
 
     def health(self) -> str:
         """Return what is wrong, "" where nothing is."""
@@ -3745,7 +3732,7 @@ def admit(head: Head, keys: KeyFile, settings: Settings, *, needs_key: bool) -> 
     other origins, and of names made to resolve to us (rebinding).
     """
     loaded = keys.load()
-    if keys.is_open(loaded):
+    if loaded == {}:
         origin, host = head.get("origin"), head.get("host")
         name = re.sub(r":\d*\Z", "", host).strip("[]").lower()
         if name and not is_own_name(name, settings):
@@ -3755,7 +3742,7 @@ def admit(head: Head, keys: KeyFile, settings: Settings, *, needs_key: bool) -> 
             raise ApiError(f"pages of {quoted(origin, 100)} may not call; see --cors-origin", 403)
     if not needs_key:
         return NOBODY
-    return keys.check(loaded, head.get("x-api-key"), head.get("authorization"))
+    return identify(loaded, head.get("x-api-key"), head.get("authorization"))
 
 
 def is_own_name(name: str, settings: Settings) -> bool:
@@ -4127,16 +4114,12 @@ class LogFormatter(logging.Formatter):
 
 def check_keys(settings: Settings) -> str:
     """Say who may call. Raises CliUnusable where nobody could, or everybody."""
-    keys = KeyFile(settings.keys)
-    loaded = keys.load()
-    if loaded is None:
-        raise CliUnusable(keys.describe())
-    if needs_keys(settings) and not loaded:
-        problem = f"{settings.host} is not a loopback address and {settings.keys} holds no key"
-        raise CliUnusable(f"{problem}: add one, or use --allow-open")
+    keys = KeyFile(settings)
+    if keys.load() is None:
+        raise CliUnusable(keys.who)
     if settings.keys != Settings().keys and not keys.path.exists():
         raise CliUnusable(f"there is no key file {settings.keys}: make it, or leave --keys out")
-    return keys.describe()
+    return keys.who
 
 
 def is_running(settings: Settings) -> bool:
