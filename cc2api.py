@@ -149,7 +149,6 @@ def _option(default: Any, text: str, *, low: float = 0, high: float = 1e9, form:
 
 
 _ORIGIN: Final = r"\*|null|[a-z][a-z0-9+.-]*://[^/\s]+"
-_SOURCES: Final = "((user|project|local)(,|$))*"
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,9 +171,7 @@ class Settings:
     timeout: float = _option(600.0, "seconds for a whole answer", low=1)
     drain: float = _option(30.0, "seconds that running answers get at the end")
     bare: bool | None = _option(None, "run claude with --bare (default: with an API key or cloud)")
-    setting_sources: str = _option(
-        "", "settings to load: user,project,local (default: none)", form=_SOURCES
-    )
+    setting_sources: str = _option("", "settings to load: user,project,local (default: none)")
     check: bool = _option(False, "check the CLI, sign-in, keys, port and a start, then end")
     demo: bool = _option(False, "answer from a script, without an account")
     debug: bool = _option(False, "log requests and responses whole, prompts included")
@@ -4048,56 +4045,51 @@ def parse_args(argv: Sequence[str] | None, environ: Mapping[str, str]) -> Settin
         epilog="Every option can be given as a variable too: --port 8080 is CC2API_PORT=8080.",
     )
     parser.add_argument("--version", action="version", version=f"cc2api {__version__}")
-    options = {"--" + f.name.replace("_", "-"): f for f in dataclasses.fields(Settings)}
-    for flag, option in options.items():
-        kind, text = str(option.type), option.metadata["help"]
+    options: dict[str, dataclasses.Field[Any]] = {}  # by flag and by variable
+    for option in dataclasses.fields(Settings):
+        flag, text = "--" + option.name.replace("_", "-"), option.metadata["help"]
+        options |= {flag: option, "CC2API_" + option.name.upper(): option}
         action: Any = "store"
-        if kind.startswith("tuple"):
+        if option.default == ():
             action, text = "append", f"{text}; repeatable"
-        elif kind.startswith("bool"):
-            action = "store_true" if kind == "bool" else argparse.BooleanOptionalAction
+        elif "bool" in str(option.type):
+            action = argparse.BooleanOptionalAction
         elif option.default not in (None, ""):
             text += f" (default: {option.default})".replace(".0)", ")")
         parser.add_argument(flag, action=action, default=None, help=text)
-    given = vars(parser.parse_args(argv))
-    for name in environ:
-        if name.startswith("CC2API_") and name.removeprefix("CC2API_").lower() not in given:
-            parser.error(f"{name}: there is no such option")
-    for flag, option in options.items():
-        name, kind, value = option.name, str(option.type), given[option.name]
-        variable = environ.get(said_by := "CC2API_" + name.upper())
-        said_by = said_by if value is None and variable else flag
-        if value is None and variable:
-            value = variable.split(",") if kind.startswith("tuple") else variable
-        try:
-            given[name] = _to_setting(option.default if value is None else value, option)
-        except ValueError as exc:
-            parser.error(f"{said_by}: {exc}")
-    return Settings(**given)
+    said: dict[str, Any] = {name: text for name, text in environ.items() if text}
+    flags = vars(parser.parse_args(argv)).items()  # they win
+    said |= {"--" + name.replace("_", "-"): value for name, value in flags if value is not None}
+    chosen = {}
+    for said_by, value in said.items():
+        if said_by in options:
+            try:
+                chosen[options[said_by].name] = _to_setting(value, options[said_by])
+            except ValueError as exc:
+                parser.error(f"{said_by}: {exc}")
+        elif said_by.startswith("CC2API_"):
+            parser.error(f"{said_by}: there is no such option")
+    return Settings(**chosen)
 
 
-_SWITCHES: Final = configparser.ConfigParser.BOOLEAN_STATES  # 1, yes, true, on and the reverse
-
-
-def _to_setting(value: Any, option: dataclasses.Field[Any]) -> Any:
-    """Return a value, by default or from a string, as the option has it. Raises ValueError."""
-    kind, told = str(option.type), option.metadata
-    if kind.startswith("tuple"):
-        ending = "/" if option.name == "cors_origin" else ""
-        value = tuple(filter(None, (each.strip().removesuffix(ending) for each in value)))
-    elif kind.startswith("bool") and isinstance(value, str):
-        if value.lower() not in _SWITCHES:
-            raise ValueError(f"{value!r} is neither 1 nor 0")
-        return _SWITCHES[value.lower()]
+def _to_setting(said: Any, option: dataclasses.Field[Any]) -> Any:
+    """Return what a flag or a variable says, as the option has it. Raises ValueError."""
+    kind, told, wanted = str(option.type), option.metadata, option.metadata["help"]
+    value = said
+    if "bool" in kind:
+        switches = configparser.ConfigParser.BOOLEAN_STATES
+        value, wanted = switches.get(str(said).lower()), "1 or 0"
     elif kind in ("int", "float"):
+        value, wanted = None, f"a number from {told['low']:g} to {told['high']:g}"
         with contextlib.suppress(ValueError):
-            value = int(value) if kind == "int" else float(value)
-        if isinstance(value, str) or not told["low"] <= value <= told["high"]:
-            most = f"to {told['high']}" if told["high"] < 1e9 else "on"
-            raise ValueError(f"{value!r} is no number from {told['low']:g} {most}")
-    for each in value if isinstance(value, tuple) else [value]:
-        if isinstance(each, str) and not re.fullmatch(told["form"], each):
-            raise ValueError(f"{each!r} does not fit: {told['help']}")
+            number = int(said) if kind == "int" else float(said)
+            value = number if told["low"] <= number <= told["high"] else None
+    elif "tuple" in kind:
+        parts = said if isinstance(said, list) else said.split(",")
+        value = tuple(filter(None, (part.strip().rstrip("/") for part in parts)))
+        value = value if all(re.fullmatch(told["form"], part) for part in value) else None
+    if value is None:
+        raise ValueError(f"{said!r} does not fit: {wanted}")
     return value
 
 

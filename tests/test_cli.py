@@ -147,11 +147,12 @@ def test_models_are_resolved_by_the_clis_own_list() -> None:
 
 
 STARTS: list[tuple[list[str], dict[str, str], int, str]] = [
-    (["--port", "70000"], {}, 2, "--port: 70000 is no number from 0 to 65535"),
-    (["--processes", "-1"], {}, 2, "--processes: -1 is no number from 0"),
-    (["--timeout", "inf"], {}, 2, "--timeout: inf is no number"),
+    (["--port", "70000"], {}, 2, "--port: '70000' does not fit: a number from 0 to 65535"),
+    (["--processes", "-1"], {}, 2, "--processes: '-1' does not fit: a number from 0"),
+    (["--timeout", "inf"], {}, 2, "--timeout: 'inf' does not fit: a number"),
     (["--nope"], {}, 2, "unrecognized arguments"),
-    ([], {"CC2API_PROCESSES": "many"}, 2, "CC2API_PROCESSES: 'many' is no number"),
+    ([], {"CC2API_PROCESSES": "many"}, 2, "CC2API_PROCESSES: 'many' does not fit: a number"),
+    ([], {"CC2API_NOPE": "1"}, 2, "CC2API_NOPE: there is no such option"),
     (["--host", "203.0.113.7"], {}, 1, "add one, or use --allow-open"),
     (
         ["--host", "203.0.113.7", "--allow-open", "--claude", str(FAKE_CLAUDE)],
