@@ -4129,9 +4129,8 @@ def listen(settings: Settings) -> Server:
         return Server((settings.host, settings.port), Handler)
     except OSError as exc:
         why = "a cc2api runs there already" if is_running(settings) else exc.strerror or exc
-        where = f"{settings.host} port {settings.port}: {why}"
-        problem = f"cannot listen on {where}; choose another with --port or --host"
-        raise CliUnusable(problem) from exc
+        problem = f"cannot listen on {settings.host} port {settings.port}: {why}"
+        raise CliUnusable(f"{problem}; choose another with --port or --host") from exc
 
 
 def check_upstream(environ: Mapping[str, str], port: int) -> str:
@@ -4150,7 +4149,7 @@ def check_upstream(environ: Mapping[str, str], port: int) -> str:
 
 
 def try_start(settings: Settings, cli: Cli, environ: Mapping[str, str]) -> str:
-    """Have a spare made, and say what it can. Raises CliUnusable and ApiError."""
+    """Have a spare made, and say what it can. Raises CliUnusable."""
     alone = dataclasses.replace(settings, processes=1)
     with contextlib.closing(Service(alone, cli, environ)) as service:
         pool = service.pool
@@ -4160,25 +4159,13 @@ def try_start(settings: Settings, cli: Cli, environ: Mapping[str, str]) -> str:
             return f"claude starts, but each new conversation takes a process of its own: {refusal}"
         if pool.failure:
             raise CliUnusable(pool.failure)
-        models = service.models(NOBODY, lambda: None)
-    return f"claude starts, lists {len(models)} models, and can be used again"
+    return "claude starts, and can be used again"
 
 
 def run_check(settings: Settings, environ: Mapping[str, str]) -> int:
     """Say line by line what is in order and what to do about the rest; return the exit status."""
     logging.disable()  # what would be logged stands in the lines
-    status = 0
-
-    def attempt(name: str, step: Callable[..., _T], *args: Any) -> _T | None:
-        nonlocal status
-        try:
-            found = step(*args)
-        except (CliUnusable, ApiError) as exc:
-            status = 1
-            print(f"{name:<9}FAIL  {exc}", flush=True)
-            return None
-        print(f"{name:<9}ok    {found}", flush=True)
-        return found
+    found: dict[str, Any] = {}
 
     def port() -> str:
         if is_running(settings):
@@ -4186,20 +4173,30 @@ def run_check(settings: Settings, environ: Mapping[str, str]) -> int:
         with listen(settings):
             return f"{settings.host} port {settings.port} is free"
 
-    def sign_in(cli: Cli) -> str:
+    def sign_in() -> str:
         bare = wants_bare(settings.bare, environ)
-        found = IN_DEMO if settings.demo else ask_sign_in(cli, environ, bare=bare)
-        if found.is_missing:
-            raise CliUnusable(found.text)
-        return found.text
+        now = IN_DEMO if settings.demo else ask_sign_in(found["claude"], environ, bare=bare)
+        if now.is_missing:
+            raise CliUnusable(now.text)
+        return now.text
 
-    attempt("keys", check_keys, settings)
-    attempt("port", port)
-    attempt("upstream", check_upstream, environ, settings.port)
-    if cli := attempt("claude", find_cli, settings.claude, environ):
-        attempt("sign-in", sign_in, cli)
-        attempt("start", try_start, settings, cli, environ)
-    return status
+    steps: dict[str, Callable[[], Any]] = {
+        "keys": lambda: check_keys(settings),
+        "port": port,
+        "upstream": lambda: check_upstream(environ, settings.port),
+        "claude": lambda: find_cli(settings.claude, environ),
+        "sign-in": sign_in,
+        "start": lambda: try_start(settings, found["claude"], environ),
+    }
+    for name, step in steps.items():
+        try:
+            found[name] = step()
+            print(f"{name:<9}ok    {found[name]}", flush=True)
+        except CliUnusable as exc:
+            print(f"{name:<9}FAIL  {exc}", flush=True)
+            if name == "claude":
+                break
+    return int(len(found) < len(steps))
 
 
 def serve(settings: Settings, environ: Mapping[str, str]) -> int:
