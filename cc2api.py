@@ -41,7 +41,6 @@ from __future__ import annotations
 import argparse
 import base64
 import collections
-import configparser
 import contextlib
 import dataclasses
 import email.utils
@@ -4077,7 +4076,7 @@ def _to_setting(said: Any, option: dataclasses.Field[Any]) -> Any:
     kind, told, wanted = str(option.type), option.metadata, option.metadata["help"]
     value = said
     if "bool" in kind:
-        switches = configparser.ConfigParser.BOOLEAN_STATES
+        switches = {"1": True, "true": True, "0": False, "false": False}
         value, wanted = switches.get(str(said).lower()), "1 or 0"
     elif kind in ("int", "float"):
         value, wanted = None, f"a number from {told['low']:g} to {told['high']:g}"

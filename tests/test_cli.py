@@ -174,7 +174,7 @@ def test_a_wrong_start_ends_with_a_message_and_a_status(
 
 
 def test_flags_beat_variables_beat_defaults() -> None:
-    environ = {"CC2API_PORT": "9001", "CC2API_DEBUG": "yes", "CC2API_BARE": "no"}
+    environ = {"CC2API_PORT": "9001", "CC2API_DEBUG": "1", "CC2API_BARE": "0"}
     settings = cc2api.parse_args(["--processes", "3"], environ)
     assert settings == cc2api.Settings(port=9001, debug=True, bare=False, processes=3)
     assert cc2api.parse_args(["--port", "1", "--bare"], environ).port == 1
