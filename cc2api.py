@@ -143,7 +143,7 @@ LISTEN_BACKLOG: Final = 128  # socketserver's 5 refuses a burst of parallel clie
 
 
 # 1e9 is no limit but keeps infinity out, which no wait takes
-def _option(default: Any, text: str, *, low: float = 0, high: float = 1e9, form: str = ".*") -> Any:
+def _option(default: Any, text: str, form: str = ".*", low: float = 0, high: float = 1e9) -> Any:
     return field(default=default, metadata={"help": text, "low": low, "high": high, "form": form})
 
 
@@ -159,11 +159,9 @@ class Settings:
     claude: str | None = _option(None, "the claude executable (default: searched for)")
     keys: str = _option("apikeys.txt", "file of API keys, one a line, re-read every time")
     allow_open: bool = _option(False, "listen on other addresses than loopback without any key")
-    cors_origin: tuple[str, ...] = _option((), "web origin that may call, * for any", form=_ORIGIN)
+    cors_origin: tuple[str, ...] = _option((), "web origin that may call, * for any", _ORIGIN)
     allowed_host: tuple[str, ...] = _option((), "another host name of this server")
-    model_map: tuple[str, ...] = _option(
-        (), "NAME=MODEL: serve model NAME with MODEL", form="[^=]+=.+"
-    )
+    model_map: tuple[str, ...] = _option((), "NAME=MODEL: serve model NAME with MODEL", "[^=]+=.+")
     processes: int = _option(4, "claude processes kept when idle, one of them blank; 0 keeps none")
     max_concurrency: int = _option(8, "requests answered at once", low=1)
     max_queue: int = _option(64, "requests that may wait for their turn")
