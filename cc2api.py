@@ -251,6 +251,7 @@ class KeyFile:
         self.is_needed = not (is_loopback or settings.allow_open)  # which shuts open mode
         self._last: dict[str, str] = {}  # what it held when it held something
         self._gone_at: float | None = None  # monotonic; since when there is nothing in it
+        self.load()
 
     def load(self) -> dict[str, str] | None:
         """Return the keys with their names: {} where anybody may call, None where nobody."""
@@ -3241,14 +3242,14 @@ def status_text(service: Service, url: str) -> str:
         "tokens": ", ".join(f"{count:.0f} {kind}" for kind, count in tokens.items()),
         "cost": f"${cost:.4f}" + " at list price" * (service.is_login or service.settings.demo),
         "health": service.health() or "ok",
-        "try": try_command(url, has_keys=service.keys.load() != {}),
+        "try": try_command(url, service.keys),
     }
     return "".join(f"{name:<14}{text}\n" for name, text in lines.items())
 
 
-def try_command(url: str, *, has_keys: bool) -> str:
+def try_command(url: str, keys: KeyFile) -> str:
     """Return a curl command that asks something."""
-    key = " -H 'x-api-key: YOUR-KEY'" if has_keys else ""
+    key = "" if keys.load() == {} else " -H 'x-api-key: YOUR-KEY'"
     messages = [{"role": "user", "content": "Hello!"}]
     body = json.dumps({"model": "sonnet", "max_tokens": 100, "messages": messages})
     return f"curl {url}/v1/messages{key} -d '{body}'"
@@ -4209,8 +4210,7 @@ def serve(settings: Settings, environ: Mapping[str, str]) -> int:
     threading.Thread(None, server.serve_forever, "cc2api-accept", ticks, daemon=True).start()
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     url = f"http://{host}:{server.server_port}"
-    tried = try_command(url, has_keys=service.keys.load() != {})
-    lines = {**service.describe(), "page": f"{url}/", "try": tried}
+    lines = {**service.describe(), "page": f"{url}/", "try": try_command(url, service.keys)}
     listed = [f"  {name:<8} {text}" for name, text in lines.items()]
     print("\n".join([f"cc2api {__version__} listens on {url}", *listed]), flush=True)
     log.info("event=start version=%s claude=%s url=%s", __version__, cli.version, url)
