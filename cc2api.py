@@ -3980,10 +3980,9 @@ NO_ROUTE: Final = Route("GET", "none", Handler.hello, needs_key=False)
 
 
 class DemoApi(BaseHTTPRequestHandler):
-    """Answers each call as the API would, in words that say DEMO."""
+    """Answers each call as the API would, in words that say DEMO, or counts tokens."""
 
     def do_POST(self) -> None:
-        """Stream an answer word by word, or count tokens."""
         raw = self.rfile.read(int(self.headers["content-length"]))
         body, is_count = json.loads(raw), "count_tokens" in self.path
         self.send_response(200)
@@ -3992,20 +3991,19 @@ class DemoApi(BaseHTTPRequestHandler):
         if is_count:
             self.wfile.write(json.dumps({"input_tokens": len(raw) // 2}).encode())
             return
-        asked = [part.get("text") for part in as_blocks(body["messages"][-1]["content"])]
-        said = f"DEMO: no model was asked. You said: {asked[-1]}"
-        words = re.findall(r"\S+\s*", said[:DEMO_CHARS])
+        asked = as_blocks(body["messages"][-1]["content"])[-1].get("text")
+        words = re.findall(r"\S+\s*", f"DEMO: no model was asked. You said: {asked}"[:DEMO_CHARS])
         usage = {"input_tokens": len(raw) // 4, "output_tokens": len(words)}
-        message = {"id": f"msg_{uuid.uuid4().hex[:24]}", "type": "message", "role": "assistant"}
-        more = {"model": body["model"], "content": [], "usage": usage}
-        more |= dict.fromkeys(("stop_reason", "stop_sequence"))
         end = {"stop_reason": "end_turn", "stop_sequence": None}
-        of, deltas = "content_block", [{"type": "text_delta", "text": word} for word in words]
+        message: JsonObject = {"type": "message", "role": "assistant", "content": []}
+        message |= {"id": f"msg_{uuid.uuid4().hex}", "model": body["model"], "usage": usage}
+        block = {"type": "text", "text": ""}
+        deltas = [{"type": "text_delta", "text": word} for word in words]
         events: list[Event] = [
-            {"type": "message_start", "message": {**message, **more}},
-            {"type": f"{of}_start", "index": 0, "content_block": {"type": "text", "text": ""}},
-            *({"type": f"{of}_delta", "index": 0, "delta": delta} for delta in deltas),
-            {"type": f"{of}_stop", "index": 0},
+            {"type": "message_start", "message": {**message, **dict.fromkeys(end)}},
+            {"type": "content_block_start", "index": 0, "content_block": block},
+            *({"type": "content_block_delta", "index": 0, "delta": delta} for delta in deltas),
+            {"type": "content_block_stop", "index": 0},
             {"type": "message_delta", "delta": end, "usage": usage},
             {"type": "message_stop"},
         ]
