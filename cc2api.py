@@ -4233,10 +4233,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     environ = dict(os.environ)
     try:
         settings = parse_args(argv, environ)
-        handler = logging.StreamHandler(sys.stderr)
-        handler.setFormatter(LogFormatter())
-        level = logging.DEBUG if settings.debug else logging.INFO
-        logging.basicConfig(level=level, handlers=[handler])
+        logging.basicConfig(level=logging.DEBUG if settings.debug else logging.INFO)
+        logging.root.handlers[0].setFormatter(LogFormatter())
         if settings.demo:
             settings, environ = start_demo(settings, environ)
         return (run_check if settings.check else serve)(settings, environ)
