@@ -245,9 +245,7 @@ class KeyFile:
     def __init__(self, settings: Settings) -> None:
         self.path = Path(settings.keys)
         self.who = ""  # may call, in a few words, as of the last load
-        is_loopback = settings.host == "localhost"
-        with contextlib.suppress(ValueError):
-            is_loopback = ipaddress.ip_address(settings.host).is_loopback
+        is_loopback = re.fullmatch(r"localhost|127\.[\d.]+|::1", settings.host)
         self.is_needed = not (is_loopback or settings.allow_open)  # which shuts open mode
         self._last: dict[str, str] = {}  # what it held when it held something
         self._gone_at: float | None = None  # monotonic; since when there is nothing in it
