@@ -226,7 +226,6 @@ class ClientGone(Exception):
 # only a file that is not there, or that holds no key, means open mode, and on loopback alone.
 
 OPEN: Final = "open"  # the caller's name where no key is asked for
-MIN_NAMED_KEY: Final = 12  # characters; of a shorter key four would tell too much
 
 
 class Caller(NamedTuple):
@@ -281,7 +280,7 @@ class KeyFile:
                 return self._last
         for line in text.split("\n"):
             key, *words = line.split() or ["#"]
-            tail = key[-4:] if len(key) >= MIN_NAMED_KEY else ""
+            tail = key[-4:] if len(key) >= 12 else ""  # of a shorter key four would tell too much
             if not key.startswith("#"):
                 keys[key] = re.sub(r"[^\w.@-]+", "_", " ".join(words)) or f"…{tail}"
         self._last, self._gone_at = keys, None
