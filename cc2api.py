@@ -252,17 +252,14 @@ class KeyFile:
 
     def load(self) -> dict[str, str] | None:
         """Return the keys with their names: {} where anybody may call, None where nobody."""
-        keys, who = None, "open: anyone who can connect may call"
-        problem = "holds no key, and --host is not loopback: add one, or use --allow-open"
+        keys, why = None, "it holds no key, and --host is not loopback"
         try:
             keys = self._read()
         except (OSError, UnicodeDecodeError) as exc:
-            problem = f"cannot be read ({getattr(exc, 'strerror', 'it is not UTF-8')})"
-            problem += "; mend that, or name another with --keys"
-        if keys:
-            who = f"{len(keys)} in {self.path}"
-        elif keys is None or self.is_needed:
-            keys, who = None, f"NOBODY CAN CALL: {self.path} {problem}"
+            why = getattr(exc, "strerror", "it is not UTF-8")
+        who = f"{len(keys)} in {self.path}" if keys else "open: anyone who can connect may call"
+        if keys is None or (self.is_needed and not keys):
+            keys, who = None, f"NOBODY CAN CALL: {self.path}: {why}; see --keys and --allow-open"
         if self.who not in ("", who):
             log.warning("keys changed: %s", who)
         self.who = who

@@ -153,7 +153,12 @@ STARTS: list[tuple[list[str], dict[str, str], int, str]] = [
     (["--nope"], {}, 2, "unrecognized arguments"),
     ([], {"CC2API_PROCESSES": "many"}, 2, "CC2API_PROCESSES: 'many' does not fit: a number"),
     ([], {"CC2API_NOPE": "1"}, 2, "CC2API_NOPE: there is no such option"),
-    (["--host", "203.0.113.7"], {}, 1, "add one, or use --allow-open"),
+    (
+        ["--host", "203.0.113.7"],
+        {},
+        1,
+        "it holds no key, and --host is not loopback; see --keys and --allow-open",
+    ),
     (
         ["--host", "203.0.113.7", "--allow-open", "--claude", str(FAKE_CLAUDE)],
         {},
