@@ -133,7 +133,7 @@ IDLE_CONNECTION_S: Final = 120.0  # longer than proxies keep theirs (60 s)
 LINGER_S: Final = 2.0  # reading on after an early answer, or a reset would destroy it on its way
 DEMO_CHARS: Final = 300  # of a demo's answer; agents' first prompts are 10 kB, read out for 40 s
 DEMO_WORD_S: Final = 0.03  # between the words of `--demo`: as quick as a model
-ACCEPT_TICK_S: Final = 0.1  # how soon the accepting thread notices that it is to stop
+ACCEPT_TICK_S: Final = 0.1  # how soon a signal is noticed, and the end of the last answer
 LISTEN_BACKLOG: Final = 128  # socketserver's 5 refuses a burst of parallel clients
 
 
@@ -4198,8 +4198,7 @@ def serve(settings: Settings, environ: Mapping[str, str]) -> int:
         signal.signal(number, lambda number, frame: signals.append(number))
     service = Service(settings, cli, environ)
     server.serve(service)
-    ticks = [ACCEPT_TICK_S]
-    threading.Thread(None, server.serve_forever, "cc2api-accept", ticks, daemon=True).start()
+    threading.Thread(None, server.serve_forever, "cc2api-accept", daemon=True).start()
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     url = f"http://{host}:{server.server_port}"
     lines = {**service.describe(), "page": f"{url}/", "try": try_command(url, service.keys)}
