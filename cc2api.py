@@ -4212,8 +4212,7 @@ def serve(settings: Settings, environ: Mapping[str, str]) -> int:
     server.stop()
     deadline = time.monotonic() + settings.drain
     if running := server.running["answers"]:
-        words = "answers still running: %d; they get %g s, another Ctrl-C cuts them off"
-        log.warning(words, running, settings.drain)
+        log.warning("%d answers get %g s more; Ctrl-C cuts them off", running, settings.drain)
     while server.running["answers"] and len(signals) < 2 and time.monotonic() < deadline:
         time.sleep(ACCEPT_TICK_S)
     service.close()
