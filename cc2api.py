@@ -3982,9 +3982,6 @@ class DemoApi(BaseHTTPRequestHandler):
         self.send_response(200)
         self.send_header("content-type", "application/json" if is_count else "text/event-stream")
         self.end_headers()
-        if is_count:
-            self.wfile.write(json.dumps({"input_tokens": len(raw) // 2}).encode())
-            return
         asked = as_blocks(body["messages"][-1]["content"])[-1].get("text")
         words = re.findall(r"\S+\s*", f"DEMO: no model was asked. You said: {asked}"[:DEMO_CHARS])
         usage = {"input_tokens": len(raw) // 4, "output_tokens": len(words)}
@@ -4001,8 +3998,8 @@ class DemoApi(BaseHTTPRequestHandler):
             {"type": "message_delta", "delta": end, "usage": usage},
             {"type": "message_stop"},
         ]
-        for event in events:
-            self.wfile.write(to_frame(event))
+        for frame in [json.dumps(usage).encode()] if is_count else map(to_frame, events):
+            self.wfile.write(frame)
             time.sleep(DEMO_WORD_S)
 
     def log_message(self, *args: object) -> None:
