@@ -28,7 +28,6 @@ Rules that hold throughout:
 A streamed request passes HTTP (read_head) > Routes (Handler, admit) > HTTP (read_body) > Requests >
 Service (answer) > Pool (acquire) > Conversation (Session: bring, ask) > Lines > Process (Channel)
 and back Process > Conversation (read) > Events (feed) > Service > Routes (to_frame) > HTTP (write).
-Beside it Metrics (Record) notes; at its end the session rests, and the pool takes it back.
 
 Facts about the CLI were seen on 2.1.300 to 2.1.331 talking to a scripted API; each one relied on is
 pinned by a test in tests/. Sections, each using only what stands above it: Settings, Errors, API
