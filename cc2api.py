@@ -290,11 +290,9 @@ def identify(keys: Mapping[str, str] | None, api_key: str, authorization: str) -
     raw = given.encode("latin-1", "replace")  # as it came over the wire
     # Every key is compared, in constant time: neither a prefix nor a position can be timed.
     names = [name for key, name in (keys or {}).items() if hmac.compare_digest(raw, key.encode())]
-    if keys == {}:
-        names = [OPEN]
-    if not names:
+    if keys != {} and not names:
         raise ApiError("missing or invalid x-api-key header or bearer token", status=401)
-    return Caller(names[0], hashlib.sha256(raw).digest())
+    return Caller(names[0] if names else OPEN, hashlib.sha256(raw).digest())
 
 
 # ===================================================================== Requests
