@@ -4097,16 +4097,23 @@ def check_keys(settings: Settings) -> str:
     return keys.who
 
 
+def is_running(settings: Settings) -> bool:
+    """Say whether a cc2api answers on the port already."""
+    address = settings.host, settings.port
+    with contextlib.suppress(OSError), socket.create_connection(address, TICK_S) as there:
+        there.sendall(b"GET /healthz HTTP/1.0\r\n\r\n")
+        return b"server: cc2api/" in there.recv(READ_BYTES)
+    return False
+
+
 def listen(settings: Settings) -> Server:
     """Return the server, bound to its port. Raises CliUnusable."""
     try:
         return Server((settings.host, settings.port), Handler)
     except OSError as exc:
-        problem = f"cannot listen on {settings.host} port {settings.port}: {exc.strerror or exc}"
-        hint = (
-            "where a cc2api runs there already, use that; else choose another with --port or --host"
-        )
-        raise CliUnusable(f"{problem}; {hint}") from exc
+        why = "a cc2api runs there already" if is_running(settings) else exc.strerror or exc
+        problem = f"cannot listen on {settings.host} port {settings.port}: {why}"
+        raise CliUnusable(f"{problem}; choose another with --port or --host") from exc
 
 
 def check_upstream(environ: Mapping[str, str], port: int) -> str:
@@ -4144,6 +4151,8 @@ def run_check(settings: Settings, environ: Mapping[str, str]) -> int:
     found: dict[str, Any] = {}
 
     def port() -> str:
+        if is_running(settings):
+            return f"a cc2api runs on {settings.host} port {settings.port} already"
         with listen(settings):
             return f"{settings.host} port {settings.port} is free"
 

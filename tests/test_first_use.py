@@ -142,8 +142,12 @@ def test_a_second_instance_is_told_of_the_first(tmp_path: Path, start_fake: Any)
     port = str(start_fake().port)
     done = start_and_fail(tmp_path, "--port", port)
     assert done.returncode == 1
-    assert done.stderr.startswith(f"cc2api: cannot listen on 127.0.0.1 port {port}: Address")
-    assert "where a cc2api runs there already, use that" in done.stderr
+    assert done.stderr == (
+        f"cc2api: cannot listen on 127.0.0.1 port {port}: a cc2api runs there already;"
+        " choose another with --port or --host\n"
+    )
+    checked = start_and_fail(tmp_path, "--port", port, "--check")
+    assert f"port     ok    a cc2api runs on 127.0.0.1 port {port} already\n" in checked.stdout
 
 
 @pytest.mark.parametrize(

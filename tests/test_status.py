@@ -240,7 +240,7 @@ def test_check_says_what_to_do(tmp_path: Path) -> None:
     )
     assert said["port"] == (
         f"FAIL cannot listen on 127.0.0.1 port {port}: Address already in use;"
-        " where a cc2api runs there already, use that; else choose another with --port or --host"
+        " choose another with --port or --host"
     )
     assert said["start"].startswith("FAIL claude ended")
     status, said = run_check(tmp_path, "--claude", "/nowhere/claude")
