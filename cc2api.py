@@ -28,7 +28,6 @@ Rules that hold throughout:
 A streamed request passes HTTP (read_head) > Routes (Handler) > HTTP (read_body) > Requests >
 Service (answer) > Pool (acquire) > Conversation (Session: bring, ask) > Lines > Process (Channel)
 and back Process > Conversation (read) > Events (feed) > Service > Routes (ask) > HTTP (Response).
-Beside it Metrics (Record) notes; at its end the session rests, and the pool takes it back.
 
 Facts about the CLI were seen on 2.1.300 to 2.1.331 talking to a scripted API; each one relied on is
 pinned by a test in tests/. Sections, each using only what stands above it: Settings, Errors, API
@@ -41,7 +40,6 @@ from __future__ import annotations
 import argparse
 import base64
 import collections
-import configparser
 import contextlib
 import dataclasses
 import email.utils
@@ -50,7 +48,6 @@ import hmac
 import http.client
 import importlib.util
 import io
-import ipaddress
 import itertools
 import json
 import logging
@@ -134,7 +131,7 @@ IDLE_CONNECTION_S: Final = 120.0  # longer than proxies keep theirs (60 s)
 LINGER_S: Final = 2.0  # reading on after an early answer, or a reset would destroy it on its way
 DEMO_CHARS: Final = 300  # of a demo's answer; agents' first prompts are 10 kB, read out for 40 s
 DEMO_WORD_S: Final = 0.03  # between the words of `--demo`: as quick as a model
-ACCEPT_TICK_S: Final = 0.1  # how soon the accepting thread notices that it is to stop
+ACCEPT_TICK_S: Final = 0.1  # how soon a signal is noticed, and the end of the last answer
 LISTEN_BACKLOG: Final = 128  # socketserver's 5 refuses a burst of parallel clients
 
 
@@ -144,12 +141,11 @@ LISTEN_BACKLOG: Final = 128  # socketserver's 5 refuses a burst of parallel clie
 
 
 # 1e9 is no limit but keeps infinity out, which no wait takes
-def _option(default: Any, text: str, *, low: float = 0, high: float = 1e9, form: str = ".*") -> Any:
+def _option(default: Any, text: str, form: str = ".*", low: float = 0, high: float = 1e9) -> Any:
     return field(default=default, metadata={"help": text, "low": low, "high": high, "form": form})
 
 
 _ORIGIN: Final = r"\*|null|[a-z][a-z0-9+.-]*://[^/\s]+"
-_SOURCES: Final = "((user|project|local)(,|$))*"
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,20 +157,16 @@ class Settings:
     claude: str | None = _option(None, "the claude executable (default: searched for)")
     keys: str = _option("apikeys.txt", "file of API keys, one a line, re-read every time")
     allow_open: bool = _option(False, "listen on other addresses than loopback without any key")
-    cors_origin: tuple[str, ...] = _option((), "web origin that may call, * for any", form=_ORIGIN)
+    cors_origin: tuple[str, ...] = _option((), "web origin that may call, * for any", _ORIGIN)
     allowed_host: tuple[str, ...] = _option((), "another host name of this server")
-    model_map: tuple[str, ...] = _option(
-        (), "NAME=MODEL: serve model NAME with MODEL", form="[^=]+=.+"
-    )
+    model_map: tuple[str, ...] = _option((), "NAME=MODEL: serve model NAME with MODEL", "[^=]+=.+")
     processes: int = _option(4, "claude processes kept when idle, one of them blank; 0 keeps none")
     max_concurrency: int = _option(8, "requests answered at once", low=1)
     max_queue: int = _option(64, "requests that may wait for their turn")
     timeout: float = _option(600.0, "seconds for a whole answer", low=1)
     drain: float = _option(30.0, "seconds that running answers get at the end")
     bare: bool | None = _option(None, "run claude with --bare (default: with an API key or cloud)")
-    setting_sources: str = _option(
-        "", "settings to load: user,project,local (default: none)", form=_SOURCES
-    )
+    setting_sources: str = _option("", "settings to load: user,project,local (default: none)")
     check: bool = _option(False, "check the CLI, sign-in, keys, port and a start, then end")
     demo: bool = _option(False, "answer from a script, without an account")
     debug: bool = _option(False, "log requests and responses whole, prompts included")
@@ -229,10 +221,9 @@ class ClientGone(Exception):
 
 # ===================================================================== API keys
 # Who may call. The file is read on every request, so a change takes effect at once. Fails closed:
-# only a file that is not there, or that holds no key, means open mode.
+# only a file that is not there, or that holds no key, means open mode, and on loopback alone.
 
 OPEN: Final = "open"  # the caller's name where no key is asked for
-MIN_NAMED_KEY: Final = 12  # characters; of a shorter key four would tell too much
 
 
 class Caller(NamedTuple):
@@ -246,81 +237,61 @@ NOBODY: Final = Caller(OPEN, b"")  # the gateway itself
 
 
 class KeyFile:
-    """The keys of `apikeys.txt`: one a line, a name may follow; blank and # lines are ignored."""
+    """The file of keys: one a line, a name may follow; blank and # lines are ignored."""
 
-    def __init__(self, path: str | os.PathLike[str], *, required: bool = False) -> None:
-        """`required` shuts open mode: without a key in the file nobody may call."""
-        self.path, self.required = Path(path), required
-        self.problem = ""  # why the file could not be read last
+    def __init__(self, settings: Settings) -> None:
+        self.path = Path(settings.keys)
+        self.who = ""  # may call, in a few words, as of the last load
+        is_loopback = re.fullmatch(r"localhost|127\.[\d.]+|::1", settings.host)
+        self.is_needed = not (is_loopback or settings.allow_open)  # which shuts open mode
         self._last: dict[str, str] = {}  # what it held when it held something
         self._gone_at: float | None = None  # monotonic; since when there is nothing in it
+        self.load()
 
     def load(self) -> dict[str, str] | None:
-        """Return the keys with their names; None where there is a file that cannot be read."""
+        """Return the keys with their names: {} where anybody may call, None where nobody."""
+        keys, why = None, "it holds no key, and --host is not loopback"
         try:
-            if self.path.exists() and not self.path.is_file():  # reading a pipe would block
-                raise OSError(0, "it is not a regular file")
-            text = self.path.read_text("utf-8-sig")
-        except FileNotFoundError:
-            text = ""
+            keys = self._read()
         except (OSError, UnicodeDecodeError) as exc:
-            problem = getattr(exc, "strerror", "it is not UTF-8")
-            if problem != self.problem:
-                log.error("key file %s cannot be read, nobody is let in: %s", self.path, problem)
-            self.problem = problem
-            return None
-        self.problem = ""
+            why = getattr(exc, "strerror", "it is not UTF-8")
+        who = f"{len(keys)} in {self.path}" if keys else "open: anyone who can connect may call"
+        if keys is None or (self.is_needed and not keys):
+            keys, who = None, f"NOBODY CAN CALL: {self.path}: {why}; see --keys and --allow-open"
+        if self.who not in ("", who):
+            log.warning("keys changed: %s", who)
+        self.who = who
+        return keys
+
+    def _read(self) -> dict[str, str]:
+        text, keys = "", {}
+        if self.path.exists() and not self.path.is_file():  # reading a pipe would block
+            raise OSError(0, "it is not a regular file")
+        with contextlib.suppress(FileNotFoundError):
+            text = self.path.read_text("utf-8-sig")
         if not text and self._last:  # as while it is written anew: what it held before holds on
             self._gone_at = gone_at = self._gone_at or time.monotonic()
             if time.monotonic() - gone_at < KEYS_GONE_S:
                 return self._last
-        keys = {}
         for line in text.split("\n"):
             key, *words = line.split() or ["#"]
-            tail = key[-4:] if len(key) >= MIN_NAMED_KEY else ""
+            tail = key[-4:] if len(key) >= 12 else ""  # of a shorter key four would tell too much
             if not key.startswith("#"):
                 keys[key] = re.sub(r"[^\w.@-]+", "_", " ".join(words)) or f"…{tail}"
-        if self._last and not keys:
-            who = "anyone who can connect" if self.is_open(keys) else "nobody"
-            log.warning("there is no key in %s any more: %s may call", self.path, who)
         self._last, self._gone_at = keys, None
         return keys
 
-    def is_open(self, keys: Mapping[str, str] | None) -> bool:
-        """Say whether anybody may call, with these keys."""
-        return keys == {} and not self.required
 
-    def check(self, keys: Mapping[str, str] | None, api_key: str, authorization: str) -> Caller:
-        """Return who calls, by `x-api-key`, which wins as on the public API, or Bearer token."""
-        if keys is None:
-            raise ApiError("the gateway's key file cannot be read", status=401)
-        scheme, _, token = authorization.strip().partition(" ")
-        given = api_key.strip() or (token.strip() if scheme.lower() == "bearer" else "")
-        raw = given.encode("latin-1", "replace")  # as it came over the wire
-        # Every key is compared, in constant time: neither a prefix nor a position can be timed.
-        names = [name for key, name in keys.items() if hmac.compare_digest(raw, key.encode())]
-        if self.is_open(keys):
-            names = [OPEN]
-        if not names:
-            missing = "x-api-key header or Authorization: Bearer is required"
-            raise ApiError("invalid x-api-key or bearer token" if given else missing, status=401)
-        return Caller(names[0], hashlib.sha256(raw).digest())
-
-    def describe(self) -> str:
-        """Say in a few words who may call."""
-        keys = self.load()
-        if keys is None:
-            why = f"{self.path} cannot be read ({self.problem})"
-            return f"NOBODY CAN CALL: {why}; mend that, or name another with --keys"
-        return f"{len(keys)} in {self.path}" if keys else "open: anyone who can connect may call"
-
-
-def needs_keys(settings: Settings) -> bool:
-    """Say whether nobody may call without a key: on any address but loopback."""
-    is_loopback = settings.host == "localhost"
-    with contextlib.suppress(ValueError):
-        is_loopback = ipaddress.ip_address(settings.host).is_loopback
-    return not (is_loopback or settings.allow_open)
+def identify(keys: Mapping[str, str] | None, api_key: str, authorization: str) -> Caller:
+    """Return who calls, by `x-api-key`, which wins as on the public API, or Bearer token."""
+    scheme, _, token = authorization.strip().partition(" ")
+    given = api_key.strip() or (token.strip() if scheme.lower() == "bearer" else "")
+    raw = given.encode("latin-1", "replace")  # as it came over the wire
+    # Every key is compared, in constant time: neither a prefix nor a position can be timed.
+    names = [name for key, name in (keys or {}).items() if hmac.compare_digest(raw, key.encode())]
+    if keys != {} and not names:
+        raise ApiError("missing or invalid x-api-key header or bearer token", status=401)
+    return Caller(names[0] if names else OPEN, hashlib.sha256(raw).digest())
 
 
 # ===================================================================== Requests
@@ -2997,7 +2968,7 @@ class Service:
 
     def __init__(self, settings: Settings, cli: Cli, environ: Mapping[str, str]) -> None:
         self.settings, self.metrics = settings, Metrics()
-        self.keys = KeyFile(settings.keys, required=needs_keys(settings))
+        self.keys = KeyFile(settings)
         self.rate_limits: dict[str, str] = {}  # the plan's state as headers, as last reported
         self.is_login = not wants_bare(settings.bare, environ)
         self._cli, self._environ = cli, environ
@@ -3108,7 +3079,7 @@ class Service:
             "claude": str(self._cli),
             "sign-in": sign_in.text,
             "upstream": "" if self.settings.demo else upstream_url(self._environ),
-            "keys": self.keys.describe(),
+            "keys": self.keys.who,
             "page": f"{url}/",
             "try": f"curl {url}/v1/messages{key} -d '{body}'",
         }
@@ -3675,7 +3646,7 @@ class Handler(BaseRequestHandler):
         if self.server.fileno() < 0:
             raise CliFailed("the gateway is shutting down", status=503)
         keys = service.keys.load()
-        if service.keys.is_open(keys) and route.name != "healthz":
+        if keys == {} and route.name != "healthz":
             keep_pages_out(head, service.settings)
         allow = {"allow": f"{route.method}, OPTIONS"}
         if head.method == "OPTIONS":
@@ -3690,7 +3661,7 @@ class Handler(BaseRequestHandler):
             raise ApiError(f"{head.method} is not allowed here, {route.method} is", status)
         if route.needs_key:
             api_key, bearer = head.get("x-api-key"), head.get("authorization")
-            self._caller = service.keys.check(keys, api_key, bearer)
+            self._caller = identify(keys, api_key, bearer)
             self._record.note(key=self._caller.name)
         route.run(self)
 
@@ -3814,37 +3785,32 @@ NO_ROUTE: Final = Route("GET", "none", Handler.healthz, needs_key=False)
 
 
 class DemoApi(BaseHTTPRequestHandler):
-    """Answers each call as the API would, in words that say DEMO."""
+    """Answers each call as the API would, in words that say DEMO, or counts tokens."""
 
     def do_POST(self) -> None:
-        """Stream an answer word by word, or count tokens."""
         raw = self.rfile.read(int(self.headers["content-length"]))
         body, is_count = json.loads(raw), "count_tokens" in self.path
         self.send_response(200)
         self.send_header("content-type", "application/json" if is_count else "text/event-stream")
         self.end_headers()
-        if is_count:
-            self.wfile.write(json.dumps({"input_tokens": len(raw) // 2}).encode())
-            return
-        asked = [part.get("text") for part in as_blocks(body["messages"][-1]["content"])]
-        said = f"DEMO: no model was asked. You said: {asked[-1]}"
-        words = re.findall(r"\S+\s*", said[:DEMO_CHARS])
+        asked = as_blocks(body["messages"][-1]["content"])[-1].get("text")
+        words = re.findall(r"\S+\s*", f"DEMO: no model was asked. You said: {asked}"[:DEMO_CHARS])
         usage = {"input_tokens": len(raw) // 4, "output_tokens": len(words)}
-        message = {"id": f"msg_{uuid.uuid4().hex[:24]}", "type": "message", "role": "assistant"}
-        more = {"model": body["model"], "content": [], "usage": usage}
-        more |= dict.fromkeys(("stop_reason", "stop_sequence"))
         end = {"stop_reason": "end_turn", "stop_sequence": None}
-        of, deltas = "content_block", [{"type": "text_delta", "text": word} for word in words]
+        message: JsonObject = {"type": "message", "role": "assistant", "content": []}
+        message |= {"id": f"msg_{uuid.uuid4().hex}", "model": body["model"], "usage": usage}
+        block = {"type": "text", "text": ""}
+        deltas = [{"type": "text_delta", "text": word} for word in words]
         events: list[Event] = [
-            {"type": "message_start", "message": {**message, **more}},
-            {"type": f"{of}_start", "index": 0, "content_block": {"type": "text", "text": ""}},
-            *({"type": f"{of}_delta", "index": 0, "delta": delta} for delta in deltas),
-            {"type": f"{of}_stop", "index": 0},
+            {"type": "message_start", "message": {**message, **dict.fromkeys(end)}},
+            {"type": "content_block_start", "index": 0, "content_block": block},
+            *({"type": "content_block_delta", "index": 0, "delta": delta} for delta in deltas),
+            {"type": "content_block_stop", "index": 0},
             {"type": "message_delta", "delta": end, "usage": usage},
             {"type": "message_stop"},
         ]
-        for event in events:
-            self.wfile.write(to_frames(event))
+        for frame in [json.dumps(usage).encode()] if is_count else map(to_frames, events):
+            self.wfile.write(frame)
             time.sleep(DEMO_WORD_S)
 
     def log_message(self, *args: object) -> None:
@@ -3876,56 +3842,51 @@ def parse_args(argv: Sequence[str] | None, environ: Mapping[str, str]) -> Settin
         epilog="Every option can be given as a variable too: --port 8080 is CC2API_PORT=8080.",
     )
     parser.add_argument("--version", action="version", version=f"cc2api {__version__}")
-    options = {"--" + f.name.replace("_", "-"): f for f in dataclasses.fields(Settings)}
-    for flag, option in options.items():
-        kind, text = str(option.type), option.metadata["help"]
+    options: dict[str, dataclasses.Field[Any]] = {}  # by flag and by variable
+    for option in dataclasses.fields(Settings):
+        flag, text = "--" + option.name.replace("_", "-"), option.metadata["help"]
+        options |= {flag: option, "CC2API_" + option.name.upper(): option}
         action: Any = "store"
-        if kind.startswith("tuple"):
+        if option.default == ():
             action, text = "append", f"{text}; repeatable"
-        elif kind.startswith("bool"):
-            action = "store_true" if kind == "bool" else argparse.BooleanOptionalAction
+        elif "bool" in str(option.type):
+            action = argparse.BooleanOptionalAction
         elif option.default not in (None, ""):
             text += f" (default: {option.default})".replace(".0)", ")")
         parser.add_argument(flag, action=action, default=None, help=text)
-    given = vars(parser.parse_args(argv))
-    for name in environ:
-        if name.startswith("CC2API_") and name.removeprefix("CC2API_").lower() not in given:
-            parser.error(f"{name}: there is no such option")
-    for flag, option in options.items():
-        name, kind, value = option.name, str(option.type), given[option.name]
-        variable = environ.get(said_by := "CC2API_" + name.upper())
-        said_by = said_by if value is None and variable else flag
-        if value is None and variable:
-            value = variable.split(",") if kind.startswith("tuple") else variable
-        try:
-            given[name] = _to_setting(option.default if value is None else value, option)
-        except ValueError as exc:
-            parser.error(f"{said_by}: {exc}")
-    return Settings(**given)
+    said: dict[str, Any] = {name: text for name, text in environ.items() if text}
+    flags = vars(parser.parse_args(argv)).items()  # they win
+    said |= {"--" + name.replace("_", "-"): value for name, value in flags if value is not None}
+    chosen = {}
+    for said_by, value in said.items():
+        if said_by in options:
+            try:
+                chosen[options[said_by].name] = _to_setting(value, options[said_by])
+            except ValueError as exc:
+                parser.error(f"{said_by}: {exc}")
+        elif said_by.startswith("CC2API_"):
+            parser.error(f"{said_by}: there is no such option")
+    return Settings(**chosen)
 
 
-_SWITCHES: Final = configparser.ConfigParser.BOOLEAN_STATES  # 1, yes, true, on and the reverse
-
-
-def _to_setting(value: Any, option: dataclasses.Field[Any]) -> Any:
-    """Return a value, by default or from a string, as the option has it. Raises ValueError."""
-    kind, told = str(option.type), option.metadata
-    if kind.startswith("tuple"):
-        ending = "/" if option.name == "cors_origin" else ""
-        value = tuple(filter(None, (each.strip().removesuffix(ending) for each in value)))
-    elif kind.startswith("bool") and isinstance(value, str):
-        if value.lower() not in _SWITCHES:
-            raise ValueError(f"{value!r} is neither 1 nor 0")
-        return _SWITCHES[value.lower()]
+def _to_setting(said: Any, option: dataclasses.Field[Any]) -> Any:
+    """Return what a flag or a variable says, as the option has it. Raises ValueError."""
+    kind, told, wanted = str(option.type), option.metadata, option.metadata["help"]
+    value = said
+    if "bool" in kind:
+        switches = {"1": True, "true": True, "0": False, "false": False}
+        value, wanted = switches.get(str(said).lower()), "1 or 0"
     elif kind in ("int", "float"):
+        value, wanted = None, f"a number from {told['low']:g} to {told['high']:g}"
         with contextlib.suppress(ValueError):
-            value = int(value) if kind == "int" else float(value)
-        if isinstance(value, str) or not told["low"] <= value <= told["high"]:
-            most = f"to {told['high']}" if told["high"] < 1e9 else "on"
-            raise ValueError(f"{value!r} is no number from {told['low']:g} {most}")
-    for each in value if isinstance(value, tuple) else [value]:
-        if isinstance(each, str) and not re.fullmatch(told["form"], each):
-            raise ValueError(f"{each!r} does not fit: {told['help']}")
+            number = int(said) if kind == "int" else float(said)
+            value = number if told["low"] <= number <= told["high"] else None
+    elif "tuple" in kind:
+        parts = said if isinstance(said, list) else said.split(",")
+        value = tuple(filter(None, (part.strip().rstrip("/") for part in parts)))
+        value = value if all(re.fullmatch(told["form"], part) for part in value) else None
+    if value is None:
+        raise ValueError(f"{said!r} does not fit: {wanted}")
     return value
 
 
@@ -3942,24 +3903,20 @@ class LogFormatter(logging.Formatter):
 
 def check_keys(settings: Settings) -> str:
     """Say who may call. Raises CliUnusable where nobody could, or everybody."""
-    keys = KeyFile(settings.keys)
-    loaded = keys.load()
-    if loaded is None:
-        raise CliUnusable(keys.describe())
-    if needs_keys(settings) and not loaded:
-        problem = f"{settings.host} is not a loopback address and {settings.keys} holds no key"
-        raise CliUnusable(f"{problem}: add one, or use --allow-open")
+    keys = KeyFile(settings)
+    if keys.load() is None:
+        raise CliUnusable(keys.who)
     if settings.keys != Settings().keys and not keys.path.exists():
         raise CliUnusable(f"there is no key file {settings.keys}: make it, or leave --keys out")
-    return keys.describe()
+    return keys.who
 
 
 def is_running(settings: Settings) -> bool:
     """Say whether a cc2api answers on the port already."""
-    there = http.client.HTTPConnection(settings.host, settings.port, timeout=TICK_S)
-    with contextlib.suppress(OSError, http.client.HTTPException), contextlib.closing(there):
-        there.request("GET", "/healthz")
-        return (there.getresponse().getheader("server") or "").startswith("cc2api/")
+    address = settings.host, settings.port
+    with contextlib.suppress(OSError), socket.create_connection(address, TICK_S) as there:
+        there.sendall(b"GET /healthz HTTP/1.0\r\n\r\n")
+        return b"server: cc2api/" in there.recv(READ_BYTES)
     return False
 
 
@@ -3969,9 +3926,8 @@ def listen(settings: Settings) -> Server:
         return Server((settings.host, settings.port), Handler)
     except OSError as exc:
         why = "a cc2api runs there already" if is_running(settings) else exc.strerror or exc
-        where = f"{settings.host} port {settings.port}: {why}"
-        problem = f"cannot listen on {where}; choose another with --port or --host"
-        raise CliUnusable(problem) from exc
+        problem = f"cannot listen on {settings.host} port {settings.port}: {why}"
+        raise CliUnusable(f"{problem}; choose another with --port or --host") from exc
 
 
 def check_upstream(environ: Mapping[str, str], port: int) -> str:
@@ -3990,7 +3946,7 @@ def check_upstream(environ: Mapping[str, str], port: int) -> str:
 
 
 def try_start(settings: Settings, cli: Cli, environ: Mapping[str, str]) -> str:
-    """Have a spare made, and say what it can. Raises CliUnusable and ApiError."""
+    """Have a spare made, and say what it can. Raises CliUnusable."""
     alone = dataclasses.replace(settings, processes=1)
     with contextlib.closing(Service(alone, cli, environ)) as service:
         pool = service.pool
@@ -4000,25 +3956,13 @@ def try_start(settings: Settings, cli: Cli, environ: Mapping[str, str]) -> str:
             return f"claude starts, but each new conversation takes a process of its own: {refusal}"
         if pool.failure:
             raise CliUnusable(pool.failure)
-        models = service.models(NOBODY, lambda: None)
-    return f"claude starts, lists {len(models)} models, and can be used again"
+    return "claude starts, and can be used again"
 
 
 def run_check(settings: Settings, environ: Mapping[str, str]) -> int:
     """Say line by line what is in order and what to do about the rest; return the exit status."""
     logging.disable()  # what would be logged stands in the lines
-    status = 0
-
-    def attempt(name: str, step: Callable[..., _T], *args: Any) -> _T | None:
-        nonlocal status
-        try:
-            found = step(*args)
-        except (CliUnusable, ApiError) as exc:
-            status = 1
-            print(f"{name:<9}FAIL  {exc}", flush=True)
-            return None
-        print(f"{name:<9}ok    {found}", flush=True)
-        return found
+    found: dict[str, Any] = {}
 
     def port() -> str:
         if is_running(settings):
@@ -4026,20 +3970,30 @@ def run_check(settings: Settings, environ: Mapping[str, str]) -> int:
         with listen(settings):
             return f"{settings.host} port {settings.port} is free"
 
-    def sign_in(cli: Cli) -> str:
+    def sign_in() -> str:
         bare = wants_bare(settings.bare, environ)
-        found = IN_DEMO if settings.demo else ask_sign_in(cli, environ, bare=bare)
-        if found.is_missing:
-            raise CliUnusable(found.text)
-        return found.text
+        now = IN_DEMO if settings.demo else ask_sign_in(found["claude"], environ, bare=bare)
+        if now.is_missing:
+            raise CliUnusable(now.text)
+        return now.text
 
-    attempt("keys", check_keys, settings)
-    attempt("port", port)
-    attempt("upstream", check_upstream, environ, settings.port)
-    if cli := attempt("claude", find_cli, settings.claude, environ):
-        attempt("sign-in", sign_in, cli)
-        attempt("start", try_start, settings, cli, environ)
-    return status
+    steps: dict[str, Callable[[], Any]] = {
+        "keys": lambda: check_keys(settings),
+        "port": port,
+        "upstream": lambda: check_upstream(environ, settings.port),
+        "claude": lambda: find_cli(settings.claude, environ),
+        "sign-in": sign_in,
+        "start": lambda: try_start(settings, found["claude"], environ),
+    }
+    for name, step in steps.items():
+        try:
+            found[name] = step()
+            print(f"{name:<9}ok    {found[name]}", flush=True)
+        except CliUnusable as exc:
+            print(f"{name:<9}FAIL  {exc}", flush=True)
+            if name == "claude":
+                break
+    return int(len(found) < len(steps))
 
 
 def serve(settings: Settings, environ: Mapping[str, str]) -> int:
@@ -4052,8 +4006,7 @@ def serve(settings: Settings, environ: Mapping[str, str]) -> int:
         signal.signal(number, lambda number, frame: signals.append(number))
     service = Service(settings, cli, environ)
     server.serve(service)
-    ticks = [ACCEPT_TICK_S]
-    threading.Thread(None, server.serve_forever, "cc2api-accept", ticks, daemon=True).start()
+    threading.Thread(None, server.serve_forever, "cc2api-accept", daemon=True).start()
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     url = f"http://{host}:{server.server_port}"
     listed = [f"  {name:<8} {text}" for name, text in service.describe(url).items()]
@@ -4066,8 +4019,7 @@ def serve(settings: Settings, environ: Mapping[str, str]) -> int:
     server.stop()
     deadline = time.monotonic() + settings.drain
     if running := len(server.running["answers"]):
-        words = "answers still running: %d; they get %g s, another Ctrl-C cuts them off"
-        log.warning(words, running, settings.drain)
+        log.warning("%d answers get %g s more; Ctrl-C cuts them off", running, settings.drain)
     while server.running["answers"] and len(signals) < 2 and time.monotonic() < deadline:
         time.sleep(ACCEPT_TICK_S)
     service.close()
@@ -4080,10 +4032,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     environ = dict(os.environ)
     try:
         settings = parse_args(argv, environ)
-        handler = logging.StreamHandler(sys.stderr)
-        handler.setFormatter(LogFormatter())
-        level = logging.DEBUG if settings.debug else logging.INFO
-        logging.basicConfig(level=level, handlers=[handler])
+        logging.basicConfig(level=logging.DEBUG if settings.debug else logging.INFO)
+        logging.root.handlers[0].setFormatter(LogFormatter())
         if settings.demo:
             settings, environ = start_demo(settings, environ)
         return (run_check if settings.check else serve)(settings, environ)

@@ -103,6 +103,7 @@ def test_on_another_address_an_emptied_or_vanished_key_file_is_401(tmp_path: Pat
         keys.unlink()
         assert status(gateway, {"x-api-key": "sk-1"}) == 401
         assert status(gateway, {}) == 401
+        assert gateway.gateway.keys.who.startswith("NOBODY CAN CALL")
 
 
 def test_a_key_file_that_is_written_anew_does_not_open_the_gateway(
@@ -128,7 +129,7 @@ def test_a_key_file_that_is_no_regular_file_closes_the_gateway(tmp_path: Path) -
     os.mkfifo(tmp_path / "apikeys.txt")
     with InProcessGateway(tmp_path) as gateway:
         assert status(gateway, {"x-api-key": "sk-1"}) == 401
-        assert "not a regular file" in gateway.gateway.keys.describe()
+        assert "not a regular file" in gateway.gateway.keys.who
 
 
 def test_old_line_ends_other_letters_and_names_in_the_key_file(tmp_path: Path) -> None:
@@ -144,13 +145,13 @@ def test_old_line_ends_other_letters_and_names_in_the_key_file(tmp_path: Path) -
 def test_a_key_file_that_fails_again_is_logged_again(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    keys = cc2api.KeyFile(tmp_path / "keys")
+    keys = cc2api.KeyFile(cc2api.Settings(keys=str(tmp_path / "keys")))
     for _ in range(2):
+        keys.path.write_text("sk-1")
+        assert keys.load() == {"sk-1": "\u2026"}
         keys.path.write_bytes(b"\xff")
         assert keys.load() is None
         assert keys.load() is None
-        keys.path.write_text("sk-1")
-        assert keys.load() == {"sk-1": "\u2026"}
     assert caplog.text.count("it is not UTF-8") == 2
 
 
@@ -173,8 +174,8 @@ def test_allow_open_opens_it(tmp_path: Path) -> None:
     ],
 )
 def test_keys_are_needed_anywhere_but_on_loopback(host: str, needs: bool) -> None:
-    assert cc2api.needs_keys(cc2api.Settings(host=host)) is needs
-    assert cc2api.needs_keys(cc2api.Settings(host=host, allow_open=True)) is False
+    assert cc2api.KeyFile(cc2api.Settings(host=host)).is_needed is needs
+    assert cc2api.KeyFile(cc2api.Settings(host=host, allow_open=True)).is_needed is False
 
 
 # ---- out of sight

@@ -147,12 +147,18 @@ def test_models_are_resolved_by_the_clis_own_list() -> None:
 
 
 STARTS: list[tuple[list[str], dict[str, str], int, str]] = [
-    (["--port", "70000"], {}, 2, "--port: 70000 is no number from 0 to 65535"),
-    (["--processes", "-1"], {}, 2, "--processes: -1 is no number from 0"),
-    (["--timeout", "inf"], {}, 2, "--timeout: inf is no number"),
+    (["--port", "70000"], {}, 2, "--port: '70000' does not fit: a number from 0 to 65535"),
+    (["--processes", "-1"], {}, 2, "--processes: '-1' does not fit: a number from 0"),
+    (["--timeout", "inf"], {}, 2, "--timeout: 'inf' does not fit: a number"),
     (["--nope"], {}, 2, "unrecognized arguments"),
-    ([], {"CC2API_PROCESSES": "many"}, 2, "CC2API_PROCESSES: 'many' is no number"),
-    (["--host", "203.0.113.7"], {}, 1, "add one, or use --allow-open"),
+    ([], {"CC2API_PROCESSES": "many"}, 2, "CC2API_PROCESSES: 'many' does not fit: a number"),
+    ([], {"CC2API_NOPE": "1"}, 2, "CC2API_NOPE: there is no such option"),
+    (
+        ["--host", "203.0.113.7"],
+        {},
+        1,
+        "it holds no key, and --host is not loopback; see --keys and --allow-open",
+    ),
     (
         ["--host", "203.0.113.7", "--allow-open", "--claude", str(FAKE_CLAUDE)],
         {},
@@ -173,7 +179,7 @@ def test_a_wrong_start_ends_with_a_message_and_a_status(
 
 
 def test_flags_beat_variables_beat_defaults() -> None:
-    environ = {"CC2API_PORT": "9001", "CC2API_DEBUG": "yes", "CC2API_BARE": "no"}
+    environ = {"CC2API_PORT": "9001", "CC2API_DEBUG": "1", "CC2API_BARE": "0"}
     settings = cc2api.parse_args(["--processes", "3"], environ)
     assert settings == cc2api.Settings(port=9001, debug=True, bare=False, processes=3)
     assert cc2api.parse_args(["--port", "1", "--bare"], environ).port == 1

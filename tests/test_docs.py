@@ -281,7 +281,7 @@ def test_the_container_recipe_has_an_ordinary_user_and_copies_what_is_there() ->
     # the key file is where it is looked for: an open port of another address needs a key
     assert mount.split(":")[1] == f"{steps['WORKDIR']}/{cc2api.Settings().keys}"
     arguments = json.loads(steps["CMD"])[2:]
-    assert cc2api.needs_keys(cc2api.parse_args(arguments, {}))
+    assert cc2api.KeyFile(cc2api.parse_args(arguments, {})).is_needed
 
 
 # ---- its guarantees

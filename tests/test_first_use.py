@@ -154,11 +154,11 @@ def test_a_second_instance_is_told_of_the_first(tmp_path: Path, start_fake: Any)
     ("args", "env", "words"),
     [
         ([], {"CC2API_PORT": "abc"}, "CC2API_PORT: "),
-        ([], {"CC2API_PORT": "70000"}, "CC2API_PORT: 70000 "),
+        ([], {"CC2API_PORT": "70000"}, "CC2API_PORT: '70000' "),
         ([], {"CC2API_DEBUG": "maybe"}, "CC2API_DEBUG: 'maybe' "),
-        ([], {"CC2API_CORS_ORIGIN": "https://a.b, c.d"}, "CC2API_CORS_ORIGIN: 'c.d' "),
-        (["--cors-origin", "example.com"], {}, "--cors-origin: 'example.com' "),
-        (["--cors-origin", "https://a.b/path"], {}, "--cors-origin: 'https://a.b/path' "),
+        ([], {"CC2API_CORS_ORIGIN": "https://a.b, c.d"}, "CC2API_CORS_ORIGIN: 'https://a.b, c.d' "),
+        (["--cors-origin", "example.com"], {}, "--cors-origin: ['example.com'] "),
+        (["--cors-origin", "https://a.b/path"], {}, "--cors-origin: ['https://a.b/path'] "),
         (["--port", "x"], {"CC2API_PORT": "8080"}, "--port: "),
     ],
 )

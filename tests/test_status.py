@@ -237,8 +237,7 @@ def test_check_says_what_to_do(tmp_path: Path) -> None:
         status, said = run_check(tmp_path, "--port", port, FAKE_CLAUDE_ORDERS=str(tmp_path))
     assert status == 1
     assert said["keys"] == (
-        "FAIL NOBODY CAN CALL: apikeys.txt cannot be read (it is not a regular file);"
-        " mend that, or name another with --keys"
+        "FAIL NOBODY CAN CALL: apikeys.txt: it is not a regular file; see --keys and --allow-open"
     )
     assert said["port"] == (
         f"FAIL cannot listen on 127.0.0.1 port {port}: Address already in use;"
