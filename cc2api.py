@@ -396,19 +396,14 @@ def is_deeper(value: Any, limit: int) -> bool:
     return bool(level)
 
 
-def expect(value: Any, kind: type[_T], path: str) -> _T:
-    """Return a value that is of a kind. Raises InvalidRequest that names its path."""
-    if not isinstance(value, kind):
-        raise InvalidRequest(f"{path}: Input should be a valid {_KIND_NAMES[kind]}")
-    return value
-
-
 def require(owner: JsonObject, name: str, kind: type[_T], path: str = "") -> _T:
     """Return a field that must be there. `path` is the owner's, "" for the whole body."""
-    place = f"{path}.{name}" if path else name
-    if owner.get(name) is None:
+    place, value = f"{path}.{name}" if path else name, owner.get(name)
+    if value is None:
         raise InvalidRequest(f"{place}: Field required")
-    return expect(owner[name], kind, place)
+    if not isinstance(value, kind):
+        raise InvalidRequest(f"{place}: Input should be a valid {_KIND_NAMES[kind]}")
+    return value
 
 
 def optional(owner: JsonObject, name: str, kind: type[_T], path: str = "") -> _T | None:
@@ -418,9 +413,9 @@ def optional(owner: JsonObject, name: str, kind: type[_T], path: str = "") -> _T
 
 def objects(owner: JsonObject, name: str, path: str = "") -> Iterator[Placed]:
     """Yield the objects of a list, each with its path; none where the list is absent."""
+    place = f"{path}.{name}" if path else name
     for index, item in enumerate(optional(owner, name, list, path) or []):
-        place = f"{path}.{name}.{index}" if path else f"{name}.{index}"
-        yield place, expect(item, dict, place)
+        yield f"{place}.{index}", require({str(index): item}, str(index), dict, place)
 
 
 def _object(value: Any) -> JsonObject:
