@@ -570,50 +570,45 @@ def check_image(path: str, source: JsonObject) -> None:
 
 def _merge(said: Iterable[Said], marks: list[Mark]) -> list[Message]:
     """Join the messages of one role, as the API does (the CLI would itself, but add a newline)."""
-    groups = [list(each) for _, each in itertools.groupby(said, lambda one: one[0] == "assistant")]
-    if not groups:
-        raise InvalidRequest("messages: at least one message is required")
-    for group in groups:
+    merged: list[Message] = []
+    seen: set[str] = set()
+    asked: dict[str, str] = {}
+    for is_answer, each in itertools.groupby(said, lambda one: one[0] == "assistant"):
+        group = list(each)
         if any(role == "system" for role, _, _ in group):  # tool results must stay in front
             group.sort(key=lambda one: one[2]["type"] != "tool_result")
         if all("thinking" in block["type"] for _, _, block in group):  # the CLI would drop it
             problem = "The final block in an assistant message cannot be `thinking`."
-            path = group[-1][1].rpartition(".content.")[0]
-            raise InvalidRequest(f"{path}: {problem}")
-    _check_tool_pairs(groups)
-    merged = []
-    for group in groups:
-        role = "assistant" if group[0][0] == "assistant" else "user"
-        merged.append(Message(role, [unmarked(block, marks) for _, _, block in group]))
+            raise InvalidRequest(f"{group[-1][1].rpartition('.content.')[0]}: {problem}")
+        asked = _check_tool_pairs(group, asked, seen)
+        content = [unmarked(block, marks) for _, _, block in group]
+        merged.append(Message("assistant" if is_answer else "user", content))
+    if not merged:
+        raise InvalidRequest("messages: at least one message is required")
     return merged
 
 
-def _check_tool_pairs(messages: Iterable[list[Said]]) -> None:
-    """Refuse calls without results, and the reverse: the CLI would silently mend all of these."""
-    seen: set[str] = set()
-    asked: dict[str, str] = {}  # the calls of the message before, each with its message's path
-    for said in messages:
-        results = {str(block.get("tool_use_id")) for _, _, block in said}  # server tools' too
-        calls: dict[str, str] = {}
-        for _, path, block in said:
-            problem, kind, call = "", block["type"], str(block.get("id"))
-            if kind == "tool_result" and asked.pop(call := block["tool_use_id"], None) is None:
-                problem = f"unexpected `tool_use_id` found in `tool_result` blocks: {call}"
-            elif kind == "tool_use" and call in seen:
-                problem = "`tool_use` ids must be unique"
-            elif kind == "tool_use":
-                seen.add(call)
-                calls[call] = path.rpartition(".content.")[0]
-            elif kind == "server_tool_use" and call not in results:
-                name = block["name"]
-                problem = f"`{name}` tool use with id `{call}` was found without its result"
-            if problem:
-                raise InvalidRequest(f"{path}: {problem}")
-        if asked:
-            problem = "`tool_use` ids were found without `tool_result` blocks immediately after"
-            path = next(iter(asked.values()))
-            raise InvalidRequest(f"{path}: {problem}: {', '.join(sorted(asked))}")
-        asked = calls
+def _check_tool_pairs(said: list[Said], due: dict[str, str], seen: set[str]) -> dict[str, str]:
+    """Refuse calls without results, and the reverse: the CLI would silently mend all of these.
+
+    `due` are the calls of the message before, each with its path; returns this one's.
+    """
+    calls: dict[str, str] = {}
+    for _, path, block in said:
+        kind, call, result_of = block["type"], str(block.get("id")), str(block.get("tool_use_id"))
+        if due.pop(result_of, None) is None and kind == "tool_result":
+            problem = "unexpected `tool_use_id` found in `tool_result` blocks"
+            raise InvalidRequest(f"{path}: {problem}: {result_of}")
+        if kind in ("tool_use", "server_tool_use"):
+            if call in seen:
+                raise InvalidRequest(f"{path}: `tool_use` ids must be unique")
+            seen.add(call)
+            (calls if kind == "tool_use" else due)[call] = path  # a server's result comes at once
+    if due:
+        problem = "`tool_use` ids were found without `tool_result` blocks immediately after"
+        path = next(iter(due.values())).rpartition(".content.")[0]
+        raise InvalidRequest(f"{path}: {problem}: {', '.join(due)}")
+    return calls
 
 
 def unmarked(block: JsonObject, marks: list[Mark]) -> JsonObject:
