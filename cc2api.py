@@ -637,14 +637,12 @@ def _canonical(node: Any) -> Any:
         return [_canonical(item) for item in node]
     if not isinstance(node, dict):
         return node
-    told = {name: value for name, value in node.items() if value is not None and value is not False}
-    told.pop("caller", None)  # the CLI drops it
-    if told.get("type") == "tool_result":
-        told["content"] = as_blocks(told.get("content") or "")
-    leaves = (str, int)  # quicker so: a long history has many
-    return {
-        name: value if name == "input" or isinstance(value, leaves) else _canonical(value)
-        for name, value in told.items()
+    if node.get("type") == "tool_result":
+        node = {**node, "content": as_blocks(node.get("content") or "")}
+    return {  # strings are looked at first: a long history has many
+        name: value if isinstance(value, str) or name == "input" else _canonical(value)
+        for name, value in node.items()
+        if value is not None and value is not False and name != "caller"  # the CLI drops that
     }
 
 
