@@ -93,7 +93,6 @@ DEFAULT_MODEL_NAME: Final = "claude-code"  # the name under which clients ask fo
 
 MAX_BODY_BYTES: Final = 32 * 1024 * 1024  # the Messages API's own limit
 MAX_JSON_DEPTH: Final = 128  # deep enough for any schema; far from both languages' stack limits
-MAX_INPUT_DEPTH: Final = 900  # of a tool's input; from some 970 on json cannot write it
 MAX_LINE_BYTES: Final = 16 * 1024 * 1024  # of the CLI's output; 128k tokens are about 1 MB
 READ_BYTES: Final = 64 * 1024  # a Linux pipe's capacity
 STDERR_TAIL_BYTES: Final = 2000  # enough for a stack trace's first lines in an error message
@@ -381,19 +380,14 @@ def parse_json(raw: bytes) -> JsonObject:
         json.dumps(body, ensure_ascii=False, allow_nan=False).encode("utf-8")
     except (RecursionError, ValueError) as exc:  # also of a lone surrogate, NaN, 4301 digits
         raise InvalidRequest(f"The request body is not valid JSON: {exc}") from None
-    if not isinstance(body, dict) or is_deeper(body, MAX_JSON_DEPTH):
+    level: list[Any] = [[body]]  # lists and dictionaries, level by level
+    for _ in range(MAX_JSON_DEPTH + 1):
+        nested = (node.values() if isinstance(node, dict) else node for node in level)
+        level = [child for node in nested for child in node if isinstance(child, (dict, list))]
+    if level or not isinstance(body, dict):
         problem = f"must be a JSON object, not nested deeper than {MAX_JSON_DEPTH} levels"
         raise InvalidRequest(f"The request body {problem}")
     return body
-
-
-def is_deeper(value: Any, limit: int) -> bool:
-    """Say whether lists and dictionaries are nested more than `limit` levels deep."""
-    level = [value]
-    for _ in range(limit):
-        nested = (node.values() if isinstance(node, dict) else node for node in level)
-        level = [child for node in nested for child in node if isinstance(child, (dict, list))]
-    return bool(level)
 
 
 def require(owner: JsonObject, name: str, kind: type[_T], path: str = "") -> _T:
@@ -940,20 +934,13 @@ class MessageAssembler:
             if (block := content[-1]["type"]) in ("text", "thinking"):
                 content[-1][block] += said
             else:
-                content[-1]["input"] = parse_input(said)
+                content[-1]["input"] = {}  # also where it was cut short
+                with contextlib.suppress(ValueError, RecursionError):
+                    content[-1]["input"] = json.loads(said)
         elif kind == "message_delta":
             extra = {"context_management": event.get("context_management")}
             self.message |= {**delta, **without_nulls(extra)}
             self.message["usage"] |= without_nulls(event.get("usage") or {})
-
-
-def parse_input(text: str) -> Any:
-    """Parse a tool's input; {} where it was cut short or is nested too deeply."""
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        return {}
-    return {} if is_deeper([value], MAX_INPUT_DEPTH) else value
 
 
 # ====================================================================== The CLI
