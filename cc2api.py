@@ -799,7 +799,6 @@ class AnswerReader:
         self._started = False  # message_start was seen
         self._stop_reason: str | None = None
         self._cli_error: str | None = None
-        self._blocks = 0  # content blocks begun
 
     @property
     def can_go_on(self) -> bool:
@@ -808,8 +807,7 @@ class AnswerReader:
         # after an empty answer, it asks upstream again by itself (seen, 2.1.330).
         says = self.calls or any(str(block.get("text") or "").strip() for block in self.content)
         reasons = ("tool_use",) if self.calls else ("end_turn", "stop_sequence")
-        is_whole = len(self.content) == self._blocks
-        return is_whole and bool(says) and self._stop_reason in reasons
+        return bool(says) and self._stop_reason in reasons
 
     @property
     def calls(self) -> dict[str, str]:
@@ -819,18 +817,15 @@ class AnswerReader:
 
     def feed(self, line: JsonObject) -> list[Event]:
         """Return the events that a line brings. Raises the ApiError that a failure line means."""
+        kind = line.get("type")
         if line.get("parent_tool_use_id") is not None or self.done:
             return []
-        kind, event = line.get("type"), _object(line.get("event"))
-        if kind == "stream_event" and "type" in event:
-            # After a failure come closing events of the CLI's own making, without a stop reason,
-            # and then `result`; after a refusal the true message_delta.
-            if not self._cli_error or _object(event.get("delta")).get("stop_reason"):
-                return self._feed_event(event)
-        elif kind == "result":
+        if kind == "stream_event":
+            return self._feed_event(line["event"])
+        if kind == "result":
             self.has_failed = True
             raise read_error(line, self._cli_error)
-        elif line.get("status") == "requesting":
+        if line.get("status") == "requesting":
             self.is_called = True
         elif line.get("subtype") == "api_retry":
             log.warning("claude retries by itself: %s", line.get("error_status"))
@@ -839,24 +834,24 @@ class AnswerReader:
         elif kind == "assistant" and line.get("error"):
             self._cli_error = str(line["error"])
         elif kind == "assistant":
-            blocks = _object(line.get("message")).get("content") or []
-            self.content += [block for block in blocks if isinstance(block, dict)]
+            self.content += map(dict, line["message"]["content"])
         return []
 
     def _feed_event(self, event: Event) -> list[Event]:
-        if self._started == (event["type"] == "message_start"):
-            return []
         kind, reason = event["type"], _object(event.get("delta")).get("stop_reason")
+        # After a failure come closing events of the CLI's own making, without a stop reason, and
+        # then `result`; after a refusal the true message_delta.
+        if (self._cli_error and not reason) or self._started == (kind == "message_start"):
+            return []
         if kind == "message_start":
             self._started = self.is_called = True
         elif kind == "content_block_start":
-            self._blocks += 1
             # some Anthropic-compatible upstreams leave these out, and SDKs stumble over that
             block = event["content_block"]
             needed = ("type", "id", "name") if block["type"] == "tool_use" else ("type",)
             defaults = {name: block[name] for name in needed}
-            defaults |= _BLOCK_DEFAULTS.get(str(block["type"]), {})
-            return [{**event, "content_block": {**defaults, **block}}]
+            defaults |= _BLOCK_DEFAULTS.get(block["type"], {})
+            return [{**event, "content_block": defaults | block}]
         elif kind == "message_delta" and isinstance(reason, str):
             self._stop_reason, self.done = reason, True
             # it always follows; made here, the process can be stopped before it goes on
