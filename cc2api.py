@@ -883,11 +883,8 @@ def read_error(result: JsonObject, cli_error: str | None = None) -> ApiError:
     if not result.get("is_error"):
         return CliFailed("claude ended its turn without an answer")
     if text.startswith(("Not logged in", "Invalid API key")):
-        return ApiError(
-            "claude is not signed in on the gateway's machine, or its sign-in was refused:"
-            " run `claude auth login` there",
-            status=401,
-        )
+        problem = "claude is not signed in on the gateway's machine, or its sign-in was refused"
+        return ApiError(f"{problem}: run `claude auth login` there", status=401)
     if result.get("terminal_reason") == "blocking_limit":  # by `Channel.hold_calls`, too early
         return CliFailed("claude held its call back; nothing was sent upstream", status=503)
     if text.startswith("Prompt is too long"):
@@ -910,21 +907,18 @@ class MessageAssembler:
         """Take the next event that an AnswerReader gave out."""
         kind, delta = event["type"], _object(event.get("delta"))
         content = self.message.get("content", [])
-        pieces = [delta[name] for name in ("text", "thinking", "partial_json") if name in delta]
         if kind == "message_start":
             usage = dict(event["message"]["usage"])
             self.message = {**event["message"], "content": [], "usage": usage}
         elif kind == "content_block_start":
             content.append(dict(event["content_block"]))
             self.pieces = []
-        elif pieces:
-            self.pieces += pieces
-        elif "signature" in delta:
-            content[-1]["signature"] = delta["signature"]
-        elif "citation" in delta:
-            content[-1]["citations"] = [*(content[-1].get("citations") or []), delta["citation"]]
-        elif delta.get("type") == "compaction_delta":
-            content[-1]["content"] = delta.get("content")
+        elif kind == "content_block_delta":
+            self.pieces += [delta[of] for of in ("text", "thinking", "partial_json") if of in delta]
+            content[-1] |= {of: delta[of] for of in ("signature", "content") if of in delta}
+            if "citation" in delta:
+                citations = content[-1].get("citations") or []
+                content[-1]["citations"] = [*citations, delta["citation"]]
         elif kind == "content_block_stop" and (said := "".join(self.pieces)):
             if (block := content[-1]["type"]) in ("text", "thinking"):
                 content[-1][block] += said
