@@ -613,10 +613,7 @@ def unmarked(block: JsonObject, marks: list[Mark]) -> JsonObject:
 
 def digest_message(message: Message) -> bytes:
     """Return what two messages have in common that tell the model the same, however written."""
-    try:
-        said = json.dumps([message.role, _canonical(message.content)], sort_keys=True)
-    except RecursionError:  # an answer's tool input; such a message is like no other
-        said = uuid.uuid4().hex
+    said = json.dumps([message.role, _canonical(message.content)], sort_keys=True)
     return hashlib.sha256(said.encode("ascii")).digest()
 
 
@@ -681,8 +678,8 @@ def to_line(turn: Turn, index: int, model: str, *, is_query: bool = False) -> Js
     line: JsonObject = {"type": role, "message": message, "uuid": str(uuid.uuid4())}
     line |= {"parent_tool_use_id": None, "session_id": ""}
     if role == "user":
-        line["client_composed"] = True  # verbatim: no @paths, no commands
-        return line if is_query else {**line, "shouldQuery": False}
+        # composed: verbatim, no @paths and no commands
+        return {**line, "client_composed": True, "shouldQuery": is_query}
     message |= {"id": f"msg_{uuid.uuid4().hex}", "type": "message"}
     message |= {"stop_reason": "end_turn", "stop_sequence": None}
     message["model"] = model.removesuffix("[1m]")  # of another the CLI would drop thinking blocks
@@ -807,8 +804,7 @@ class AnswerReader:
     @property
     def calls(self) -> dict[str, str]:
         """The ids of the answer's tool calls in order, each with the tool's name."""
-        calls = (block for block in self.content if block.get("type") == "tool_use")
-        return {str(call.get("id")): str(call.get("name")) for call in calls}
+        return {call["id"]: call["name"] for call in self.content if call["type"] == "tool_use"}
 
     def feed(self, line: JsonObject) -> list[Event]:
         """Return the events that a line brings. Raises the ApiError that a failure line means."""
