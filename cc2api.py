@@ -696,10 +696,9 @@ def to_tool_results(query: Message, asked: Sequence[str]) -> list[JsonObject] | 
     results, size = [], 0
     for block in query.content:
         parts = as_blocks(block.get("content") or [])
-        texts = [
-            part["text"] for part in parts if part == {"type": "text", "text": part.get("text")}
-        ]
-        if not texts or len(texts) < len(parts) or not all(map(_SAID.search, texts)):
+        texts = [part.get("text") for part in parts]
+        is_plain = bool(parts) and parts == [{"type": "text", "text": text} for text in texts]
+        if not (is_plain and all(map(_SAID.search, texts))):
             return None
         is_error, first = bool(block.get("is_error")), texts[0]
         is_kept = len(texts) == 1 and len(first) <= MAX_TOOL_ERROR_CHARS and _SAID.fullmatch(first)
