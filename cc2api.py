@@ -440,10 +440,7 @@ def parse_messages_request(body: JsonObject, betas: str = "", *, is_count: bool 
 def to_turn(
     body: JsonObject, messages: Iterable[Placed], betas: str = "", *, is_count: bool = False
 ) -> Turn:
-    """Return the Turn of a body and of messages placed where the client sent them.
-
-    One to count may end with an answer.
-    """
+    """Return the Turn of a body and its placed messages; one to count may end with an answer."""
     if not require(body, "model", str).strip():
         raise InvalidRequest("model: String should have at least 1 character")
     given = without_nulls(optional(body, "output_config", dict) or {})
@@ -561,7 +558,7 @@ def _merge(said: Iterable[Said], marks: list[Mark]) -> list[Message]:
     """Join the messages of one role, as the API does (the CLI would itself, but add a newline)."""
     merged: list[Message] = []
     seen: set[str] = set()
-    asked: dict[str, str] = {}
+    asked: dict[str, str] = {}  # the calls of the message before, each with its path
     for is_answer, each in itertools.groupby(said, lambda one: one[0] == "assistant"):
         group = list(each)
         if any(role == "system" for role, _, _ in group):  # tool results must stay in front
@@ -578,10 +575,7 @@ def _merge(said: Iterable[Said], marks: list[Mark]) -> list[Message]:
 
 
 def _check_tool_pairs(said: list[Said], due: dict[str, str], seen: set[str]) -> dict[str, str]:
-    """Refuse calls without results, and the reverse: the CLI would silently mend all of these.
-
-    `due` are the calls of the message before, each with its path; returns this one's.
-    """
+    """Return a message's calls. Refuses a call or result alone: the CLI would silently mend it."""
     calls: dict[str, str] = {}
     for _, path, block in said:
         kind, call, result_of = block["type"], str(block.get("id")), str(block.get("tool_use_id"))
