@@ -366,7 +366,10 @@ _OURS: Final = (
     *("model", "messages", "system", "stream", "tools", "thinking", "output_config"),
     *("output_format", "effort", "metadata", "cache_control", "thread"),
 )
-_IMAGE_STARTS: Final = ("iVBORw0KGgo", "/9j/", "R0lGOD", "UklGR")  # PNG, JPEG, GIF, WebP in base64
+_IMAGE_STARTS: Final = {  # their magic numbers in base64
+    **{"image/png": "iVBORw0KGgo", "image/jpeg": "/9j/"},
+    **{"image/gif": "R0lGOD", "image/webp": "UklGR"},
+}
 _BETA: Final = re.compile(r"(?!claude-code-|oauth-)[A-Za-z0-9][A-Za-z0-9_.-]*\Z")  # not the CLI's
 
 
@@ -547,11 +550,13 @@ def check_block(path: str, block: JsonObject) -> None:
 
 def check_image(path: str, source: JsonObject) -> None:
     """Check an image's bytes: what is no image the CLI would turn into a text note."""
-    if source.get("type") == "base64":
-        data = require(source, "data", str, f"{path}.base64")
-        is_base64 = len(data) % 4 == 0 and re.fullmatch("[A-Za-z0-9+/]+={0,2}", data)
-        if not (is_base64 and data.startswith(_IMAGE_STARTS)):
-            raise InvalidRequest(f"{path}.base64.data: Could not process image")
+    if source.get("type") != "base64":
+        return
+    media_type, data = str(source.get("media_type")), require(source, "data", str, f"{path}.base64")
+    is_base64 = len(data) % 4 == 0 and re.fullmatch("[A-Za-z0-9+/]+={0,2}", data)
+    if not is_base64 or not data.startswith(_IMAGE_STARTS.get(media_type, "no image")):
+        problem = f"Could not process image: it is no {media_type} in base64"
+        raise InvalidRequest(f"{path}.base64.data: {problem}")
 
 
 def _merge(said: Iterable[Said], marks: list[Mark]) -> list[Message]:

@@ -84,6 +84,8 @@ BAD: list[tuple[JsonObject, str]] = [
     (in_user(image()), "messages.0.content.0.image.source.base64.data: Field required"),
     (in_user(image(data="!!")), "messages.0.content.0.image.source.base64.data: Could not"),
     (in_user(image(data="aGVsbG8=")), "messages.0.content.0.image.source.base64.data: Could not"),
+    (in_user(image(data=PNG, media_type="image/gif")), "messages.0.content.0.image.source.base64"),
+    (in_user(image(data=PNG, media_type="image/bmp")), "messages.0.content.0.image.source.base64"),
     ({"messages": [assistant({"type": "text", "text": "x"})]}, "messages: This gateway does not"),
     (
         {"messages": [assistant(USE), user({"type": "text", "text": "x"})]},
@@ -131,7 +133,6 @@ def test_a_mistake_is_refused_with_the_path_of_its_field(fields: JsonObject, mes
 
 GOOD_BLOCKS: list[JsonObject] = [
     image(data=PNG),
-    image(data=PNG, media_type="image/gif"),
     {"type": "image", "source": {"type": "url", "url": "https://x/y.png"}},
     {"type": "image", "source": {"type": "file", "file_id": "file_1"}},
     {"type": "document", "source": {"type": "text", "media_type": "text/plain", "data": "x"}},
