@@ -91,7 +91,6 @@ DEFAULT_MODEL_NAME: Final = "claude-code"  # the name under which clients ask fo
 
 MAX_BODY_BYTES: Final = 32 * 1024 * 1024  # the Messages API's own limit
 MAX_JSON_DEPTH: Final = 128  # deep enough for any schema; far from both languages' stack limits
-MAX_INPUT_DEPTH: Final = 900  # of a tool's input; from some 970 on json cannot write it
 MAX_LINE_BYTES: Final = 16 * 1024 * 1024  # of the CLI's output; 128k tokens are about 1 MB
 READ_BYTES: Final = 64 * 1024  # a Linux pipe's capacity
 STDERR_TAIL_BYTES: Final = 2000  # enough for a stack trace's first lines in an error message
@@ -352,34 +351,24 @@ def parse_json(raw: bytes) -> JsonObject:
         json.dumps(body, ensure_ascii=False, allow_nan=False).encode("utf-8")
     except (RecursionError, ValueError) as exc:  # also of a lone surrogate, NaN, 4301 digits
         raise InvalidRequest(f"The request body is not valid JSON: {exc}") from None
-    if not isinstance(body, dict) or is_deeper(body, MAX_JSON_DEPTH):
+    level: list[Any] = [[body]]  # lists and dictionaries, level by level
+    for _ in range(MAX_JSON_DEPTH + 1):
+        nested = (node.values() if isinstance(node, dict) else node for node in level)
+        level = [child for node in nested for child in node if isinstance(child, (dict, list))]
+    if level or not isinstance(body, dict):
         problem = f"must be a JSON object, not nested deeper than {MAX_JSON_DEPTH} levels"
         raise InvalidRequest(f"The request body {problem}")
     return body
 
 
-def is_deeper(value: Any, limit: int) -> bool:
-    """Say whether lists and dictionaries are nested more than `limit` levels deep."""
-    level = [value]
-    for _ in range(limit):
-        nested = (node.values() if isinstance(node, dict) else node for node in level)
-        level = [child for node in nested for child in node if isinstance(child, (dict, list))]
-    return bool(level)
-
-
-def expect(value: Any, kind: type[_T], path: str) -> _T:
-    """Return a value that is of a kind. Raises InvalidRequest that names its path."""
-    if not isinstance(value, kind):
-        raise InvalidRequest(f"{path}: Input should be a valid {_KIND_NAMES[kind]}")
-    return value
-
-
 def require(owner: JsonObject, name: str, kind: type[_T], path: str = "") -> _T:
     """Return a field that must be there. `path` is the owner's, "" for the whole body."""
-    place = f"{path}.{name}" if path else name
-    if owner.get(name) is None:
+    place, value = f"{path}.{name}" if path else name, owner.get(name)
+    if value is None:
         raise InvalidRequest(f"{place}: Field required")
-    return expect(owner[name], kind, place)
+    if not isinstance(value, kind):
+        raise InvalidRequest(f"{place}: Input should be a valid {_KIND_NAMES[kind]}")
+    return value
 
 
 def optional(owner: JsonObject, name: str, kind: type[_T], path: str = "") -> _T | None:
@@ -389,9 +378,9 @@ def optional(owner: JsonObject, name: str, kind: type[_T], path: str = "") -> _T
 
 def objects(owner: JsonObject, name: str, path: str = "") -> Iterator[Placed]:
     """Yield the objects of a list, each with its path; none where the list is absent."""
+    place = f"{path}.{name}" if path else name
     for index, item in enumerate(optional(owner, name, list, path) or []):
-        place = f"{path}.{name}.{index}" if path else f"{name}.{index}"
-        yield place, expect(item, dict, place)
+        yield f"{place}.{index}", require({str(index): item}, str(index), dict, place)
 
 
 def _object(value: Any) -> JsonObject:
@@ -425,10 +414,7 @@ def parse_messages_request(body: JsonObject, betas: str = "", *, is_count: bool 
 def to_turn(
     body: JsonObject, messages: Iterable[Placed], betas: str = "", *, is_count: bool = False
 ) -> Turn:
-    """Return the Turn of a body and of messages placed where the client sent them.
-
-    One to count may end with an answer.
-    """
+    """Return the Turn of a body and its placed messages; one to count may end with an answer."""
     if not require(body, "model", str).strip():
         raise InvalidRequest("model: String should have at least 1 character")
     given = without_nulls(optional(body, "output_config", dict) or {})
@@ -546,50 +532,42 @@ def check_image(path: str, source: JsonObject) -> None:
 
 def _merge(said: Iterable[Said], marks: list[Mark]) -> list[Message]:
     """Join the messages of one role, as the API does (the CLI would itself, but add a newline)."""
-    groups = [list(each) for _, each in itertools.groupby(said, lambda one: one[0] == "assistant")]
-    if not groups:
-        raise InvalidRequest("messages: at least one message is required")
-    for group in groups:
+    merged: list[Message] = []
+    seen: set[str] = set()
+    asked: dict[str, str] = {}  # the calls of the message before, each with its path
+    for is_answer, each in itertools.groupby(said, lambda one: one[0] == "assistant"):
+        group = list(each)
         if any(role == "system" for role, _, _ in group):  # tool results must stay in front
             group.sort(key=lambda one: one[2]["type"] != "tool_result")
         if all("thinking" in block["type"] for _, _, block in group):  # the CLI would drop it
             problem = "The final block in an assistant message cannot be `thinking`."
-            path = group[-1][1].rpartition(".content.")[0]
-            raise InvalidRequest(f"{path}: {problem}")
-    _check_tool_pairs(groups)
-    merged = []
-    for group in groups:
-        role = "assistant" if group[0][0] == "assistant" else "user"
-        merged.append(Message(role, [unmarked(block, marks) for _, _, block in group]))
+            raise InvalidRequest(f"{group[-1][1].rpartition('.content.')[0]}: {problem}")
+        asked = _check_tool_pairs(group, asked, seen)
+        content = [unmarked(block, marks) for _, _, block in group]
+        merged.append(Message("assistant" if is_answer else "user", content))
+    if not merged:
+        raise InvalidRequest("messages: at least one message is required")
     return merged
 
 
-def _check_tool_pairs(messages: Iterable[list[Said]]) -> None:
-    """Refuse calls without results, and the reverse: the CLI would silently mend all of these."""
-    seen: set[str] = set()
-    asked: dict[str, str] = {}  # the calls of the message before, each with its message's path
-    for said in messages:
-        results = {str(block.get("tool_use_id")) for _, _, block in said}  # server tools' too
-        calls: dict[str, str] = {}
-        for _, path, block in said:
-            problem, kind, call = "", block["type"], str(block.get("id"))
-            if kind == "tool_result" and asked.pop(call := block["tool_use_id"], None) is None:
-                problem = f"unexpected `tool_use_id` found in `tool_result` blocks: {call}"
-            elif kind == "tool_use" and call in seen:
-                problem = "`tool_use` ids must be unique"
-            elif kind == "tool_use":
-                seen.add(call)
-                calls[call] = path.rpartition(".content.")[0]
-            elif kind == "server_tool_use" and call not in results:
-                name = block["name"]
-                problem = f"`{name}` tool use with id `{call}` was found without its result"
-            if problem:
-                raise InvalidRequest(f"{path}: {problem}")
-        if asked:
-            problem = "`tool_use` ids were found without `tool_result` blocks immediately after"
-            path = next(iter(asked.values()))
-            raise InvalidRequest(f"{path}: {problem}: {', '.join(sorted(asked))}")
-        asked = calls
+def _check_tool_pairs(said: list[Said], due: dict[str, str], seen: set[str]) -> dict[str, str]:
+    """Return a message's calls. Refuses a call or result alone: the CLI would silently mend it."""
+    calls: dict[str, str] = {}
+    for _, path, block in said:
+        kind, call, result_of = block["type"], str(block.get("id")), str(block.get("tool_use_id"))
+        if due.pop(result_of, None) is None and kind == "tool_result":
+            problem = "unexpected `tool_use_id` found in `tool_result` blocks"
+            raise InvalidRequest(f"{path}: {problem}: {result_of}")
+        if kind in ("tool_use", "server_tool_use"):
+            if call in seen:
+                raise InvalidRequest(f"{path}: `tool_use` ids must be unique")
+            seen.add(call)
+            (calls if kind == "tool_use" else due)[call] = path  # a server's result comes at once
+    if due:
+        problem = "`tool_use` ids were found without `tool_result` blocks immediately after"
+        path = next(iter(due.values())).rpartition(".content.")[0]
+        raise InvalidRequest(f"{path}: {problem}: {', '.join(due)}")
+    return calls
 
 
 def unmarked(block: JsonObject, marks: list[Mark]) -> JsonObject:
@@ -605,10 +583,7 @@ def unmarked(block: JsonObject, marks: list[Mark]) -> JsonObject:
 
 def digest_message(message: Message) -> bytes:
     """Return what two messages have in common that tell the model the same, however written."""
-    try:
-        said = json.dumps([message.role, _canonical(message.content)], sort_keys=True)
-    except RecursionError:  # an answer's tool input; such a message is like no other
-        said = uuid.uuid4().hex
+    said = json.dumps([message.role, _canonical(message.content)], sort_keys=True)
     return hashlib.sha256(said.encode("ascii")).digest()
 
 
@@ -618,14 +593,12 @@ def _canonical(node: Any) -> Any:
         return [_canonical(item) for item in node]
     if not isinstance(node, dict):
         return node
-    told = {name: value for name, value in node.items() if value is not None and value is not False}
-    told.pop("caller", None)  # the CLI drops it
-    if told.get("type") == "tool_result":
-        told["content"] = as_blocks(told.get("content") or "")
-    leaves = (str, int)  # quicker so: a long history has many
-    return {
-        name: value if name == "input" or isinstance(value, leaves) else _canonical(value)
-        for name, value in told.items()
+    if node.get("type") == "tool_result":
+        node = {**node, "content": as_blocks(node.get("content") or "")}
+    return {  # strings are looked at first: a long history has many
+        name: value if isinstance(value, str) or name == "input" else _canonical(value)
+        for name, value in node.items()
+        if value is not None and value is not False and name != "caller"  # the CLI drops that
     }
 
 
@@ -675,8 +648,8 @@ def to_line(turn: Turn, index: int, model: str, *, is_query: bool = False) -> Js
     line: JsonObject = {"type": role, "message": message, "uuid": str(uuid.uuid4())}
     line |= {"parent_tool_use_id": None, "session_id": ""}
     if role == "user":
-        line["client_composed"] = True  # verbatim: no @paths, no commands
-        return line if is_query else {**line, "shouldQuery": False}
+        # composed: verbatim, no @paths and no commands
+        return {**line, "client_composed": True, "shouldQuery": is_query}
     message |= {"id": f"msg_{uuid.uuid4().hex}", "type": "message"}
     message |= {"stop_reason": "end_turn", "stop_sequence": None}
     message["model"] = model.removesuffix("[1m]")  # of another the CLI would drop thinking blocks
@@ -693,10 +666,9 @@ def to_tool_results(query: Message, asked: Sequence[str]) -> list[JsonObject] | 
     results, size = [], 0
     for block in query.content:
         parts = as_blocks(block.get("content") or [])
-        texts = [
-            part["text"] for part in parts if part == {"type": "text", "text": part.get("text")}
-        ]
-        if not texts or len(texts) < len(parts) or not all(map(_SAID.search, texts)):
+        texts = [part.get("text") for part in parts]
+        is_plain = bool(parts) and parts == [{"type": "text", "text": text} for text in texts]
+        if not (is_plain and all(map(_SAID.search, texts))):
             return None
         is_error, first = bool(block.get("is_error")), texts[0]
         is_kept = len(texts) == 1 and len(first) <= MAX_TOOL_ERROR_CHARS and _SAID.fullmatch(first)
@@ -788,7 +760,6 @@ class AnswerReader:
         self._started = False  # message_start was seen
         self._stop_reason: str | None = None
         self._cli_error: str | None = None
-        self._blocks = 0  # content blocks begun
 
     @property
     def can_go_on(self) -> bool:
@@ -797,29 +768,24 @@ class AnswerReader:
         # after an empty answer, it asks upstream again by itself (seen, 2.1.330).
         says = self.calls or any(str(block.get("text") or "").strip() for block in self.content)
         reasons = ("tool_use",) if self.calls else ("end_turn", "stop_sequence")
-        is_whole = len(self.content) == self._blocks
-        return is_whole and bool(says) and self._stop_reason in reasons
+        return bool(says) and self._stop_reason in reasons
 
     @property
     def calls(self) -> dict[str, str]:
         """The ids of the answer's tool calls in order, each with the tool's name."""
-        calls = (block for block in self.content if block.get("type") == "tool_use")
-        return {str(call.get("id")): str(call.get("name")) for call in calls}
+        return {call["id"]: call["name"] for call in self.content if call["type"] == "tool_use"}
 
     def feed(self, line: JsonObject) -> list[Event]:
         """Return the events that a line brings. Raises the ApiError that a failure line means."""
+        kind = line.get("type")
         if line.get("parent_tool_use_id") is not None or self.done:
             return []
-        kind, event = line.get("type"), _object(line.get("event"))
-        if kind == "stream_event" and "type" in event:
-            # After a failure come closing events of the CLI's own making, without a stop reason,
-            # and then `result`; after a refusal the true message_delta.
-            if not self._cli_error or _object(event.get("delta")).get("stop_reason"):
-                return self._feed_event(event)
-        elif kind == "result":
+        if kind == "stream_event":
+            return self._feed_event(line["event"])
+        if kind == "result":
             self.has_failed = True
             raise read_error(line, self._cli_error)
-        elif line.get("status") == "requesting":
+        if line.get("status") == "requesting":
             self.is_called = True
         elif line.get("subtype") == "api_retry":
             log.warning("claude retries by itself: %s", line.get("error_status"))
@@ -828,24 +794,24 @@ class AnswerReader:
         elif kind == "assistant" and line.get("error"):
             self._cli_error = str(line["error"])
         elif kind == "assistant":
-            blocks = _object(line.get("message")).get("content") or []
-            self.content += [block for block in blocks if isinstance(block, dict)]
+            self.content += map(dict, line["message"]["content"])
         return []
 
     def _feed_event(self, event: Event) -> list[Event]:
-        if self._started == (event["type"] == "message_start"):
-            return []
         kind, reason = event["type"], _object(event.get("delta")).get("stop_reason")
+        # After a failure come closing events of the CLI's own making, without a stop reason, and
+        # then `result`; after a refusal the true message_delta.
+        if (self._cli_error and not reason) or self._started == (kind == "message_start"):
+            return []
         if kind == "message_start":
             self._started = self.is_called = True
         elif kind == "content_block_start":
-            self._blocks += 1
             # some Anthropic-compatible upstreams leave these out, and SDKs stumble over that
             block = event["content_block"]
             needed = ("type", "id", "name") if block["type"] == "tool_use" else ("type",)
             defaults = {name: block[name] for name in needed}
-            defaults |= _BLOCK_DEFAULTS.get(str(block["type"]), {})
-            return [{**event, "content_block": {**defaults, **block}}]
+            defaults |= _BLOCK_DEFAULTS.get(block["type"], {})
+            return [{**event, "content_block": defaults | block}]
         elif kind == "message_delta" and isinstance(reason, str):
             self._stop_reason, self.done = reason, True
             # it always follows; made here, the process can be stopped before it goes on
@@ -877,11 +843,8 @@ def read_error(result: JsonObject, cli_error: str | None = None) -> ApiError:
     if not result.get("is_error"):
         return CliFailed("claude ended its turn without an answer")
     if text.startswith(("Not logged in", "Invalid API key")):
-        return ApiError(
-            "claude is not signed in on the gateway's machine, or its sign-in was refused:"
-            " run `claude auth login` there",
-            status=401,
-        )
+        problem = "claude is not signed in on the gateway's machine, or its sign-in was refused"
+        return ApiError(f"{problem}: run `claude auth login` there", status=401)
     if result.get("terminal_reason") == "blocking_limit":  # by `Channel.hold_calls`, too early
         return CliFailed("claude held its call back; nothing was sent upstream", status=503)
     if text.startswith("Prompt is too long"):
@@ -919,40 +882,30 @@ class AnswerWriter:
         """Take the next event that an AnswerReader gave out; return what a stream says of it."""
         kind, delta = event["type"], _object(event.get("delta"))
         content = self.message.get("content", [])
-        pieces = [delta[name] for name in ("text", "thinking", "partial_json") if name in delta]
         if kind == "message_start":
             usage = dict(event["message"]["usage"])
             self.message = {**event["message"], "content": [], "usage": usage}
         elif kind == "content_block_start":
             content.append(dict(event["content_block"]))
             self.pieces = []
-        elif pieces:
-            self.pieces += pieces
-        elif "signature" in delta:
-            content[-1]["signature"] = delta["signature"]
-        elif "citation" in delta:
-            content[-1]["citations"] = [*(content[-1].get("citations") or []), delta["citation"]]
-        elif delta.get("type") == "compaction_delta":
-            content[-1]["content"] = delta.get("content")
+        elif kind == "content_block_delta":
+            self.pieces += [delta[of] for of in ("text", "thinking", "partial_json") if of in delta]
+            content[-1] |= {of: delta[of] for of in ("signature", "content") if of in delta}
+            if "citation" in delta:
+                citations = content[-1].get("citations") or []
+                content[-1]["citations"] = [*citations, delta["citation"]]
         elif kind == "content_block_stop" and (said := "".join(self.pieces)):
             if (block := content[-1]["type"]) in ("text", "thinking"):
                 content[-1][block] += said
             else:
-                content[-1]["input"] = parse_input(said)
+                content[-1]["input"] = {}  # also where it was cut short
+                with contextlib.suppress(ValueError, RecursionError):
+                    content[-1]["input"] = json.loads(said)
         elif kind == "message_delta":
             extra = {"context_management": event.get("context_management")}
             self.message |= {**delta, **without_nulls(extra)}
             self.message["usage"] |= without_nulls(event.get("usage") or {})
         return [event]
-
-
-def parse_input(text: str) -> Any:
-    """Parse a tool's input; {} where it was cut short or is nested too deeply."""
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        return {}
-    return {} if is_deeper([value], MAX_INPUT_DEPTH) else value
 
 
 # ====================================================================== The CLI

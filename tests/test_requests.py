@@ -118,7 +118,7 @@ BAD: list[tuple[JsonObject, str]] = [
     ),
     (
         {"messages": [assistant(TEXT, SEARCH), *BASE["messages"]]},
-        "messages.0.content.1: `web_search` tool use with id `s1` was found without",
+        "messages.0: `tool_use` ids were found without `tool_result` blocks immediately after: s1",
     ),
     ({"thread": {"type": "create"}}, "thread: "),
 ]
