@@ -1182,20 +1182,17 @@ class CliRefused(ProcessDied):
 
 
 class Patience:
-    """How long to wait, and what to do meanwhile: `tick` is called every TICK_S.
+    """How long to wait, and what to do meanwhile: `tick` is called at least every TICK_S.
 
     `tick` may raise, to give up waiting (ClientGone); at the deadline `late` is raised.
     """
 
     def __init__(self, seconds: float, tick: Callable[[], None], late: Exception) -> None:
-        self._tick, self._late = tick, late
-        self._deadline, self._next_tick = time.monotonic() + seconds, time.monotonic() + TICK_S
+        self._tick, self._late, self._deadline = tick, late, time.monotonic() + seconds
 
     def slice_s(self) -> float:
         """Return how long to wait now before calling again."""
-        if time.monotonic() >= self._next_tick:
-            self._next_tick = time.monotonic() + TICK_S
-            self._tick()
+        self._tick()
         left = self._deadline - time.monotonic()
         if left <= 0:
             raise self._late
@@ -1203,11 +1200,8 @@ class Patience:
 
     def at_most(self, seconds: float, late: Exception) -> Patience:
         """Return a patience that ends earlier, with another exception."""
-        if time.monotonic() + seconds >= self._deadline:
-            return self
-        shorter = Patience(seconds, self._tick, late)
-        shorter._next_tick = self._next_tick  # many short waits tick as well
-        return shorter
+        other = Patience(seconds, self._tick, late)
+        return other if other._deadline < self._deadline else self
 
 
 class Process:
