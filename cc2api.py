@@ -1371,10 +1371,6 @@ class Channel:
                 self.cost_usd = float(cost)
         return line
 
-    def next_ready(self) -> JsonObject | None:
-        """Take the next line if it is there, else None. Does not wait."""
-        return self.next() if self.process.has_lines() else None
-
     def send(self, line: JsonObject) -> None:
         """Send a message's line; each of the user's ends in a `result`."""
         self.results_due += line["type"] == "user"
@@ -1432,16 +1428,14 @@ class Channel:
     def settle(self, due: set[str], patience: Patience) -> None:
         """Wait until its turn has ended, or made the calls due; raise ProcessDied if it goes on."""
         short = patience.at_most(SETTLE_S, ProcessDied("claude did not settle after its answer"))
-        while not self.is_settled(due):
-            self.process.wait(short)
-
-    def is_settled(self, due: set[str]) -> bool:
-        """Say whether `settle` would not wait; raise as it would."""
-        while line := self.next_ready():
+        while True:
+            is_there = self.calls.keys() >= due if due else self.results_due == 0
+            if is_there and not (self.applying or self.process.has_lines()):
+                return
+            line = self.next(short)
             kind, has_failed = line.get("type"), line.get("is_error")
             if (kind == "result" and (due or has_failed)) or (kind == "user" and due):
                 raise ProcessDied("claude did not keep its conversation")
-        return not self.applying and (self.calls.keys() >= due if due else self.results_due == 0)
 
     def _ask(self, subtype: str, **fields: Any) -> str:
         request_id = f"{subtype} {next(self._requests)}"
@@ -1641,8 +1635,8 @@ class Session:
     def take_cost(self) -> float:
         """Return the dollars that the process has newly told of. Does not wait, nor raise."""
         with contextlib.suppress(ProcessDied, CliFailed):
-            while self._channel.next_ready():
-                pass
+            while self.process.has_lines():
+                self._channel.next()
         new = self._channel.cost_usd - self._taken_usd
         self._taken_usd += new
         return new
