@@ -1221,13 +1221,9 @@ class Process:
         # raw and not blocking: they read and write None where nothing can be moved now
         self._pipes: list[Any] = [self._popen.stdin, self._popen.stdout, self._popen.stderr]
         self._stdin, self._stdout, self._stderr = self._pipes
-        moves = (self._write_some, self._read_stdout, self._read_stderr)
-        self._moves = {pipe.fileno(): move for pipe, move in zip(self._pipes, moves, strict=True)}
-        for fd in self._moves:
-            os.set_blocking(fd, False)
-        self._poll = select.poll()
-        for pipe in (self._stdout, self._stderr):
-            self._poll.register(pipe, select.POLLIN)
+        for pipe in self._pipes:
+            os.set_blocking(pipe.fileno(), False)
+        self._sources = [self._stdout, self._stderr]  # that are not at their end
         self._outbox = bytearray()
         self._partial = bytearray()  # the start of a line not yet whole
         self.lines: collections.deque[JsonObject] = collections.deque()  # read and not yet taken
@@ -1238,19 +1234,22 @@ class Process:
         return self._popen.poll() is None
 
     def send(self, line: JsonObject) -> None:
-        """Queue a line, and write what goes without waiting; the rest goes while reading."""
-        if self._stdin.closed:
-            return
+        """Queue a line, and write what goes without waiting; the rest goes while it waits."""
         self._outbox += json.dumps(line).encode("ascii") + b"\n"
-        self._poll.register(self._stdin, select.POLLOUT)
-        while self._outbox and self._write_some():
-            pass
+        self._write_some()
 
     def wait(self, patience: Patience) -> None:
         """Wait until there are lines. Raises ProcessDied, CliFailed, what the patience raises."""
         while not self.lines:
-            for fd, _ in self._poll.poll(patience.slice_s() * 1000):
-                self._moves[fd]()
+            poll = select.poll()
+            for pipe in self._sources:
+                poll.register(pipe, select.POLLIN)
+            if self._outbox:
+                poll.register(self._stdin, select.POLLOUT)
+            poll.poll(patience.slice_s() * 1000)
+            self._write_some()
+            self._read_stderr()
+            self._read_stdout()
 
     def has_lines(self) -> bool:
         """Say whether it has printed a line already. Raises ProcessDied, CliFailed."""
@@ -1266,8 +1265,6 @@ class Process:
 
     def finish(self) -> None:
         """Close its stdin: the CLI ends by itself after what it is doing. Nothing is sent then."""
-        with contextlib.suppress(KeyError):
-            self._poll.unregister(self._stdin)
         self._stdin.close()
 
     def close(self) -> None:
@@ -1275,15 +1272,15 @@ class Process:
         for pipe in self._pipes:
             pipe.close()
 
-    def _write_some(self) -> int:
+    def _write_some(self) -> None:
         try:
-            written: int = self._stdin.write(self._outbox[:READ_BYTES]) or 0
-        except OSError:  # it has closed its stdin; what it still prints tells why
-            written = len(self._outbox)
-        del self._outbox[:written]
-        if not self._outbox:
-            self._poll.unregister(self._stdin)
-        return written
+            while written := self._stdin.write(self._outbox[:READ_BYTES]):
+                del self._outbox[:written]
+        except (
+            OSError,
+            ValueError,
+        ):  # closed, by it or by `finish`; what it still prints tells why
+            self._outbox.clear()
 
     def _read_stdout(self) -> None:
         chunk: bytes | None = self._stdout.read(READ_BYTES)
@@ -1309,14 +1306,13 @@ class Process:
         chunk: bytes | None = self._stderr.read(READ_BYTES)
         self._last_words = (self._last_words + (chunk or b""))[-STDERR_TAIL_BYTES:]
         if chunk == b"":
-            self._poll.unregister(self._stderr)
+            self._sources = [self._stdout]
 
     def _explain_death(self) -> str:
         """Describe how it ended; waits a moment for its exit status."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._popen.wait(timeout=EXIT_STATUS_S)
-        with contextlib.suppress(KeyError):  # what it said last may still be in the pipe
-            self._read_stderr()
+        self._read_stderr()  # what it said last may still be in the pipe
         # on one line, and nothing in it that could pass for a line of its own
         words = " ".join(self._last_words.decode("ascii", "replace").split())
         code = self._popen.returncode
