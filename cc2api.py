@@ -1056,9 +1056,8 @@ def find_cli(choice: str | None, environ: Mapping[str, str]) -> Cli:
     output = _cli_output(path, ["--version"], environ)
     version = re.search(r"(\d+)\.(\d+)\.(\d+)", output)
     if version is None or tuple(map(int, version.groups())) < MIN_CLI_VERSION:
-        needed = ".".join(map(str, MIN_CLI_VERSION)) + " or newer is needed"
-        problem = f"{path} --version printed {output.strip()[:200]!r}; {needed}"
-        raise CliUnusable(f"{problem}. {INSTALL_HINT}")
+        needed = ".".join(map(str, MIN_CLI_VERSION)) + f" or newer is needed. {INSTALL_HINT}"
+        raise CliUnusable(f"{path} --version printed {output.strip()[:200]!r}; {needed}")
     return Cli(path, version.group())
 
 
@@ -1127,16 +1126,12 @@ def upstream_url(environ: Mapping[str, str]) -> str:
 
 
 def wants_bare(choice: bool | None, environ: Mapping[str, str]) -> bool:
-    """Decide on `--bare`: as chosen, else where an API key or a cloud provider is configured.
-
-    It then adds nothing of the CLI's own to the messages. It never reads a claude.ai login.
-    """
-    if choice is not None:
-        return choice
-    keys = ("ANTHROPIC_API_KEY", "ANTHROPIC_AUTH_TOKEN")
-    providers = [environ.get(f"CLAUDE_CODE_USE_{p}", "") for p in ("BEDROCK", "VERTEX", "FOUNDRY")]
-    is_on = any(value.lower() not in ("", "0", "false", "no", "off") for value in providers)
-    return is_on or any(map(environ.get, keys))
+    """Decide on `--bare`: as chosen, else where an API key or a cloud provider is configured."""
+    # the CLI then adds nothing of its own to the messages, and never reads a claude.ai login
+    names = ["ANTHROPIC_API_KEY", "ANTHROPIC_AUTH_TOKEN"]
+    names += [f"CLAUDE_CODE_USE_{provider}" for provider in ("BEDROCK", "VERTEX", "FOUNDRY")]
+    values = {environ.get(name, "").lower() for name in names}
+    return bool(values - {"", "0", "false", "no", "off"}) if choice is None else choice
 
 
 # Run in place of the CLI and turned into it: asks Linux to kill it when the thread that forked it
@@ -1276,11 +1271,8 @@ class Process:
         try:
             while written := self._stdin.write(self._outbox[:READ_BYTES]):
                 del self._outbox[:written]
-        except (
-            OSError,
-            ValueError,
-        ):  # closed, by it or by `finish`; what it still prints tells why
-            self._outbox.clear()
+        except (OSError, ValueError):  # it has closed its stdin, or `finish` has
+            self._outbox.clear()  # what it still prints tells why
 
     def _read_stdout(self) -> None:
         chunk: bytes | None = self._stdout.read(READ_BYTES)
@@ -1343,7 +1335,6 @@ class Channel:
         self.cost_usd = 0.0  # of all turns whose `result` was read
         self._tools: list[JsonObject] = []
         self._is_listed = False  # the CLI has asked for the tools since they were last set
-        self._requests = itertools.count(1)
 
     def next(self, patience: Patience | None = None) -> JsonObject:
         """Take the next line, and note what the protocol needs. No patience: it must be there."""
@@ -1363,8 +1354,7 @@ class Channel:
             self.applying = ""
         elif line.get("type") == "result":
             self.results_due -= 1
-            if isinstance(cost := line.get("total_cost_usd"), (int, float)):
-                self.cost_usd = float(cost)
+            self.cost_usd = float(line.get("total_cost_usd") or self.cost_usd)
         return line
 
     def send(self, line: JsonObject) -> None:
@@ -1379,13 +1369,12 @@ class Channel:
             kind, seconds = CliRefused, CHANGE_TIMEOUT_S
         request_id = self._ask(subtype, **fields)
         late = kind(f"claude did not answer {subtype} within {seconds:.0f} s")
-        short = patience.at_most(seconds, late)
-        while True:
-            response = self.next(short).get("response")
-            if isinstance(response, dict) and response.get("request_id") == request_id:
-                if response.get("subtype") != "success":
-                    raise kind(f"claude refused {subtype}: {response.get('error')}")
-                return response.get("response") or {}
+        short, response = patience.at_most(seconds, late), JsonObject()
+        while response.get("request_id") != request_id:
+            response = _object(self.next(short).get("response"))
+        if response.get("subtype") != "success":
+            raise kind(f"claude refused {subtype}: {response.get('error')}")
+        return response.get("response") or {}
 
     def apply(self, settings: JsonObject) -> None:
         """Change settings. Does not wait: what comes next does."""
@@ -1434,7 +1423,7 @@ class Channel:
                 raise ProcessDied("claude did not keep its conversation")
 
     def _ask(self, subtype: str, **fields: Any) -> str:
-        request_id = f"{subtype} {next(self._requests)}"
+        request_id = f"{subtype} {uuid.uuid4()}"
         self.settings = fields.get("settings", self.settings)
         request = {"subtype": subtype, **fields}
         self.process.send({"type": "control_request", "request_id": request_id, "request": request})
