@@ -1071,15 +1071,9 @@ def _cli_output(path: str, args: list[str], environ: Mapping[str, str]) -> str:
     return (done.stdout or done.stderr).decode("utf-8", "replace")
 
 
-class SignIn(NamedTuple):
-    """Which credential the CLI will use, and who pays; no secret."""
-
-    text: str
-    is_missing: bool = False  # requests will fail
-
-
-IN_DEMO: Final = SignIn("DEMO: a script answers, no account is used")
-UNKNOWN: Final = SignIn("unknown (`claude auth status` does not say)")
+IN_DEMO: Final = "DEMO: a script answers, no account is used"
+UNKNOWN: Final = "unknown (`claude auth status` does not say)"
+NOT_SIGNED_IN: Final = "NOT SIGNED IN: "  # begins what tells that requests will fail
 # By `authMethod` of `claude auth status` (seen, 2.1.300 and 2.1.331).
 _PAYERS: Final = {
     "claude.ai": "claude.ai login ({subscriptionType}): draws on the plan's limits",
@@ -1092,32 +1086,29 @@ _PAYERS: Final = {
 _CREDENTIALS: Final = ("ANTHROPIC_AUTH_TOKEN", "ANTHROPIC_API_KEY", "CLAUDE_CODE_OAUTH_TOKEN")
 
 
-def ask_sign_in(cli: Cli, environ: Mapping[str, str], *, bare: bool) -> SignIn:
-    """Ask the CLI how it is signed in. Raises CliUnusable where it does not run."""
+def ask_sign_in(cli: Cli, environ: Mapping[str, str], *, bare: bool) -> str:
+    """Say which credential the CLI will use, and who pays. Raises CliUnusable."""
 
     def ask(environ: Mapping[str, str]) -> JsonObject:
-        try:
+        status: object = None
+        with contextlib.suppress(ValueError):
             status = json.loads(_cli_output(cli.path, ["auth", "status"], environ))
-        except ValueError:
-            status = None
         return collections.defaultdict(str, _object(status))
 
     status, others = ask(environ), set(environ).intersection(_CREDENTIALS)
     method = str(status["authMethod"])
     if status["loggedIn"] is False:
         how = f"run `{cli.path} auth login`"
-        return SignIn(f"NOT SIGNED IN: {how}, or try `cc2api --demo` without an account", True)
+        return f"{NOT_SIGNED_IN}{how}, or try `cc2api --demo` without an account"
     if method == "claude.ai" and bare:
-        return SignIn("NOT SIGNED IN: with --bare claude reads no claude.ai login", True)
+        return f"{NOT_SIGNED_IN}with --bare claude reads no claude.ai login"
     if method == "oauth_token" and "ANTHROPIC_AUTH_TOKEN" in others:
         method = "ANTHROPIC_AUTH_TOKEN"
-    if method not in _PAYERS:
-        return UNKNOWN
-    text = _PAYERS[method].format_map(status)
+    text = _PAYERS.get(method, UNKNOWN).format_map(status)
     without = {name: value for name, value in environ.items() if name not in others}
     if others and method != "claude.ai" and ask(without)["authMethod"] == "claude.ai":
         text += "; WINS OVER the claude.ai login that is there too"
-    return SignIn(text)
+    return text
 
 
 def upstream_url(environ: Mapping[str, str]) -> str:
@@ -3157,7 +3148,7 @@ class Service:
                 self._cli, self._stamp = find_cli(self._cli.path, self._environ), stamp
         return self._cli
 
-    def sign_in(self) -> SignIn:
+    def sign_in(self) -> str:
         """Return how the CLI is signed in, as it said within SIGN_IN_S."""
         if time.monotonic() >= self._ask_at:
             self._ask_at = time.monotonic() + SIGN_IN_S
@@ -3168,19 +3159,19 @@ class Service:
     def describe(self) -> dict[str, str]:
         """Say what it runs on, who pays and who may call."""
         url = "" if self.settings.demo else upstream_url(self._environ)
-        lines = {"claude": str(self.cli()), "sign-in": self.sign_in().text, "upstream": url}
+        lines = {"claude": str(self.cli()), "sign-in": self.sign_in(), "upstream": url}
         return {**{k: v for k, v in lines.items() if v}, "keys": self.keys.describe()}
 
     def health(self) -> str:
         """Return what is wrong, "" where nothing is."""
-        missing = self.sign_in().text if self.sign_in().is_missing else ""
-        return self.pool.failure or self.pool.refusal or missing
+        missing = self.sign_in().startswith(NOT_SIGNED_IN)
+        return self.pool.failure or self.pool.refusal or self.sign_in() * missing
 
     def gauges(self) -> dict[str, dict[str, int]]:
         """Return what /metrics tells of now, by name and state."""
         now = self.pool.snapshot()
         processes = {state: len(getattr(now, state)) for state in now._fields if state != "waiting"}
-        signed_in = int(not self.sign_in().is_missing)
+        signed_in = int(not self.sign_in().startswith(NOT_SIGNED_IN))
         more = {"cc2api_waiting_requests": {"": now.waiting}, "cc2api_signed_in": {"": signed_in}}
         return {"cc2api_processes": processes, **more}
 
@@ -4187,9 +4178,9 @@ def run_check(settings: Settings, environ: Mapping[str, str]) -> int:
     def sign_in(cli: Cli) -> str:
         bare = wants_bare(settings.bare, environ)
         found = IN_DEMO if settings.demo else ask_sign_in(cli, environ, bare=bare)
-        if found.is_missing:
-            raise CliUnusable(found.text)
-        return found.text
+        if found.startswith(NOT_SIGNED_IN):
+            raise CliUnusable(found)
+        return found
 
     attempt("keys", check_keys, settings)
     attempt("port", port)
