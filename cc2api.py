@@ -99,11 +99,10 @@ READ_BYTES: Final = 64 * 1024  # a Linux pipe's capacity
 STDERR_TAIL_BYTES: Final = 2000  # enough for a stack trace's first lines in an error message
 
 CONTROL_TIMEOUT_S: Final = 15.0  # of a CLI that answers within 0.1 s, and starting in 1 s
-CHANGE_TIMEOUT_S: Final = 5.0  # for a cut, prompt or tools; they take 0.005 s
+CHANGE_TIMEOUT_S: Final = 5.0  # for a cut, prompt, tools, the end of a turn; they take 0.01 s
 SETUP_ATTEMPTS: Final = 2  # a new process that dies before the query has cost nothing: once more
 COUNT_ATTEMPTS: Final = 10  # the tools that the CLI was just given may take it a moment
 TICK_S: Final = 0.5  # how often a waiting request looks after its client; noticed gone within 1 s
-SETTLE_S: Final = 5.0  # from message_stop to the CLI's own end of its turn; it needs 0.01 s
 LEAVE_S: Final = 2.0  # for a turn to end when its client has left; it needs 0.01 s
 KEEPALIVE_S: Final = 10.0  # of silence before a stream shows life; proxies cut at 30 to 60 s
 MAX_SESSION_AGE_S: Final = 3600.0  # old processes may hold stale sign-ins and connections
@@ -1293,14 +1292,13 @@ class Process:
 
     def _explain_death(self) -> str:
         """Describe how it ended; waits a moment for its exit status."""
+        how = "claude closed its output"
         with contextlib.suppress(subprocess.TimeoutExpired):
-            self._popen.wait(timeout=EXIT_STATUS_S)
+            how = f"claude ended with status {self._popen.wait(EXIT_STATUS_S)}"
         self._read_stderr()  # what it said last may still be in the pipe
         # on one line, and nothing in it that could pass for a line of its own
         words = " ".join(self._last_words.decode("ascii", "replace").split())
-        code = self._popen.returncode
-        how = "closed its output" if code is None else f"ended with status {code}"
-        return f"claude {how}" + (f": {words}" if words else "")
+        return f"{how}: {words}" if words else how
 
 
 SERVER_INFO: Final[JsonObject] = {
@@ -1403,7 +1401,7 @@ class Channel:
 
     def settle(self, due: set[str], patience: Patience) -> None:
         """Wait until its turn has ended, or made the calls due; raise ProcessDied if it goes on."""
-        short = patience.at_most(SETTLE_S, ProcessDied("claude did not settle after its answer"))
+        short = patience.at_most(CHANGE_TIMEOUT_S, ProcessDied("claude did not settle"))
         while True:
             is_there = self.calls.keys() >= due if due else self.results_due == 0
             if is_there and not (self.applying or self.process.has_lines()):
