@@ -1213,7 +1213,6 @@ class Process:
         self._partial = bytearray()  # the start of a line not yet whole
         self.lines: collections.deque[JsonObject] = collections.deque()  # read and not yet taken
         self._last_words = b""
-        self._has_babbled = False
 
     def is_alive(self) -> bool:
         return self._popen.poll() is None
@@ -1275,14 +1274,10 @@ class Process:
         if len(self._partial) > MAX_LINE_BYTES:
             raise CliFailed(f"claude printed a line of over {MAX_LINE_BYTES} bytes")
         for following in rest:
-            raw, self._partial, line = bytes(self._partial), bytearray(following), None
-            with contextlib.suppress(ValueError, RecursionError):
-                line = json.loads(raw)
-            if isinstance(line, dict):
-                self.lines.append(line)
-            elif raw.strip() and not self._has_babbled:  # skipped, and told of once
-                self._has_babbled = True
-                log.warning("claude pid=%d prints lines that are not JSON", self.pid)
+            with contextlib.suppress(ValueError, RecursionError):  # what is not JSON is skipped
+                if isinstance(line := json.loads(self._partial), dict):
+                    self.lines.append(line)
+            self._partial = bytearray(following)
 
     def _read_stderr(self) -> None:
         chunk: bytes | None = self._stderr.read(READ_BYTES)
