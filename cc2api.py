@@ -1138,8 +1138,7 @@ os.execv(sys.argv[2], sys.argv[2:])
 
 def process_command(cli: Cli, *, bare: bool, setting_sources: str) -> list[str]:
     """Return the argument list of a process; nothing of a request is ever in it."""
-    command = [cli.path, *PROCESS_FLAGS, "--setting-sources", setting_sources]
-    command += ["--bare"] * bare
+    command = [cli.path, *PROCESS_FLAGS, "--setting-sources", setting_sources, *["--bare"] * bare]
     if sys.platform != "linux" or not sys.executable:
         return command
     return [sys.executable, "-I", "-S", "-c", _DIE_WITH_PARENT, str(os.getpid()), *command]
@@ -1167,10 +1166,7 @@ class CliRefused(ProcessDied):
 
 
 class Patience:
-    """How long to wait, and what to do meanwhile: `tick` is called at least every TICK_S.
-
-    `tick` may raise, to give up waiting (ClientGone); at the deadline `late` is raised.
-    """
+    """How long to wait until `late` is raised; meanwhile `tick` is called, which may raise too."""
 
     def __init__(self, seconds: float, tick: Callable[[], None], late: Exception) -> None:
         self._tick, self._late, self._deadline = tick, late, time.monotonic() + seconds
@@ -1265,11 +1261,9 @@ class Process:
 
     def _read_stdout(self) -> None:
         chunk: bytes | None = self._stdout.read(READ_BYTES)
-        if chunk is None:
-            return
-        if not chunk:
+        if chunk == b"":
             raise ProcessDied(self._explain_death())
-        first, *rest = chunk.split(b"\n")
+        first, *rest = (chunk or b"").split(b"\n")
         self._partial += first
         if len(self._partial) > MAX_LINE_BYTES:
             raise CliFailed(f"claude printed a line of over {MAX_LINE_BYTES} bytes")
@@ -1454,9 +1448,8 @@ class Channel:
 
     def _reply(self, line: JsonObject, result: JsonObject) -> None:
         reply = {"jsonrpc": "2.0", "id": line["request"]["message"]["id"], "result": result}
-        response = {"request_id": line.get("request_id"), "response": {"mcp_response": reply}}
-        response["subtype"] = "success"
-        self.process.send({"type": "control_response", "response": response})
+        more = {"request_id": line.get("request_id"), "response": {"mcp_response": reply}}
+        self.process.send({"type": "control_response", "response": {"subtype": "success", **more}})
 
 
 # ================================================================= Conversation
