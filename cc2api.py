@@ -96,11 +96,10 @@ READ_BYTES: Final = 64 * 1024  # a Linux pipe's capacity
 STDERR_TAIL_BYTES: Final = 2000  # enough for a stack trace's first lines in an error message
 
 CONTROL_TIMEOUT_S: Final = 15.0  # of a CLI that answers within 0.1 s, and starting in 1 s
-CHANGE_TIMEOUT_S: Final = 5.0  # for a cut, prompt or tools; they take 0.005 s
+CHANGE_TIMEOUT_S: Final = 5.0  # for a cut, prompt, tools, the end of a turn; they take 0.01 s
 SETUP_ATTEMPTS: Final = 2  # a new process that dies before the query has cost nothing: once more
 COUNT_ATTEMPTS: Final = 10  # the tools that the CLI was just given may take it a moment
 TICK_S: Final = 0.5  # how often a waiting request looks after its client; noticed gone within 1 s
-SETTLE_S: Final = 5.0  # from message_stop to the CLI's own end of its turn; it needs 0.01 s
 LEAVE_S: Final = 2.0  # for a turn to end when its client has left; it needs 0.01 s
 KEEPALIVE_S: Final = 10.0  # of silence before a stream shows life; proxies cut at 30 to 60 s
 MAX_SESSION_AGE_S: Final = 3600.0  # old processes may hold stale sign-ins and connections
@@ -996,9 +995,8 @@ def find_cli(choice: str | None, environ: Mapping[str, str]) -> Cli:
     output = _cli_output(path, ["--version"], environ)
     version = re.search(r"(\d+)\.(\d+)\.(\d+)", output)
     if version is None or tuple(map(int, version.groups())) < MIN_CLI_VERSION:
-        needed = ".".join(map(str, MIN_CLI_VERSION)) + " or newer is needed"
-        problem = f"{path} --version printed {output.strip()[:200]!r}; {needed}"
-        raise CliUnusable(f"{problem}. {INSTALL_HINT}")
+        needed = ".".join(map(str, MIN_CLI_VERSION)) + f" or newer is needed. {INSTALL_HINT}"
+        raise CliUnusable(f"{path} --version printed {output.strip()[:200]!r}; {needed}")
     return Cli(path, version.group())
 
 
@@ -1012,15 +1010,9 @@ def _cli_output(path: str, args: list[str], environ: Mapping[str, str]) -> str:
     return (done.stdout or done.stderr).decode("utf-8", "replace")
 
 
-class SignIn(NamedTuple):
-    """Which credential the CLI will use, and who pays; no secret."""
-
-    text: str
-    is_missing: bool = False  # requests will fail
-
-
-IN_DEMO: Final = SignIn("DEMO: a script answers, no account is used")
-UNKNOWN: Final = SignIn("unknown (`claude auth status` does not say)")
+IN_DEMO: Final = "DEMO: a script answers, no account is used"
+UNKNOWN: Final = "unknown (`claude auth status` does not say)"
+NOT_SIGNED_IN: Final = "NOT SIGNED IN: "  # begins what tells that requests will fail
 # By `authMethod` of `claude auth status` (seen, 2.1.300 and 2.1.331).
 _PAYERS: Final = {
     "claude.ai": "claude.ai login ({subscriptionType}): draws on the plan's limits",
@@ -1033,32 +1025,29 @@ _PAYERS: Final = {
 _CREDENTIALS: Final = ("ANTHROPIC_AUTH_TOKEN", "ANTHROPIC_API_KEY", "CLAUDE_CODE_OAUTH_TOKEN")
 
 
-def ask_sign_in(cli: Cli, environ: Mapping[str, str], *, bare: bool) -> SignIn:
-    """Ask the CLI how it is signed in. Raises CliUnusable where it does not run."""
+def ask_sign_in(cli: Cli, environ: Mapping[str, str], *, bare: bool) -> str:
+    """Say which credential the CLI will use, and who pays. Raises CliUnusable."""
 
     def ask(environ: Mapping[str, str]) -> JsonObject:
-        try:
+        status: object = None
+        with contextlib.suppress(ValueError):
             status = json.loads(_cli_output(cli.path, ["auth", "status"], environ))
-        except ValueError:
-            status = None
         return collections.defaultdict(str, _object(status))
 
     status, others = ask(environ), set(environ).intersection(_CREDENTIALS)
     method = str(status["authMethod"])
     if status["loggedIn"] is False:
         how = f"run `{cli.path} auth login`"
-        return SignIn(f"NOT SIGNED IN: {how}, or try `cc2api --demo` without an account", True)
+        return f"{NOT_SIGNED_IN}{how}, or try `cc2api --demo` without an account"
     if method == "claude.ai" and bare:
-        return SignIn("NOT SIGNED IN: with --bare claude reads no claude.ai login", True)
+        return f"{NOT_SIGNED_IN}with --bare claude reads no claude.ai login"
     if method == "oauth_token" and "ANTHROPIC_AUTH_TOKEN" in others:
         method = "ANTHROPIC_AUTH_TOKEN"
-    if method not in _PAYERS:
-        return UNKNOWN
-    text = _PAYERS[method].format_map(status)
+    text = _PAYERS.get(method, UNKNOWN).format_map(status)
     without = {name: value for name, value in environ.items() if name not in others}
     if others and method != "claude.ai" and ask(without)["authMethod"] == "claude.ai":
         text += "; WINS OVER the claude.ai login that is there too"
-    return SignIn(text)
+    return text
 
 
 def upstream_url(environ: Mapping[str, str]) -> str:
@@ -1067,16 +1056,12 @@ def upstream_url(environ: Mapping[str, str]) -> str:
 
 
 def wants_bare(choice: bool | None, environ: Mapping[str, str]) -> bool:
-    """Decide on `--bare`: as chosen, else where an API key or a cloud provider is configured.
-
-    It then adds nothing of the CLI's own to the messages. It never reads a claude.ai login.
-    """
-    if choice is not None:
-        return choice
-    keys = ("ANTHROPIC_API_KEY", "ANTHROPIC_AUTH_TOKEN")
-    providers = [environ.get(f"CLAUDE_CODE_USE_{p}", "") for p in ("BEDROCK", "VERTEX", "FOUNDRY")]
-    is_on = any(value.lower() not in ("", "0", "false", "no", "off") for value in providers)
-    return is_on or any(map(environ.get, keys))
+    """Decide on `--bare`: as chosen, else where an API key or a cloud provider is configured."""
+    # the CLI then adds nothing of its own to the messages, and never reads a claude.ai login
+    names = ["ANTHROPIC_API_KEY", "ANTHROPIC_AUTH_TOKEN"]
+    names += [f"CLAUDE_CODE_USE_{provider}" for provider in ("BEDROCK", "VERTEX", "FOUNDRY")]
+    values = {environ.get(name, "").lower() for name in names}
+    return bool(values - {"", "0", "false", "no", "off"}) if choice is None else choice
 
 
 # Run in place of the CLI and turned into it: asks Linux to kill it when the thread that forked it
@@ -1093,8 +1078,7 @@ os.execv(sys.argv[2], sys.argv[2:])
 
 def process_command(cli: Cli, *, bare: bool, setting_sources: str) -> list[str]:
     """Return the argument list of a process; nothing of a request is ever in it."""
-    command = [cli.path, *PROCESS_FLAGS, "--setting-sources", setting_sources]
-    command += ["--bare"] * bare
+    command = [cli.path, *PROCESS_FLAGS, "--setting-sources", setting_sources, *["--bare"] * bare]
     if sys.platform != "linux" or not sys.executable:
         return command
     return [sys.executable, "-I", "-S", "-c", _DIE_WITH_PARENT, str(os.getpid()), *command]
@@ -1122,20 +1106,14 @@ class CliRefused(ProcessDied):
 
 
 class Patience:
-    """How long to wait, and what to do meanwhile: `tick` is called every TICK_S.
-
-    `tick` may raise, to give up waiting (ClientGone); at the deadline `late` is raised.
-    """
+    """How long to wait until `late` is raised; meanwhile `tick` is called, which may raise too."""
 
     def __init__(self, seconds: float, tick: Callable[[], None], late: Exception) -> None:
-        self._tick, self._late = tick, late
-        self._deadline, self._next_tick = time.monotonic() + seconds, time.monotonic() + TICK_S
+        self._tick, self._late, self._deadline = tick, late, time.monotonic() + seconds
 
     def slice_s(self) -> float:
         """Return how long to wait now before calling again."""
-        if time.monotonic() >= self._next_tick:
-            self._next_tick = time.monotonic() + TICK_S
-            self._tick()
+        self._tick()
         left = self._deadline - time.monotonic()
         if left <= 0:
             raise self._late
@@ -1143,11 +1121,8 @@ class Patience:
 
     def at_most(self, seconds: float, late: Exception) -> Patience:
         """Return a patience that ends earlier, with another exception."""
-        if time.monotonic() + seconds >= self._deadline:
-            return self
-        shorter = Patience(seconds, self._tick, late)
-        shorter._next_tick = self._next_tick  # many short waits tick as well
-        return shorter
+        other = Patience(seconds, self._tick, late)
+        return other if other._deadline < self._deadline else self
 
 
 class Process:
@@ -1167,36 +1142,34 @@ class Process:
         # raw and not blocking: they read and write None where nothing can be moved now
         self._pipes: list[Any] = [self._popen.stdin, self._popen.stdout, self._popen.stderr]
         self._stdin, self._stdout, self._stderr = self._pipes
-        moves = (self._write_some, self._read_stdout, self._read_stderr)
-        self._moves = {pipe.fileno(): move for pipe, move in zip(self._pipes, moves, strict=True)}
-        for fd in self._moves:
-            os.set_blocking(fd, False)
-        self._poll = select.poll()
-        for pipe in (self._stdout, self._stderr):
-            self._poll.register(pipe, select.POLLIN)
+        for pipe in self._pipes:
+            os.set_blocking(pipe.fileno(), False)
+        self._sources = [self._stdout, self._stderr]  # that are not at their end
         self._outbox = bytearray()
         self._partial = bytearray()  # the start of a line not yet whole
         self.lines: collections.deque[JsonObject] = collections.deque()  # read and not yet taken
         self._last_words = b""
-        self._has_babbled = False
 
     def is_alive(self) -> bool:
         return self._popen.poll() is None
 
     def send(self, line: JsonObject) -> None:
-        """Queue a line, and write what goes without waiting; the rest goes while reading."""
-        if self._stdin.closed:
-            return
+        """Queue a line, and write what goes without waiting; the rest goes while it waits."""
         self._outbox += json.dumps(line).encode("ascii") + b"\n"
-        self._poll.register(self._stdin, select.POLLOUT)
-        while self._outbox and self._write_some():
-            pass
+        self._write_some()
 
     def wait(self, patience: Patience) -> None:
         """Wait until there are lines. Raises ProcessDied, CliFailed, what the patience raises."""
         while not self.lines:
-            for fd, _ in self._poll.poll(patience.slice_s() * 1000):
-                self._moves[fd]()
+            poll = select.poll()
+            for pipe in self._sources:
+                poll.register(pipe, select.POLLIN)
+            if self._outbox:
+                poll.register(self._stdin, select.POLLOUT)
+            poll.poll(patience.slice_s() * 1000)
+            self._write_some()
+            self._read_stderr()
+            self._read_stdout()
 
     def has_lines(self) -> bool:
         """Say whether it has printed a line already. Raises ProcessDied, CliFailed."""
@@ -1212,8 +1185,6 @@ class Process:
 
     def finish(self) -> None:
         """Close its stdin: the CLI ends by itself after what it is doing. Nothing is sent then."""
-        with contextlib.suppress(KeyError):
-            self._poll.unregister(self._stdin)
         self._stdin.close()
 
     def close(self) -> None:
@@ -1221,53 +1192,42 @@ class Process:
         for pipe in self._pipes:
             pipe.close()
 
-    def _write_some(self) -> int:
+    def _write_some(self) -> None:
         try:
-            written: int = self._stdin.write(self._outbox[:READ_BYTES]) or 0
-        except OSError:  # it has closed its stdin; what it still prints tells why
-            written = len(self._outbox)
-        del self._outbox[:written]
-        if not self._outbox:
-            self._poll.unregister(self._stdin)
-        return written
+            while written := self._stdin.write(self._outbox[:READ_BYTES]):
+                del self._outbox[:written]
+        except (OSError, ValueError):  # it has closed its stdin, or `finish` has
+            self._outbox.clear()  # what it still prints tells why
 
     def _read_stdout(self) -> None:
         chunk: bytes | None = self._stdout.read(READ_BYTES)
-        if chunk is None:
-            return
-        if not chunk:
+        if chunk == b"":
             raise ProcessDied(self._explain_death())
-        first, *rest = chunk.split(b"\n")
+        first, *rest = (chunk or b"").split(b"\n")
         self._partial += first
         if len(self._partial) > MAX_LINE_BYTES:
             raise CliFailed(f"claude printed a line of over {MAX_LINE_BYTES} bytes")
         for following in rest:
-            raw, self._partial, line = bytes(self._partial), bytearray(following), None
-            with contextlib.suppress(ValueError, RecursionError):
-                line = json.loads(raw)
-            if isinstance(line, dict):
-                self.lines.append(line)
-            elif raw.strip() and not self._has_babbled:  # skipped, and told of once
-                self._has_babbled = True
-                log.warning("claude pid=%d prints lines that are not JSON", self.pid)
+            with contextlib.suppress(ValueError, RecursionError):  # what is not JSON is skipped
+                if isinstance(line := json.loads(self._partial), dict):
+                    self.lines.append(line)
+            self._partial = bytearray(following)
 
     def _read_stderr(self) -> None:
         chunk: bytes | None = self._stderr.read(READ_BYTES)
         self._last_words = (self._last_words + (chunk or b""))[-STDERR_TAIL_BYTES:]
         if chunk == b"":
-            self._poll.unregister(self._stderr)
+            self._sources = [self._stdout]
 
     def _explain_death(self) -> str:
         """Describe how it ended; waits a moment for its exit status."""
+        how = "claude closed its output"
         with contextlib.suppress(subprocess.TimeoutExpired):
-            self._popen.wait(timeout=EXIT_STATUS_S)
-        with contextlib.suppress(KeyError):  # what it said last may still be in the pipe
-            self._read_stderr()
+            how = f"claude ended with status {self._popen.wait(EXIT_STATUS_S)}"
+        self._read_stderr()  # what it said last may still be in the pipe
         # on one line, and nothing in it that could pass for a line of its own
         words = " ".join(self._last_words.decode("ascii", "replace").split())
-        code = self._popen.returncode
-        how = "closed its output" if code is None else f"ended with status {code}"
-        return f"claude {how}" + (f": {words}" if words else "")
+        return f"{how}: {words}" if words else how
 
 
 SERVER_INFO: Final[JsonObject] = {
@@ -1293,7 +1253,6 @@ class Channel:
         self.cost_usd = 0.0  # of all turns whose `result` was read
         self._tools: list[JsonObject] = []
         self._is_listed = False  # the CLI has asked for the tools since they were last set
-        self._requests = itertools.count(1)
 
     def next(self, patience: Patience | None = None) -> JsonObject:
         """Take the next line, and note what the protocol needs. No patience: it must be there."""
@@ -1313,13 +1272,8 @@ class Channel:
             self.applying = ""
         elif line.get("type") == "result":
             self.results_due -= 1
-            if isinstance(cost := line.get("total_cost_usd"), (int, float)):
-                self.cost_usd = float(cost)
+            self.cost_usd = float(line.get("total_cost_usd") or self.cost_usd)
         return line
-
-    def next_ready(self) -> JsonObject | None:
-        """Take the next line if it is there, else None. Does not wait."""
-        return self.next() if self.process.has_lines() else None
 
     def send(self, line: JsonObject) -> None:
         """Send a message's line; each of the user's ends in a `result`."""
@@ -1333,13 +1287,12 @@ class Channel:
             kind, seconds = CliRefused, CHANGE_TIMEOUT_S
         request_id = self._ask(subtype, **fields)
         late = kind(f"claude did not answer {subtype} within {seconds:.0f} s")
-        short = patience.at_most(seconds, late)
-        while True:
-            response = self.next(short).get("response")
-            if isinstance(response, dict) and response.get("request_id") == request_id:
-                if response.get("subtype") != "success":
-                    raise kind(f"claude refused {subtype}: {response.get('error')}")
-                return response.get("response") or {}
+        short, response = patience.at_most(seconds, late), JsonObject()
+        while response.get("request_id") != request_id:
+            response = _object(self.next(short).get("response"))
+        if response.get("subtype") != "success":
+            raise kind(f"claude refused {subtype}: {response.get('error')}")
+        return response.get("response") or {}
 
     def apply(self, settings: JsonObject) -> None:
         """Change settings. Does not wait: what comes next does."""
@@ -1377,20 +1330,18 @@ class Channel:
 
     def settle(self, due: set[str], patience: Patience) -> None:
         """Wait until its turn has ended, or made the calls due; raise ProcessDied if it goes on."""
-        short = patience.at_most(SETTLE_S, ProcessDied("claude did not settle after its answer"))
-        while not self.is_settled(due):
-            self.process.wait(short)
-
-    def is_settled(self, due: set[str]) -> bool:
-        """Say whether `settle` would not wait; raise as it would."""
-        while line := self.next_ready():
+        short = patience.at_most(CHANGE_TIMEOUT_S, ProcessDied("claude did not settle"))
+        while True:
+            is_there = self.calls.keys() >= due if due else self.results_due == 0
+            if is_there and not (self.applying or self.process.has_lines()):
+                return
+            line = self.next(short)
             kind, has_failed = line.get("type"), line.get("is_error")
             if (kind == "result" and (due or has_failed)) or (kind == "user" and due):
                 raise ProcessDied("claude did not keep its conversation")
-        return not self.applying and (self.calls.keys() >= due if due else self.results_due == 0)
 
     def _ask(self, subtype: str, **fields: Any) -> str:
-        request_id = f"{subtype} {next(self._requests)}"
+        request_id = f"{subtype} {uuid.uuid4()}"
         self.settings = fields.get("settings", self.settings)
         request = {"subtype": subtype, **fields}
         self.process.send({"type": "control_request", "request_id": request_id, "request": request})
@@ -1437,9 +1388,8 @@ class Channel:
 
     def _reply(self, line: JsonObject, result: JsonObject) -> None:
         reply = {"jsonrpc": "2.0", "id": line["request"]["message"]["id"], "result": result}
-        response = {"request_id": line.get("request_id"), "response": {"mcp_response": reply}}
-        response["subtype"] = "success"
-        self.process.send({"type": "control_response", "response": response})
+        more = {"request_id": line.get("request_id"), "response": {"mcp_response": reply}}
+        self.process.send({"type": "control_response", "response": {"subtype": "success", **more}})
 
 
 # ================================================================= Conversation
@@ -1587,8 +1537,8 @@ class Session:
     def take_cost(self) -> float:
         """Return the dollars that the process has newly told of. Does not wait, nor raise."""
         with contextlib.suppress(ProcessDied, CliFailed):
-            while self._channel.next_ready():
-                pass
+            while self.process.has_lines():
+                self._channel.next()
         new = self._channel.cost_usd - self._taken_usd
         self._taken_usd += new
         return new
@@ -3015,7 +2965,7 @@ class Service:
         ids = {str(m.get(key)) for m in self._models for key in ("value", "resolvedModel")}
         return model in ids or model in (DEFAULT_MODEL_NAME, *self._model_map)
 
-    def sign_in(self) -> SignIn:
+    def sign_in(self) -> str:
         """Return how the CLI is signed in; that and its version are asked every SIGN_IN_S."""
         if time.monotonic() >= self._ask_at:
             self._ask_at = time.monotonic() + SIGN_IN_S
@@ -3030,7 +2980,7 @@ class Service:
         body = '{"model":"sonnet","max_tokens":100,"messages":[{"role":"user","content":"Hello!"}]}'
         lines = {
             "claude": str(self._cli),
-            "sign-in": sign_in.text,
+            "sign-in": sign_in,
             "upstream": "" if self.settings.demo else upstream_url(self._environ),
             "keys": self.keys.who,
             "page": f"{url}/",
@@ -3040,9 +2990,12 @@ class Service:
 
     def gauges(self) -> dict[str, dict[str, int]]:
         """Return what /metrics tells of now, by name and labels."""
-        now, signed_in = self.pool.snapshot(), int(not self.sign_in().is_missing)
+        now, missing = self.pool.snapshot(), self.sign_in().startswith(NOT_SIGNED_IN)
         processes = {f'{{state="{name}"}}': len(getattr(now, name)) for name in now._fields[:-1]}
-        more = {"cc2api_waiting_requests": {"": now.waiting}, "cc2api_signed_in": {"": signed_in}}
+        more = {
+            "cc2api_waiting_requests": {"": now.waiting},
+            "cc2api_signed_in": {"": int(not missing)},
+        }
         return {"cc2api_processes": processes, **more}
 
     @contextlib.contextmanager
@@ -3114,7 +3067,9 @@ def status_text(service: Service, url: str) -> str:
         "requests": f"{asked:.0f}, {failed:.0f} failed, {now.waiting} waiting",
         "tokens": ", ".join(f"{count:.0f} {kind}" for kind, count in tokens.items()),
         "cost": f"${cost:.4f}" + " at list price" * (service.is_login or service.settings.demo),
-        "health": pool.failure or pool.refusal or (sign_in.text if sign_in.is_missing else "ok"),
+        "health": pool.failure
+        or pool.refusal
+        or (sign_in if sign_in.startswith(NOT_SIGNED_IN) else "ok"),
     }
     return "".join(f"{name:<14}{text}\n" for name, text in lines.items())
 
@@ -3926,9 +3881,9 @@ def run_check(settings: Settings, environ: Mapping[str, str]) -> int:
     def sign_in() -> str:
         bare = wants_bare(settings.bare, environ)
         now = IN_DEMO if settings.demo else ask_sign_in(found["claude"], environ, bare=bare)
-        if now.is_missing:
-            raise CliUnusable(now.text)
-        return now.text
+        if now.startswith(NOT_SIGNED_IN):
+            raise CliUnusable(now)
+        return now
 
     steps: dict[str, Callable[[], Any]] = {
         "keys": lambda: check_keys(settings),
