@@ -1525,19 +1525,20 @@ class Conversation:
         self.held: list[Held] = []
         self.is_loose = False  # the last message got no answer that counts: cut before use
         self.calls_due: list[str] = []  # ids of the tool calls that the last answer makes
-        self._told_for: object = None  # the model, system prompt and ttl that it goes on with
 
-    def kept(self, turn: Turn, wanted: int) -> int:
-        """Return how many messages can stay, of the turn's first `wanted`."""
-        if self._told_for != (turn.model, turn.system, turn.cache_ttl):
+    def kept(self, turn: Turn, told: Turn | None) -> int:
+        """Return how many messages can stay for a turn that comes after the one told last."""
+        told_for = told and (told.model, told.system, told.cache_ttl)
+        if told_for != (turn.model, turn.system, turn.cache_ttl):
             return 0  # with another model or system prompt no conversation goes on
         whole = len(self.held) - self.is_loose
-        pairs = zip(self.held[:whole], turn.digests[:wanted], strict=False)
-        common = sum(1 for _ in itertools.takewhile(lambda pair: pair[0].digest == pair[1], pairs))
-        if common == len(self.held):
-            given = turn.messages[wanted:][:1] if wanted == common else ()  # to calls that wait
-            if not self.calls_due or any(to_tool_results(m, self.calls_due) for m in given):
-                return common
+        pairs = zip(self.held[:whole], turn.digests[:-1], strict=False)
+        same = [held.digest == digest for held, digest in pairs]
+        common = [*same, False].index(False)
+        given = turn.messages[common:]  # maybe to the calls that wait
+        is_answer = len(given) == 1 and to_tool_results(given[0], self.calls_due)
+        if common == len(self.held) and (is_answer or not self.calls_due):
+            return common
         places = [at for at, held in enumerate(self.held[: common + 1]) if held.is_place]
         return max(places, default=0)
 
@@ -1551,8 +1552,7 @@ class Conversation:
 
     def add(self, turn: Turn, index: int, line: JsonObject | None) -> None:
         """Hold a turn's message, sent by this line, or None where through the tool channel."""
-        self._told_for = (turn.model, turn.system, turn.cache_ttl)
-        brought_by = line["uuid"] if line is not None and line["type"] == "user" else None
+        brought_by = line["uuid"] if line and line["type"] == "user" else None
         has_results = any(b["type"] == "tool_result" for b in turn.messages[index].content)
         is_place = bool(brought_by) and not has_results
         self.held.append(Held(turn.digests[index], brought_by, is_place))
@@ -1582,7 +1582,7 @@ class Demand:
     caller: Caller
     patience: Patience
     queued: Callable[[int], None] = lambda place: None  # told its place, from 1, if it has to wait
-    counted: list[JsonObject] | None = None  # the tools to count
+    is_count: bool = False  # of its tokens, under a system prompt that no session holds
     is_new_wanted: bool = False  # a process that is not initialised yet
     deaths: int = 0  # of processes started for it; kept ones may all have been killed at once
     served: Future[Session] = field(init=False, default_factory=Future)
@@ -1619,10 +1619,8 @@ class Session:
         self.reader = AnswerReader()  # of the turn that is asked, or was last
         self._channel = Channel(process)
         self._conversation = Conversation()
-        self._system = ""  # as last told, like the next two
-        self._thinking: object = ""  # its budget; "" is not told
-        self._settings: JsonObject = {}
-        self._turn: Turn | None = None  # the one that is served; None while it is told in part
+        self._turn: Turn | None = None  # as last told; None while one is told in part
+        self._settings: JsonObject = {}  # that turn's
         self._taken_usd = 0.0  # what of the cost was told of
 
     def distance(self, demand: Demand, *, may_cut: bool) -> int | None:
@@ -1630,16 +1628,16 @@ class Session:
 
         With a login the lost weigh double, as a cached prefix is lost with them.
         """
-        turn, known = demand.turn, self._channel.known_tools
+        turn, told, known = demand.turn, self._turn, self._channel.known_tools
         if self.base not in (None, demand.base) or (demand.is_new_wanted and not self.is_new):
             return None
-        if any(known.get(to_name(tool), tool) != tool for tool in demand.counted or []):
+        if demand.is_count and any(known.get(to_name(tool), tool) != tool for tool in turn.tools):
             return None  # the CLI counts the tool that first had a name
-        if self.base is None:
+        if self.base is None or told is None:
             return len(turn.messages)
-        kept = self._conversation.kept(turn, len(turn.messages) - 1)
+        kept = self._conversation.kept(turn, told)
         lost, is_loose = len(self._conversation.held) - kept, self._conversation.is_loose
-        differs = (turn.system, turn.tools) != (self._system, self._channel.tools)
+        differs = (turn.system, turn.tools) != (told.system, self._channel.tools)
         if not may_cut and (lost or differs):
             return None
         return len(turn.messages) - kept + lost * (lost > is_loose) * (2 if turn.is_login else 1)
@@ -1671,17 +1669,14 @@ class Session:
         assert self.base in (None, demand.base)
         self.base = demand.base  # for good
         self.turns += 1
-        self._turn = None
-        turn, patience, counted = demand.turn, demand.patience, demand.counted
+        turn, patience, told, self._turn = demand.turn, demand.patience, self._turn, None
         channel, conversation = self._channel, self._conversation
-        tools = turn.tools if counted is None else counted
-        wanted = len(turn.messages) - (counted is None)
         if self.is_new:
             prompt = {"systemPrompt": [turn.system]} if turn.system else {}
-            fields = {"hooks": None, **prompt, **channel.offer(tools)}
+            fields = {"hooks": None, **prompt, **channel.offer(turn.tools)}
             self.models = channel.request("initialize", patience, **fields).get("models") or []
-            self.is_new, self._system = False, turn.system
-        kept = conversation.kept(turn, wanted)
+            self.is_new = False
+        kept = conversation.kept(turn, told)
         if kept < len(conversation.held):
             channel.cut(conversation.cut(kept), patience)
         else:
@@ -1689,8 +1684,8 @@ class Session:
         # Where something is held the CLI's own breakpoints are on it: with one more of the client's
         # in each turn they would soon be over the four that the API takes.
         turn = dataclasses.replace(turn, marked=None) if kept else turn
-        self._tell(turn, tools, patience)
-        for index in range(kept, wanted):
+        self._tell(turn, told, patience)
+        for index in range(kept, len(turn.messages) - (not demand.is_count)):
             self._append(turn, index)
             # user lines are queued but assistant lines applied at once: wait, or order is lost
             channel.come_to_rest(patience)
@@ -1720,24 +1715,24 @@ class Session:
             time.sleep(REAP_TICK_S)
         raise CliFailed("claude did not take the tools that are to be counted")
 
-    def _tell(self, turn: Turn, tools: list[JsonObject], patience: Patience) -> None:
+    def _tell(self, turn: Turn, told: Turn | None, patience: Patience) -> None:
         """Tell what a turn needs, as far as it was not told before."""
         channel = self._channel
-        if tools != channel.tools:  # first: they take the CLI a moment
-            channel.change_tools(tools, patience)
+        if turn.tools != channel.tools:  # first: they take the CLI a moment
+            channel.change_tools(turn.tools, patience)
         model = resolve_model(turn.model, self.models)
         self._settings = to_flag_settings(turn, model)
         if self._settings != channel.settings:
             channel.request("apply_flag_settings", patience, settings=self._settings)
-        if turn.system != self._system:
+        if told and turn.system != told.system:
             prompt = turn.system or DEFAULT_SYSTEM_PROMPT
             change = {"model": model, "system_prompt": prompt, "only_if_model_is_current": True}
             channel.request("set_model", patience, **change)
-        # null leaves thinking to the extra body; 0 turns it off where the model can be without
-        tokens = None if turn.extra_body.get("thinking") else 0
-        if tokens != self._thinking:
+        thinks = bool(turn.extra_body.get("thinking"))
+        if told is None or thinks != bool(told.extra_body.get("thinking")):
+            # null leaves it to the extra body; 0 turns it off where the model can be without
+            tokens = None if thinks else 0
             channel.request("set_max_thinking_tokens", patience, max_thinking_tokens=tokens)
-        self._system, self._thinking = turn.system, tokens
 
     def _append(self, turn: Turn, index: int, *, is_query: bool = False) -> None:
         line = to_line(turn, index, self._settings["model"], is_query=is_query)
@@ -1749,29 +1744,27 @@ class Session:
 
         Returns the last batch. Raises ApiError; ProcessDied only while nothing went upstream.
         """
-        reader = self.reader
-        while True:
-            batch: list[Event] = []
-            failure: ApiError | None = None
+        reader, batch = self.reader, list[Event]()
+        while not reader.done:
+            if batch and not self.process.lines:
+                yield batch
+                batch = []
             try:
-                while not batch or (self.process.lines and not reader.done):
-                    line = self._channel.next(patience)
-                    if line.get("status") == "requesting" and not reader.is_called:
-                        self._channel.hold_calls()
-                    with upstream_protocol():
-                        batch += reader.feed(line)
+                line = self._channel.next(patience)
+                if line.get("status") == "requesting" and not reader.is_called:
+                    self._channel.hold_calls()
+                with upstream_protocol():
+                    batch += reader.feed(line)
+            except ApiError:
+                yield batch  # what came just before it
+                raise
             except ProcessDied as exc:
                 if not reader.is_called:
                     raise  # the CLI tells before it calls, so nothing was sent upstream
                 log.error("%s", exc)
-                failure = CliFailed("claude ended before its answer was complete")
-            except ApiError as exc:
-                failure = exc
-            if reader.done:
-                return batch
-            yield batch  # also what came just before a failure
-            if failure:
-                raise failure
+                yield batch
+                raise CliFailed("claude ended before its answer was complete") from exc
+        return batch
 
     def rest(self) -> bool:
         """Come to rest after a turn, however it ended; say whether the session can be used again.
@@ -3141,8 +3134,9 @@ class Service:
 
         def count(*tools: JsonObject) -> tuple[int, int]:
             # with a system prompt that was never counted before (`to_counts`)
-            fresh = dataclasses.replace(turn, system=" ".join(uuid.uuid4().hex), marked=None)
-            of, found = dataclasses.replace(demand, turn=fresh, counted=list(tools)), JsonObject()
+            system = " ".join(uuid.uuid4().hex)
+            fresh = dataclasses.replace(turn, system=system, tools=list(tools), marked=None)
+            of, found = dataclasses.replace(demand, turn=fresh, is_count=True), JsonObject()
             while not found:
                 with self._sessions.lend(of) as session:
                     session.bring(of)
