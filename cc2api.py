@@ -100,7 +100,7 @@ STDERR_TAIL_BYTES: Final = 2000  # enough for a stack trace's first lines in an 
 
 CONTROL_TIMEOUT_S: Final = 15.0  # of a CLI that answers within 0.1 s, and starting in 1 s
 CHANGE_TIMEOUT_S: Final = 5.0  # for a cut, prompt or tools; they take 0.005 s
-SETUP_ATTEMPTS: Final = 2  # a new process that dies before the query has cost nothing: once more
+SETUP_ATTEMPTS: Final = 3  # one that dies before the query has cost nothing: a kept, two new ones
 COUNT_ATTEMPTS: Final = 10  # the tools that the CLI was just given may take it a moment
 TICK_S: Final = 0.5  # how often a waiting request looks after its client; noticed gone within 1 s
 SETTLE_S: Final = 5.0  # from message_stop to the CLI's own end of its turn; it needs 0.01 s
@@ -1576,29 +1576,24 @@ REHEARSALS: Final = [parse_messages_request(_REHEARSAL | more) for more in ({}, 
 
 @dataclass(eq=False)
 class Demand:
-    """A request's wish for a session: what for, where it waits, what has failed so far."""
+    """A request's wish for a session: what for, and what has failed so far."""
 
     turn: Turn
     caller: Caller
     patience: Patience
     queued: Callable[[int], None] = lambda place: None  # told its place, from 1, if it has to wait
     is_count: bool = False  # of its tokens, under a system prompt that no session holds
-    is_new_wanted: bool = False  # a process that is not initialised yet
-    deaths: int = 0  # of processes started for it; kept ones may all have been killed at once
-    served: Future[Session] = field(init=False, default_factory=Future)
+    deaths: int = 0  # of processes that it was lent; from the first on it wants new ones
 
     @property
     def base(self) -> tuple[Caller, tuple[str, ...]]:
         """What a process can never change, so it serves nobody else."""
         return self.caller, self.turn.betas
 
-    def note_death(self, death: ProcessDied, *, was_new: bool) -> None:
-        """Be ready to ask for another session. Raises CliFailed where that makes no sense."""
-        self.served = Future()
-        self.is_new_wanted = self.is_new_wanted or isinstance(death, CliRefused)
-        more = ", a new process is asked" if self.is_new_wanted else ""
-        log.warning("%s; nothing was sent upstream%s", death, more)
-        self.deaths += was_new
+    def note_death(self, death: ProcessDied) -> None:
+        """Be ready to ask for a new process. Raises CliFailed where that makes no sense."""
+        log.warning("%s; nothing was sent upstream, a new process is asked", death)
+        self.deaths += 1
         if self.deaths == SETUP_ATTEMPTS:
             raise CliFailed(str(death), status=503) from death
 
@@ -1629,7 +1624,7 @@ class Session:
         With a login the lost weigh double, as a cached prefix is lost with them.
         """
         turn, told, known = demand.turn, self._turn, self._channel.known_tools
-        if self.base not in (None, demand.base) or (demand.is_new_wanted and not self.is_new):
+        if self.base not in (None, demand.base) or (demand.deaths and not self.is_new):
             return None
         if demand.is_count and any(known.get(to_name(tool), tool) != tool for tool in turn.tools):
             return None  # the CLI counts the tool that first had a name
@@ -1901,7 +1896,7 @@ class Pool:
         # Guarded by _changed: all fields, those above too where they are written.
         self._changed = threading.Condition()
         self._fleet = Fleet(settings, stamp)
-        self._waiters: list[Demand] = []
+        self._waiters: dict[Demand, Future[Session]] = {}  # in order, each with what it waits for
         self._spare_at = 0.0  # monotonic; when the next spare may be started
         self._rehearse_at = 0.0  # monotonic; once refused, when the next spare tries again
         self._closed = False
@@ -1911,6 +1906,7 @@ class Pool:
 
     def acquire(self, waiter: Demand) -> Session:
         """Take the nearest session; wait in order. Raises ApiError, as the patience."""
+        served: Future[Session] = Future()
         try:
             with self._changed:
                 if self._closed:
@@ -1918,22 +1914,21 @@ class Pool:
                 if len(self._waiters) >= self._settings.max_queue + self._fleet.room():
                     words = "Overloaded: too many requests are waiting"
                     raise ApiError(words, status=529, retry_after_s=OVERLOADED_RETRY_AFTER_S)
-                self._waiters.append(waiter)
+                self._waiters[waiter] = served
                 self._serve_waiters()
                 place = len(self._waiters) - self._fleet.room()  # of those that no start will serve
-                if not waiter.served.done():  # else the keeper would only take the processor
+                if not served.done():  # else the keeper would only take the processor
                     self._changed.notify_all()
-            if place > 0 and not waiter.served.done():
+            if place > 0 and not served.done():
                 waiter.queued(place)
             while True:
                 with contextlib.suppress(FutureTimeout):
-                    return waiter.served.result(waiter.patience.slice_s())
+                    return served.result(waiter.patience.slice_s())
         except BaseException:
             with self._changed:
-                if waiter in self._waiters:
-                    self._waiters.remove(waiter)
-            if waiter.served.done() and not waiter.served.exception():  # in the last moment
-                self.give_back(waiter.served.result(), usable=not waiter.served.result().is_new)
+                self._waiters.pop(waiter, None)
+            if served.done() and not served.exception():  # in the last moment
+                self.give_back(served.result(), usable=not served.result().is_new)
             raise
 
     def give_back(self, session: Session, *, usable: bool) -> None:
@@ -1963,7 +1958,7 @@ class Pool:
             for session in self._fleet.all("busy", "starting"):
                 session.process.kill()  # whoever has it notices, and gives it back
             while self._waiters:
-                self._waiters.pop().served.set_exception(CliFailed(_CLOSING, status=503))
+                self._waiters.popitem()[1].set_exception(CliFailed(_CLOSING, status=503))
             self._changed.notify_all()
         self._keeper.join(EXIT_GRACE_S + 1)
 
@@ -1981,8 +1976,7 @@ class Pool:
                 self._spare_at = max(self._spare_at, time.monotonic() + SPARE_DELAY_S)
                 self._changed.notify_all()
             self._fleet.put(session, "busy")
-            self._waiters.remove(waiter)
-            waiter.served.set_result(session)
+            self._waiters.pop(waiter).set_result(session)
 
     def _note_failure(self, problem: str) -> None:
         if problem != self.failure:
@@ -2009,9 +2003,9 @@ class Pool:
             if self._closed and not (gone or fleet.all("ending", "busy", "starting")):
                 return True
             self._serve_waiters()
-            new = sum(waiter.is_new_wanted for waiter in self._waiters)
-            lacking = max(new, len(self._waiters) - len(fleet.all("starting")))
-            is_for_waiter = lacking > 0 and fleet.room() > 0
+            lacks_new = any(waiter.deaths for waiter in self._waiters)
+            lacks_new |= len(self._waiters) > len(fleet.all("starting"))
+            is_for_waiter = lacks_new and fleet.room() > 0
             fleet.retire(incoming=is_for_waiter)
             spare_in_s = self._spare_at - time.monotonic()
             lacks_spare = not fleet.all("starting", "spare")
@@ -2035,7 +2029,8 @@ class Pool:
             with self._changed:
                 self._note_failure(f"claude cannot be started: {exc}")
                 if self._waiters and for_waiter:
-                    self._waiters.pop(0).served.set_exception(CliFailed(self.failure, status=503))
+                    first = self._waiters.pop(next(iter(self._waiters)))
+                    first.set_exception(CliFailed(self.failure, status=503))
             return
         with self._changed:
             if time.monotonic() > self._rehearse_at:
@@ -3062,11 +3057,10 @@ class Sessions:
         To be called again then: another one is lent.
         """
         session = self.pool.acquire(demand)
-        was_new = session.is_new
         try:
             yield session
         except ProcessDied as death:
-            demand.note_death(death, was_new=was_new)
+            demand.note_death(death)
         finally:
             usable = False
             try:

@@ -130,7 +130,7 @@ def test_a_process_killed_between_its_choice_and_the_query_is_replaced(
     def bring_and_kill(session: cc2api.Session, *args: Any) -> None:
         was_new = session.is_new
         bring(session, *args)
-        if len(killed) < 3 and not was_new:
+        if not (killed or was_new):
             killed.append(session.process.pid)
             session.process.kill()
 
@@ -140,7 +140,7 @@ def test_a_process_killed_between_its_choice_and_the_query_is_replaced(
         wait_until(lambda: len(gateway.now.spare) == 1)
         monkeypatch.setattr(cc2api.Session, "bring", bring_and_kill)
         assert gateway.ask("hello").status == 200
-        assert len(killed) >= 2, "only what was started for it counts against a request"
+    assert killed
 
 
 def test_processes_of_no_use_are_ended_at_once(tmp_path: Path) -> None:
