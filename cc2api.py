@@ -116,7 +116,6 @@ BLANK_DISTANCE: Final = 25  # messages that replay while a spare's first turn ta
 MAX_TOOL_RESULT_CHARS: Final = 100_000  # through the tool channel; the CLI saves large ones to disk
 MAX_TOOL_ERROR_CHARS: Final = 5_000  # the CLI cuts errors at 10,000
 KEEPER_TICK_S: Final = 5.0  # how soon a dead or stale spare is noticed without a request
-STABLE_S: Final = 2.0  # a process that cannot run ends within this
 REAP_TICK_S: Final = 0.02  # a killed process is gone within this
 EXIT_STATUS_S: Final = 1.0  # from a closed stdout to the exit status; a dying process needs 0.01 s
 EXIT_GRACE_S: Final = 5.0  # from EOF on stdin to SIGKILL; the CLI needs 0.04 s
@@ -1847,15 +1846,14 @@ class Fleet:
         (process.finish if is_idle else process.kill)()
         self.put(session, "ending")
 
-    def end_unfit(self) -> bool:
-        """End the dead, the old, those of an old CLI; say whether a spare died at its start."""
-        now, stamp, has_failed = time.monotonic(), self._stamp(), False
+    def end_unfit(self) -> None:
+        """End the dead, the old, those of an old CLI."""
+        oldest, stamp = time.monotonic() - MAX_SESSION_AGE_S, self._stamp()
         for session in self.all("spare", "idle"):
-            age, is_dead = now - session.process.started_at, not session.process.is_alive()
-            has_failed = has_failed or (is_dead and session.base is None and age < STABLE_S)
-            if is_dead or age >= MAX_SESSION_AGE_S or stamp not in (None, session.process.stamp):
+            process = session.process
+            is_old = process.started_at <= oldest or stamp not in (None, process.stamp)
+            if is_old or not process.is_alive():
                 self.end(session)
-        return has_failed
 
     def retire(self, *, incoming: int) -> None:
         """End what is over the number that may serve, and what was long idle over those kept."""
@@ -1891,14 +1889,13 @@ class Pool:
     ) -> None:
         """`start` may raise anything; `ended` is called with each session that was given up."""
         self.failure = ""  # why no process starts; "" once one has answered, or stayed
-        self.refusal = ""  # why the CLI's processes cannot be used again; "" where they can
+        self.refusal = ""  # why the CLI's processes cannot be used again; no spares meanwhile
         self._start, self._settings, self._ended = start, settings, ended
         # Guarded by _changed: all fields, those above too where they are written.
         self._changed = threading.Condition()
         self._fleet = Fleet(settings, stamp)
         self._waiters: dict[Demand, Future[Session]] = {}  # in order, each with what it waits for
         self._spare_at = 0.0  # monotonic; when the next spare may be started
-        self._rehearse_at = 0.0  # monotonic; once refused, when the next spare tries again
         self._closed = False
         # One thread forks all processes, since on Linux they die with the thread that forked them.
         self._keeper = threading.Thread(target=self._keep, name="cc2api-keeper", daemon=True)
@@ -1966,8 +1963,7 @@ class Pool:
 
     def _serve_waiters(self) -> None:
         """Lend what is idle to those who wait, in order, each what costs it least."""
-        if self._fleet.end_unfit():
-            self._note_failure("claude ends right after its start")
+        self._fleet.end_unfit()
         for waiter in list(self._waiters):
             session = self._fleet.nearest(waiter, may_cut=not self.refusal)
             if session is None or self._fleet.room() <= 0:
@@ -1982,7 +1978,7 @@ class Pool:
         if problem != self.failure:
             log.error("%s: try `cc2api --check`", problem)
         self.failure = problem
-        self._spare_at = time.monotonic() + KEEPER_TICK_S
+        self._spare_at = max(self._spare_at, time.monotonic() + KEEPER_TICK_S)
 
     # ---- the keeper, which takes the lock by itself
 
@@ -2032,11 +2028,9 @@ class Pool:
                     first = self._waiters.pop(next(iter(self._waiters)))
                     first.set_exception(CliFailed(self.failure, status=503))
             return
+        if for_waiter:
+            return self.give_back(session, usable=True)
         with self._changed:
-            if time.monotonic() > self._rehearse_at:
-                self.refusal = ""
-            if for_waiter or self.refusal:
-                return self.give_back(session, usable=True)
             self._fleet.put(session, "starting")
         threading.Thread(None, self._prime, "cc2api-prime", [session], daemon=True).start()
 
@@ -2050,12 +2044,14 @@ class Pool:
             problem = exc
         with self._changed:
             if isinstance(problem, CliRefused):
-                if not self._rehearse_at:  # once is enough
+                if not self.refusal:  # once is enough
                     log.warning("%s: each new conversation takes a process of its own", problem)
-                self.refusal, self._rehearse_at = str(problem), time.monotonic() + REHEARSE_AGAIN_S
-            elif problem and not self._closed:
+                self.refusal, self._spare_at = str(problem), time.monotonic() + REHEARSE_AGAIN_S
+            elif not problem:
+                self.refusal = ""
+            elif not self._closed:
                 self._note_failure(str(problem) or repr(problem))
-            self.give_back(session, usable=problem is None)
+            self.give_back(session, usable=not problem)
             self._changed.notify_all()
 
 
