@@ -1573,21 +1573,19 @@ _OTHER: Final = {"system": "rehearsal", "tools": [{"name": "rehearsal", "input_s
 REHEARSALS: Final = [parse_messages_request(_REHEARSAL | more) for more in ({}, _OTHER)]
 
 
+Base = tuple[Caller, tuple[str, ...]]  # the betas; no process ever serves another
+
+
 @dataclass(eq=False)
 class Demand:
     """A request's wish for a session: what for, and what has failed so far."""
 
     turn: Turn
-    caller: Caller
+    base: Base
     patience: Patience
     queued: Callable[[int], None] = lambda place: None  # told its place, from 1, if it has to wait
     is_count: bool = False  # of its tokens, under a system prompt that no session holds
     deaths: int = 0  # of processes that it was lent; from the first on it wants new ones
-
-    @property
-    def base(self) -> tuple[Caller, tuple[str, ...]]:
-        """What a process can never change, so it serves nobody else."""
-        return self.caller, self.turn.betas
 
     def note_death(self, death: ProcessDied) -> None:
         """Be ready to ask for a new process. Raises CliFailed where that makes no sense."""
@@ -1606,7 +1604,7 @@ class Session:
 
     def __init__(self, process: Process) -> None:
         self.process = process
-        self.base: tuple[Caller, tuple[str, ...]] | None = None  # None: blank, it has served nobody
+        self.base: Base | None = None  # None: blank, it has served nobody
         self.is_new = True  # not initialised
         self.models: list[JsonObject] = []  # as the CLI lists them
         self.turns = 0
@@ -1647,7 +1645,7 @@ class Session:
 
     def prime(self, patience: Patience) -> None:
         """Warm up a new process by a held query, and prove that it can be used again and again."""
-        first, second = (Demand(turn, NOBODY, patience) for turn in REHEARSALS)
+        first, second = (Demand(turn, (NOBODY, ()), patience) for turn in REHEARSALS)
         self.bring(first)
         self._channel.hold_calls()
         self._channel.come_to_rest(patience)
@@ -1984,10 +1982,10 @@ class Pool:
 
     def _keep(self) -> None:
         """Run the keeper thread: start for waiters first, then spares; reap; until all are gone."""
-        while True:
+        is_over = False
+        while not is_over:
             try:
-                if self._keep_once():
-                    return
+                is_over = self._keep_once()
             except Exception:  # without this thread nothing works any more
                 log.exception("the keeper goes on")
                 time.sleep(REAP_TICK_S)
@@ -3206,7 +3204,8 @@ class Service:
         mapped = dataclasses.replace(turn, model=self._model_map.get(turn.model, turn.model))
         message = f"no whole answer within {self.settings.timeout:g} s"
         late = ApiError(message, status=504, should_retry=False)
-        return Demand(mapped, caller, Patience(self.settings.timeout, tick, late), queued)
+        base = caller, turn.betas
+        return Demand(mapped, base, Patience(self.settings.timeout, tick, late), queued)
 
 
 def _with_reset(error: ApiError, limits: Mapping[str, str]) -> ApiError:
