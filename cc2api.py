@@ -1844,22 +1844,18 @@ class Fleet:
         (process.finish if is_idle else process.kill)()
         self.put(session, "ending")
 
-    def end_unfit(self) -> None:
-        """End the dead, the old, those of an old CLI."""
-        oldest, stamp = time.monotonic() - MAX_SESSION_AGE_S, self._stamp()
+    def tidy(self, *, incoming: bool = False) -> None:
+        """End the dead, the old, those of an old CLI, and what is over the numbers to be kept."""
+        now, stamp, kept = time.monotonic(), self._stamp(), self._settings.processes
         for session in self.all("spare", "idle"):
             process = session.process
-            is_old = process.started_at <= oldest or stamp not in (None, process.stamp)
-            if is_old or not process.is_alive():
+            is_old = now - process.started_at >= MAX_SESSION_AGE_S
+            if is_old or stamp not in (None, process.stamp) or not process.is_alive():
                 self.end(session)
-
-    def retire(self, *, incoming: int) -> None:
-        """End what is over the number that may serve, and what was long idle over those kept."""
-        kept = self._settings.processes
         used = self.all("idle") if kept else self.all("spare", "idle")
         over, room = len(self.all("spare", "idle", "starting")) - kept, self.room() - incoming
         for rank, session in enumerate(used):
-            was_long_idle = time.monotonic() - self._states[session][1] > IDLE_S
+            was_long_idle = now - self._states[session][1] > IDLE_S
             if rank < len(used) - room or (rank < over and was_long_idle):
                 self.end(session)
 
@@ -1961,7 +1957,7 @@ class Pool:
 
     def _serve_waiters(self) -> None:
         """Lend what is idle to those who wait, in order, each what costs it least."""
-        self._fleet.end_unfit()
+        self._fleet.tidy()
         for waiter in list(self._waiters):
             session = self._fleet.nearest(waiter, may_cut=not self.refusal)
             if session is None or self._fleet.room() <= 0:
@@ -2000,7 +1996,7 @@ class Pool:
             lacks_new = any(waiter.deaths for waiter in self._waiters)
             lacks_new |= len(self._waiters) > len(fleet.all("starting"))
             is_for_waiter = lacks_new and fleet.room() > 0
-            fleet.retire(incoming=is_for_waiter)
+            fleet.tidy(incoming=is_for_waiter)
             spare_in_s = self._spare_at - time.monotonic()
             lacks_spare = not fleet.all("starting", "spare")
             lacks_spare &= self._settings.processes >= (2 if fleet.all("busy", "idle") else 1)

@@ -181,16 +181,16 @@ def test_the_keeper_goes_on_whatever_happens(
 ) -> None:
     failures = iter(["once"])
 
-    retire = cc2api.Fleet.retire
+    take_gone = cc2api.Fleet.take_gone
 
-    def fail_once(fleet: cc2api.Fleet, *, incoming: int) -> None:
+    def fail_once(fleet: cc2api.Fleet) -> list[cc2api.Session]:
         if next(failures, None):
             raise RuntimeError("something unheard of")
-        retire(fleet, incoming=incoming)
+        return take_gone(fleet)
 
     with InProcessGateway(tmp_path, processes=2) as gateway:
         wait_until(lambda: len(gateway.now.spare) == 1)
-        monkeypatch.setattr(cc2api.Fleet, "retire", fail_once)
+        monkeypatch.setattr(cc2api.Fleet, "take_gone", fail_once)
         assert gateway.ask("hello").status == 200
         wait_until(lambda: "the keeper goes on" in caplog.text)
         assert gateway.ask("hello").status == 200
