@@ -1616,10 +1616,7 @@ class Session:
         self._taken_usd = 0.0  # what of the cost was told of
 
     def distance(self, demand: Demand, *, may_cut: bool) -> int | None:
-        """Return the messages that a turn would append and lose here; None: it cannot be served.
-
-        With a login the lost weigh double, as a cached prefix is lost with them.
-        """
+        """Return the messages that a turn would append and lose here; None: it cannot be served."""
         turn, told, known = demand.turn, self._turn, self._channel.known_tools
         if self.base not in (None, demand.base) or (demand.deaths and not self.is_new):
             return None
@@ -1632,6 +1629,7 @@ class Session:
         differs = (turn.system, turn.tools) != (told.system, self._channel.tools)
         if not may_cut and (lost or differs):
             return None
+        # with a login the lost weigh double, as a cached prefix is lost with them
         return len(turn.messages) - kept + lost * (lost > is_loose) * (2 if turn.is_login else 1)
 
     def take_cost(self) -> float:
@@ -1685,9 +1683,9 @@ class Session:
 
     def ask(self, patience: Patience) -> None:
         """Start the call: give the tool calls that wait their results, or send the last message."""
-        assert self._turn is not None, "bring comes first"
-        self.reader = AnswerReader()
+        assert self._turn, "bring comes first"
         turn, asked, last = self._turn, self._conversation.loosen(), len(self._turn.messages) - 1
+        self.reader = AnswerReader()
         if asked:
             self._conversation.add(turn, last, None)
             results = to_tool_results(turn.messages[last], asked) or []
@@ -1786,9 +1784,8 @@ class Session:
 
 # ========================================================================= Pool
 # Who has which session, and who waits. A session is owned by the pool or by one request, never by
-# both, and nothing blocks while holding the lock. One keeper thread starts and reaps
-# processes, a spare is primed on a thread of its own, the public methods run on request threads.
-# What sessions hold is not known here, only what a request would cost in one.
+# both, and nothing blocks while holding the lock. One keeper thread starts and reaps processes, a
+# spare is primed on a thread of its own, the public methods run on request threads.
 
 _CLOSING: Final = "the gateway is shutting down"
 
@@ -1808,7 +1805,7 @@ class Fleet:
     """A pool's sessions, each in one of Snapshot's states. Guarded by the pool's lock."""
 
     def __init__(self, settings: Settings, stamp: Callable[[], object]) -> None:
-        self._settings, self._stamp = settings, stamp
+        self.settings, self._stamp = settings, stamp
         # with since when (monotonic); those that are longest in their state come first
         self._states: dict[Session, tuple[str, float]] = {}
 
@@ -1822,7 +1819,7 @@ class Fleet:
 
     def room(self) -> int:
         """Return how many more sessions may be lent."""
-        return self._settings.max_concurrency - len(self.all("busy"))
+        return self.settings.max_concurrency - len(self.all("busy"))
 
     def nearest(self, demand: Demand, *, may_cut: bool) -> Session | None:
         """Return the idle session that is nearest, the longest idle of equal ones.
@@ -1830,7 +1827,7 @@ class Fleet:
         A blank one rather than a conversation that would be lost, up to the number that is kept;
         from then on only for a conversation that is worth another process.
         """
-        kept = min(self._settings.processes - 1, self._settings.max_concurrency)
+        kept = min(self.settings.processes - 1, self.settings.max_concurrency)
         of_blank = 1 if len(self.all("busy", "idle")) < kept else BLANK_DISTANCE
         distances = {}
         for session in self.all("spare", "idle"):
@@ -1846,7 +1843,7 @@ class Fleet:
 
     def tidy(self, *, incoming: bool = False) -> None:
         """End the dead, the old, those of an old CLI, and what is over the numbers to be kept."""
-        now, stamp, kept = time.monotonic(), self._stamp(), self._settings.processes
+        now, stamp, kept = time.monotonic(), self._stamp(), self.settings.processes
         for session in self.all("spare", "idle"):
             process = session.process
             is_old = now - process.started_at >= MAX_SESSION_AGE_S
@@ -1875,19 +1872,14 @@ class Pool:
     """Sessions, interchangeable but for their base, and who waits for one."""
 
     def __init__(
-        self,
-        start: Callable[[], Session],
-        settings: Settings,
-        stamp: Callable[[], object],
-        ended: Callable[[Session], None],
+        self, start: Callable[[], Session], fleet: Fleet, ended: Callable[[Session], None]
     ) -> None:
         """`start` may raise anything; `ended` is called with each session that was given up."""
         self.failure = ""  # why no process starts; "" once one has answered, or stayed
         self.refusal = ""  # why the CLI's processes cannot be used again; no spares meanwhile
-        self._start, self._settings, self._ended = start, settings, ended
+        self._start, self._fleet, self._ended = start, fleet, ended
         # Guarded by _changed: all fields, those above too where they are written.
         self._changed = threading.Condition()
-        self._fleet = Fleet(settings, stamp)
         self._waiters: dict[Demand, Future[Session]] = {}  # in order, each with what it waits for
         self._spare_at = 0.0  # monotonic; when the next spare may be started
         self._closed = False
@@ -1902,7 +1894,7 @@ class Pool:
             with self._changed:
                 if self._closed:
                     raise CliFailed(_CLOSING, status=503)
-                if len(self._waiters) >= self._settings.max_queue + self._fleet.room():
+                if len(self._waiters) >= self._fleet.settings.max_queue + self._fleet.room():
                     words = "Overloaded: too many requests are waiting"
                     raise ApiError(words, status=529, retry_after_s=OVERLOADED_RETRY_AFTER_S)
                 self._waiters[waiter] = served
@@ -1928,7 +1920,9 @@ class Pool:
             if usable:
                 self.failure = self.failure if session.is_new else ""
                 self._fleet.put(session, "spare" if session.base is None else "idle")
-            is_spent = session.base and not self._settings.processes  # a blank one is for a waiter
+            is_spent = (
+                session.base and not self._fleet.settings.processes
+            )  # a blank one is for a waiter
             if not usable or is_spent or session.turns >= MAX_SESSION_TURNS or self._closed:
                 self._fleet.end(session)
                 self._changed.notify_all()
@@ -1999,7 +1993,7 @@ class Pool:
             fleet.tidy(incoming=is_for_waiter)
             spare_in_s = self._spare_at - time.monotonic()
             lacks_spare = not fleet.all("starting", "spare")
-            lacks_spare &= self._settings.processes >= (2 if fleet.all("busy", "idle") else 1)
+            lacks_spare &= fleet.settings.processes >= (2 if fleet.all("busy", "idle") else 1)
             is_due = is_for_waiter or (spare_in_s <= 0 and not self._closed and lacks_spare)
             if not is_due and not gone:
                 tick_s = REAP_TICK_S if fleet.all("ending") else KEEPER_TICK_S
@@ -3033,7 +3027,7 @@ class Sessions:
             os.stat(cli.path)  # raises the OSError that a shim around the CLI would hide
             return Session(Process(command, environment, str(work_dir), cli.stamp()))
 
-        self.pool = Pool(start, settings, cli.stamp, self._note_cost)
+        self.pool = Pool(start, Fleet(settings, cli.stamp), self._note_cost)
 
     def close(self) -> None:
         """End all processes and remove the temporary directory."""
