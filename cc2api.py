@@ -1788,21 +1788,11 @@ class Session:
 # spare is primed on a thread of its own, the public methods run on request threads.
 
 _CLOSING: Final = "the gateway is shutting down"
-
-
-class Snapshot(NamedTuple):
-    """The pids of a pool's processes by state, and how many requests wait."""
-
-    spare: list[int]  # blank: no caller's yet
-    starting: list[int]  # to be spares
-    idle: list[int]
-    busy: list[int]
-    ending: list[int]
-    waiting: int
+STATES: Final = ("spare", "starting", "idle", "busy", "ending")  # a spare is blank: no caller's yet
 
 
 class Fleet:
-    """A pool's sessions, each in one of Snapshot's states. Guarded by the pool's lock."""
+    """A pool's sessions, each in one of STATES. Guarded by the pool's lock."""
 
     def __init__(self, settings: Settings, stamp: Callable[[], object]) -> None:
         self.settings, self._stamp = settings, stamp
@@ -1928,11 +1918,11 @@ class Pool:
                 self._changed.notify_all()
             self._serve_waiters()
 
-    def snapshot(self) -> Snapshot:
+    def snapshot(self) -> tuple[dict[str, list[int]], int]:
+        """Return the pids of the processes by state, and how many requests wait."""
         with self._changed:
-            states = map(self._fleet.all, Snapshot._fields[:-1])
-            pids = [[session.process.pid for session in sessions] for sessions in states]
-            return Snapshot._make([*pids, len(self._waiters)])
+            pids = {state: [s.process.pid for s in self._fleet.all(state)] for state in STATES}
+            return pids, len(self._waiters)
 
     def close(self) -> None:
         """End every process, lent ones too, and wait until the last is reaped."""
@@ -3177,10 +3167,10 @@ class Service:
 
     def gauges(self) -> dict[str, dict[str, int]]:
         """Return what /metrics tells of now, by name and state."""
-        now = self.pool.snapshot()
-        processes = {state: len(getattr(now, state)) for state in now._fields if state != "waiting"}
+        pids, waiting = self.pool.snapshot()
+        processes = {state: len(pids[state]) for state in pids}
         signed_in = int(not self.sign_in().is_missing)
-        more = {"cc2api_waiting_requests": {"": now.waiting}, "cc2api_signed_in": {"": signed_in}}
+        more = {"cc2api_waiting_requests": {"": waiting}, "cc2api_signed_in": {"": signed_in}}
         return {"cc2api_processes": processes, **more}
 
     def _demand(
@@ -3215,7 +3205,7 @@ def _with_reset(error: ApiError, limits: Mapping[str, str]) -> ApiError:
 
 def status_text(service: Service, url: str) -> str:
     """Return in plain text how things are; `url` is where the client sees the gateway."""
-    now, metrics = service.pool.snapshot(), service.metrics
+    (pids, waiting), metrics = service.pool.snapshot(), service.metrics
     asked = failed = 0.0
     for labels, count in metrics.series("cc2api_requests_total"):
         if labels["route"] in ("messages", "chat_completions", "responses"):
@@ -3229,8 +3219,10 @@ def status_text(service: Service, url: str) -> str:
     lines = {
         f"cc2api {__version__}": f"up {minutes // 60:.0f} h {minutes % 60:.0f} min",
         **service.describe(),
-        "processes": f"{len(now.spare)} spare, {len(now.idle)} idle, {len(now.busy)} busy",
-        "requests": f"{asked:.0f}, {failed:.0f} failed, {now.waiting} waiting",
+        "processes": ", ".join(
+            f"{len(pids[state])} {state}" for state in ("spare", "idle", "busy")
+        ),
+        "requests": f"{asked:.0f}, {failed:.0f} failed, {waiting} waiting",
         "tokens": ", ".join(f"{count:.0f} {kind}" for kind, count in tokens.items()),
         "cost": f"${cost:.4f}" + " at list price" * (service.is_login or service.settings.demo),
         "health": service.health() or "ok",
@@ -4152,7 +4144,9 @@ def try_start(settings: Settings, cli: Cli, environ: Mapping[str, str]) -> str:
     alone = dataclasses.replace(settings, processes=1)
     with contextlib.closing(Service(alone, cli, environ)) as service:
         pool = service.pool
-        while not (pool.failure or pool.refusal or pool.snapshot().spare):  # CONTROL_TIMEOUT_S
+        while not (
+            pool.failure or pool.refusal or pool.snapshot()[0]["spare"]
+        ):  # CONTROL_TIMEOUT_S
             time.sleep(REAP_TICK_S)
         if refusal := pool.refusal:
             return f"claude starts, but each new conversation takes a process of its own: {refusal}"

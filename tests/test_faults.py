@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from running import InProcessGateway, children_of, wait_until
+from running import InProcessGateway, Snapshot, children_of, wait_until
 
 import cc2api
 
@@ -146,7 +146,7 @@ def test_a_process_killed_between_its_choice_and_the_query_is_replaced(
 def test_processes_of_no_use_are_ended_at_once(tmp_path: Path) -> None:
     with InProcessGateway(tmp_path) as gateway:
         assert gateway.ask("hello").status == 200
-        wait_until(lambda: gateway.now == cc2api.Snapshot([], [], [], [], [], 0))
+        wait_until(lambda: gateway.now == Snapshot([], [], [], [], [], 0))
 
 
 def test_a_claimed_spare_is_replaced_and_its_process_is_kept(tmp_path: Path) -> None:
