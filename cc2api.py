@@ -1505,8 +1505,7 @@ class Channel:
 # What a process holds, and how a request is brought to it. One mechanism: cut back to the common
 # prefix of what is held and what the request says, tell what differs (settings, system prompt,
 # tools, thinking), append the rest, then ask or count. To continue is to cut nothing; to edit,
-# regenerate or branch is to cut to the middle; a new conversation is a cut to the beginning. Facts
-# are of 2.1.300 to 2.1.331, each pinned in tests/test_reuse.py. Knows nothing of HTTP and of pools.
+# regenerate or branch is to cut to the middle; a new conversation is a cut to the beginning.
 
 
 class Held(NamedTuple):
@@ -1598,8 +1597,8 @@ class Demand:
 class Session:
     """A process and the conversation in it. One owner at a time; nobody else writes its fields.
 
-    A request goes `bring`, then `ask` and `read`, or `count_context`, then `rest`. All but `rest`
-    raise ProcessDied and CliFailed, and what their patience raises.
+    A request goes `bring`, `ask` and `read`, or `count`, then `rest`. All but `rest` raise
+    ProcessDied and CliFailed, and what their patience raises.
     """
 
     def __init__(self, process: Process) -> None:
@@ -1693,14 +1692,15 @@ class Session:
         else:
             self._append(turn, last, is_query=True)
 
-    def count_context(self, patience: Patience) -> JsonObject:
-        """Return the CLI's count of what it holds; it asks upstream's count_tokens for it."""
-        turn, self._turn = self._turn, None
-        names = {to_name(tool) for tool in self._channel.tools}
+    def count(self, demand: Demand) -> JsonObject:
+        """Return the CLI's count of a turn; it asks upstream's count_tokens for it."""
+        self.bring(demand)
+        self._turn = None
+        names = {to_name(tool) for tool in demand.turn.tools}
         for _ in range(COUNT_ATTEMPTS):
-            usage = self._channel.request("get_context_usage", patience)
+            usage = self._channel.request("get_context_usage", demand.patience)
             if {tool.get("name") for tool in usage.get("mcpTools") or []} == names:
-                self._turn = turn
+                self._turn = demand.turn
                 return usage
             time.sleep(REAP_TICK_S)
         raise CliFailed("claude did not take the tools that are to be counted")
@@ -1879,7 +1879,7 @@ class Pool:
 
     def acquire(self, waiter: Demand) -> Session:
         """Take the nearest session; wait in order. Raises ApiError, as the patience."""
-        served: Future[Session] = Future()
+        served = Future[Session]()
         try:
             with self._changed:
                 if self._closed:
@@ -3107,8 +3107,7 @@ class Service:
             of, found = dataclasses.replace(demand, turn=fresh, is_count=True), JsonObject()
             while not found:
                 with self._sessions.lend(of) as session:
-                    session.bring(of)
-                    found = session.count_context(of.patience)
+                    found = session.count(of)
             return to_counts(found)
 
         if not turn.tools:
