@@ -3218,9 +3218,7 @@ def status_text(service: Service, url: str) -> str:
     lines = {
         f"cc2api {__version__}": f"up {minutes // 60:.0f} h {minutes % 60:.0f} min",
         **service.describe(),
-        "processes": ", ".join(
-            f"{len(pids[state])} {state}" for state in ("spare", "idle", "busy")
-        ),
+        "processes": ", ".join(f"{len(pids[name])} {name}" for name in ("spare", "idle", "busy")),
         "requests": f"{asked:.0f}, {failed:.0f} failed, {waiting} waiting",
         "tokens": ", ".join(f"{count:.0f} {kind}" for kind, count in tokens.items()),
         "cost": f"${cost:.4f}" + " at list price" * (service.is_login or service.settings.demo),
@@ -4139,13 +4137,11 @@ def check_upstream(environ: Mapping[str, str], port: int) -> str:
 
 
 def try_start(settings: Settings, cli: Cli, environ: Mapping[str, str]) -> str:
-    """Have a spare made, and say what it can. Raises CliUnusable and ApiError."""
+    """Have a spare made within CONTROL_TIMEOUT_S; say what it can. Raises CliUnusable, ApiError."""
     alone = dataclasses.replace(settings, processes=1)
     with contextlib.closing(Service(alone, cli, environ)) as service:
         pool = service.pool
-        while not (
-            pool.failure or pool.refusal or pool.snapshot()[0]["spare"]
-        ):  # CONTROL_TIMEOUT_S
+        while not (pool.failure or pool.refusal or pool.snapshot()[0]["spare"]):
             time.sleep(REAP_TICK_S)
         if refusal := pool.refusal:
             return f"claude starts, but each new conversation takes a process of its own: {refusal}"
