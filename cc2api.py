@@ -97,7 +97,7 @@ STDERR_TAIL_BYTES: Final = 2000  # enough for a stack trace's first lines in an 
 
 CONTROL_TIMEOUT_S: Final = 15.0  # of a CLI that answers within 0.1 s, and starting in 1 s
 CHANGE_TIMEOUT_S: Final = 5.0  # for a cut, prompt, tools, the end of a turn; they take 0.01 s
-SETUP_ATTEMPTS: Final = 2  # a new process that dies before the query has cost nothing: once more
+SETUP_ATTEMPTS: Final = 3  # one that dies before the query has cost nothing: a kept, two new ones
 COUNT_ATTEMPTS: Final = 10  # the tools that the CLI was just given may take it a moment
 TICK_S: Final = 0.5  # how often a waiting request looks after its client; noticed gone within 1 s
 LEAVE_S: Final = 2.0  # for a turn to end when its client has left; it needs 0.01 s
@@ -112,7 +112,6 @@ BLANK_DISTANCE: Final = 25  # messages that replay while a spare's first turn ta
 MAX_TOOL_RESULT_CHARS: Final = 100_000  # through the tool channel; the CLI saves large ones to disk
 MAX_TOOL_ERROR_CHARS: Final = 5_000  # the CLI cuts errors at 10,000
 KEEPER_TICK_S: Final = 5.0  # how soon a dead or stale spare is noticed without a request
-STABLE_S: Final = 2.0  # a process that cannot run ends within this
 REAP_TICK_S: Final = 0.02  # a killed process is gone within this
 EXIT_STATUS_S: Final = 1.0  # from a closed stdout to the exit status; a dying process needs 0.01 s
 EXIT_GRACE_S: Final = 5.0  # from EOF on stdin to SIGKILL; the CLI needs 0.04 s
@@ -1396,8 +1395,7 @@ class Channel:
 # What a process holds, and how a request is brought to it. One mechanism: cut back to the common
 # prefix of what is held and what the request says, tell what differs (settings, system prompt,
 # tools, thinking), append the rest, then ask or count. To continue is to cut nothing; to edit,
-# regenerate or branch is to cut to the middle; a new conversation is a cut to the beginning. Facts
-# are of 2.1.300 to 2.1.331, each pinned in tests/test_reuse.py. Knows nothing of HTTP and of pools.
+# regenerate or branch is to cut to the middle; a new conversation is a cut to the beginning.
 
 
 class Held(NamedTuple):
@@ -1415,19 +1413,20 @@ class Conversation:
         self.held: list[Held] = []
         self.is_loose = False  # the last message got no answer that counts: cut before use
         self.calls_due: list[str] = []  # ids of the tool calls that the last answer makes
-        self._told_for: object = None  # the model, system prompt and ttl that it goes on with
 
-    def kept(self, turn: Turn, wanted: int) -> int:
-        """Return how many messages can stay, of the turn's first `wanted`."""
-        if self._told_for != (turn.model, turn.system, turn.cache_ttl):
+    def kept(self, turn: Turn, told: Turn | None) -> int:
+        """Return how many messages can stay for a turn that comes after the one told last."""
+        told_for = told and (told.model, told.system, told.cache_ttl)
+        if told_for != (turn.model, turn.system, turn.cache_ttl):
             return 0  # with another model or system prompt no conversation goes on
         whole = len(self.held) - self.is_loose
-        pairs = zip(self.held[:whole], turn.digests[:wanted], strict=False)
-        common = sum(1 for _ in itertools.takewhile(lambda pair: pair[0].digest == pair[1], pairs))
-        if common == len(self.held):
-            given = turn.messages[wanted:][:1] if wanted == common else ()  # to calls that wait
-            if not self.calls_due or any(to_tool_results(m, self.calls_due) for m in given):
-                return common
+        pairs = zip(self.held[:whole], turn.digests[:-1], strict=False)
+        same = [held.digest == digest for held, digest in pairs]
+        common = [*same, False].index(False)
+        given = turn.messages[common:]  # maybe to the calls that wait
+        is_answer = len(given) == 1 and to_tool_results(given[0], self.calls_due)
+        if common == len(self.held) and (is_answer or not self.calls_due):
+            return common
         places = [at for at, held in enumerate(self.held[: common + 1]) if held.is_place]
         return max(places, default=0)
 
@@ -1441,8 +1440,7 @@ class Conversation:
 
     def add(self, turn: Turn, index: int, line: JsonObject | None) -> None:
         """Hold a turn's message, sent by this line, or None where through the tool channel."""
-        self._told_for = (turn.model, turn.system, turn.cache_ttl)
-        brought_by = line["uuid"] if line is not None and line["type"] == "user" else None
+        brought_by = line["uuid"] if line and line["type"] == "user" else None
         has_results = any(b["type"] == "tool_result" for b in turn.messages[index].content)
         is_place = bool(brought_by) and not has_results
         self.held.append(Held(turn.digests[index], brought_by, is_place))
@@ -1464,31 +1462,24 @@ _OTHER: Final = {"system": "rehearsal", "tools": [{"name": "rehearsal", "input_s
 REHEARSALS: Final = [parse_messages_request(_REHEARSAL | more) for more in ({}, _OTHER)]
 
 
+Base = tuple[Caller, tuple[str, ...]]  # the betas; no process ever serves another
+
+
 @dataclass(eq=False)
 class Demand:
-    """A request's wish for a session: what for, where it waits, what has failed so far."""
+    """A request's wish for a session: what for, and what has failed so far."""
 
     turn: Turn
-    caller: Caller
+    base: Base
     patience: Patience
     request_id: str = "-"  # for the log
-    counted: list[JsonObject] | None = None  # the tools to count
-    is_new_wanted: bool = False  # a process that is not initialised yet
-    deaths: int = 0  # of processes started for it; kept ones may all have been killed at once
-    served: Future[Session] = field(init=False, default_factory=Future)
+    is_count: bool = False  # of its tokens, under a system prompt that no session holds
+    deaths: int = 0  # of processes that it was lent; from the first on it wants new ones
 
-    @property
-    def base(self) -> tuple[Caller, tuple[str, ...]]:
-        """What a process can never change, so it serves nobody else."""
-        return self.caller, self.turn.betas
-
-    def note_death(self, death: ProcessDied, *, was_new: bool) -> None:
-        """Be ready to ask for another session. Raises CliFailed where that makes no sense."""
-        self.served = Future()
-        self.is_new_wanted = self.is_new_wanted or isinstance(death, CliRefused)
-        more = ", a new process is asked" if self.is_new_wanted else ""
-        log.warning("%s; nothing was sent upstream%s", death, more)
-        self.deaths += was_new
+    def note_death(self, death: ProcessDied) -> None:
+        """Be ready to ask for a new process. Raises CliFailed where that makes no sense."""
+        log.warning("%s; nothing was sent upstream, a new process is asked", death)
+        self.deaths += 1
         if self.deaths == SETUP_ATTEMPTS:
             raise CliFailed(str(death), status=503) from death
 
@@ -1496,42 +1487,38 @@ class Demand:
 class Session:
     """A process and the conversation in it. One owner at a time; nobody else writes its fields.
 
-    A request goes `bring`, then `ask` and `read`, or `count_context`, then `rest`. All but `rest`
-    raise ProcessDied and CliFailed, and what their patience raises.
+    A request goes `bring`, `ask` and `read`, or `count`, then `rest`. All but `rest` raise
+    ProcessDied and CliFailed, and what their patience raises.
     """
 
     def __init__(self, process: Process) -> None:
         self.process = process
-        self.base: tuple[Caller, tuple[str, ...]] | None = None  # None: blank, it has served nobody
+        self.base: Base | None = None  # None: blank, it has served nobody
         self.is_new = True  # not initialised
         self.models: list[JsonObject] = []  # as the CLI lists them
         self.turns = 0
         self.reader = AnswerReader()  # of the turn that is asked, or was last
         self._channel = Channel(process)
         self._conversation = Conversation()
-        self._system = ""  # as last told, like the next two
-        self._thinking: object = ""  # its budget; "" is not told
-        self._settings: JsonObject = {}
-        self._turn: Turn | None = None  # the one that is served; None while it is told in part
+        self._turn: Turn | None = None  # as last told; None while one is told in part
+        self._settings: JsonObject = {}  # that turn's
         self._taken_usd = 0.0  # what of the cost was told of
 
     def distance(self, demand: Demand, *, may_cut: bool) -> int | None:
-        """Return the messages that a turn would append and lose here; None: it cannot be served.
-
-        With a login the lost weigh double, as a cached prefix is lost with them.
-        """
-        turn, known = demand.turn, self._channel.known_tools
-        if self.base not in (None, demand.base) or (demand.is_new_wanted and not self.is_new):
+        """Return the messages that a turn would append and lose here; None: it cannot be served."""
+        turn, told, known = demand.turn, self._turn, self._channel.known_tools
+        if self.base not in (None, demand.base) or (demand.deaths and not self.is_new):
             return None
-        if any(known.get(to_name(tool), tool) != tool for tool in demand.counted or []):
+        if demand.is_count and any(known.get(to_name(tool), tool) != tool for tool in turn.tools):
             return None  # the CLI counts the tool that first had a name
-        if self.base is None:
+        if self.base is None or told is None:
             return len(turn.messages)
-        kept = self._conversation.kept(turn, len(turn.messages) - 1)
+        kept = self._conversation.kept(turn, told)
         lost, is_loose = len(self._conversation.held) - kept, self._conversation.is_loose
-        differs = (turn.system, turn.tools) != (self._system, self._channel.tools)
+        differs = (turn.system, turn.tools) != (told.system, self._channel.tools)
         if not may_cut and (lost or differs):
             return None
+        # with a login the lost weigh double, as a cached prefix is lost with them
         return len(turn.messages) - kept + lost * (lost > is_loose) * (2 if turn.is_login else 1)
 
     def take_cost(self) -> float:
@@ -1545,7 +1532,7 @@ class Session:
 
     def prime(self, patience: Patience) -> None:
         """Warm up a new process by a held query, and prove that it can be used again and again."""
-        first, second = (Demand(turn, NOBODY, patience) for turn in REHEARSALS)
+        first, second = (Demand(turn, (NOBODY, ()), patience) for turn in REHEARSALS)
         self.bring(first)
         self._channel.hold_calls()
         self._channel.come_to_rest(patience)
@@ -1561,17 +1548,14 @@ class Session:
         assert self.base in (None, demand.base)
         self.base = demand.base  # for good
         self.turns += 1
-        self._turn = None
-        turn, patience, counted = demand.turn, demand.patience, demand.counted
+        turn, patience, told, self._turn = demand.turn, demand.patience, self._turn, None
         channel, conversation = self._channel, self._conversation
-        tools = turn.tools if counted is None else counted
-        wanted = len(turn.messages) - (counted is None)
         if self.is_new:
             prompt = {"systemPrompt": [turn.system]} if turn.system else {}
-            fields = {"hooks": None, **prompt, **channel.offer(tools)}
+            fields = {"hooks": None, **prompt, **channel.offer(turn.tools)}
             self.models = channel.request("initialize", patience, **fields).get("models") or []
-            self.is_new, self._system = False, turn.system
-        kept = conversation.kept(turn, wanted)
+            self.is_new = False
+        kept = conversation.kept(turn, told)
         if kept < len(conversation.held):
             channel.cut(conversation.cut(kept), patience)
         else:
@@ -1579,8 +1563,8 @@ class Session:
         # Where something is held the CLI's own breakpoints are on it: with one more of the client's
         # in each turn they would soon be over the four that the API takes.
         turn = dataclasses.replace(turn, marked=None) if kept else turn
-        self._tell(turn, tools, patience)
-        for index in range(kept, wanted):
+        self._tell(turn, told, patience)
+        for index in range(kept, len(turn.messages) - (not demand.is_count)):
             self._append(turn, index)
             # user lines are queued but assistant lines applied at once: wait, or order is lost
             channel.come_to_rest(patience)
@@ -1588,9 +1572,9 @@ class Session:
 
     def ask(self, patience: Patience) -> None:
         """Start the call: give the tool calls that wait their results, or send the last message."""
-        assert self._turn is not None, "bring comes first"
-        self.reader = AnswerReader()
+        assert self._turn, "bring comes first"
         turn, asked, last = self._turn, self._conversation.loosen(), len(self._turn.messages) - 1
+        self.reader = AnswerReader()
         if asked:
             self._conversation.add(turn, last, None)
             results = to_tool_results(turn.messages[last], asked) or []
@@ -1598,36 +1582,37 @@ class Session:
         else:
             self._append(turn, last, is_query=True)
 
-    def count_context(self, patience: Patience) -> JsonObject:
-        """Return the CLI's count of what it holds; it asks upstream's count_tokens for it."""
-        turn, self._turn = self._turn, None
-        names = {to_name(tool) for tool in self._channel.tools}
+    def count(self, demand: Demand) -> JsonObject:
+        """Return the CLI's count of a turn; it asks upstream's count_tokens for it."""
+        self.bring(demand)
+        self._turn = None
+        names = {to_name(tool) for tool in demand.turn.tools}
         for _ in range(COUNT_ATTEMPTS):
-            usage = self._channel.request("get_context_usage", patience)
+            usage = self._channel.request("get_context_usage", demand.patience)
             if {tool.get("name") for tool in usage.get("mcpTools") or []} == names:
-                self._turn = turn
+                self._turn = demand.turn
                 return usage
             time.sleep(REAP_TICK_S)
         raise CliFailed("claude did not take the tools that are to be counted")
 
-    def _tell(self, turn: Turn, tools: list[JsonObject], patience: Patience) -> None:
+    def _tell(self, turn: Turn, told: Turn | None, patience: Patience) -> None:
         """Tell what a turn needs, as far as it was not told before."""
         channel = self._channel
-        if tools != channel.tools:  # first: they take the CLI a moment
-            channel.change_tools(tools, patience)
+        if turn.tools != channel.tools:  # first: they take the CLI a moment
+            channel.change_tools(turn.tools, patience)
         model = resolve_model(turn.model, self.models)
         self._settings = to_flag_settings(turn, model)
         if self._settings != channel.settings:
             channel.request("apply_flag_settings", patience, settings=self._settings)
-        if turn.system != self._system:
+        if told and turn.system != told.system:
             prompt = turn.system or DEFAULT_SYSTEM_PROMPT
             change = {"model": model, "system_prompt": prompt, "only_if_model_is_current": True}
             channel.request("set_model", patience, **change)
-        # null leaves thinking to the extra body; 0 turns it off where the model can be without
-        tokens = None if turn.extra_body.get("thinking") else 0
-        if tokens != self._thinking:
+        thinks = bool(turn.extra_body.get("thinking"))
+        if told is None or thinks != bool(told.extra_body.get("thinking")):
+            # null leaves it to the extra body; 0 turns it off where the model can be without
+            tokens = None if thinks else 0
             channel.request("set_max_thinking_tokens", patience, max_thinking_tokens=tokens)
-        self._system, self._thinking = turn.system, tokens
 
     def _append(self, turn: Turn, index: int, *, is_query: bool = False) -> None:
         line = to_line(turn, index, self._settings["model"], is_query=is_query)
@@ -1639,29 +1624,27 @@ class Session:
 
         Returns the last batch. Raises ApiError; ProcessDied only while nothing went upstream.
         """
-        reader = self.reader
-        while True:
-            batch: list[Event] = []
-            failure: ApiError | None = None
+        reader, batch = self.reader, list[Event]()
+        while not reader.done:
+            if batch and not self.process.lines:
+                yield batch
+                batch = []
             try:
-                while not batch or (self.process.lines and not reader.done):
-                    line = self._channel.next(patience)
-                    if line.get("status") == "requesting" and not reader.is_called:
-                        self._channel.hold_calls()
-                    with upstream_protocol():
-                        batch += reader.feed(line)
+                line = self._channel.next(patience)
+                if line.get("status") == "requesting" and not reader.is_called:
+                    self._channel.hold_calls()
+                with upstream_protocol():
+                    batch += reader.feed(line)
+            except ApiError:
+                yield batch  # what came just before it
+                raise
             except ProcessDied as exc:
                 if not reader.is_called:
                     raise  # the CLI tells before it calls, so nothing was sent upstream
                 log.error("%s", exc)
-                failure = CliFailed("claude ended before its answer was complete")
-            except ApiError as exc:
-                failure = exc
-            if reader.done:
-                return batch
-            yield batch  # also what came just before a failure
-            if failure:
-                raise failure
+                yield batch
+                raise CliFailed("claude ended before its answer was complete") from exc
+        return batch
 
     def rest(self) -> bool:
         """Come to rest after a turn, however it ended; say whether the session can be used again.
@@ -1691,29 +1674,18 @@ class Session:
 
 # ========================================================================= Pool
 # Who has which session, and who waits. A session is owned by the pool or by one request, never by
-# both, and nothing blocks while holding the lock. One keeper thread starts and reaps
-# processes, a spare is primed on a thread of its own, the public methods run on request threads.
-# What sessions hold is not known here, only what a request would cost in one.
+# both, and nothing blocks while holding the lock. One keeper thread starts and reaps processes, a
+# spare is primed on a thread of its own, the public methods run on request threads.
 
 _CLOSING: Final = "the gateway is shutting down"
-
-
-class Snapshot(NamedTuple):
-    """The pids of a pool's processes by state, and how many requests wait."""
-
-    spare: list[int]  # blank: no caller's yet
-    starting: list[int]  # to be spares
-    idle: list[int]
-    busy: list[int]
-    ending: list[int]
-    waiting: int
+STATES: Final = ("spare", "starting", "idle", "busy", "ending")  # a spare is blank: no caller's yet
 
 
 class Fleet:
-    """A pool's sessions, each in one of Snapshot's states. Guarded by the pool's lock."""
+    """A pool's sessions, each in one of STATES. Guarded by the pool's lock."""
 
     def __init__(self, settings: Settings, stamp: Callable[[], object]) -> None:
-        self._settings, self._stamp = settings, stamp
+        self.settings, self._stamp = settings, stamp
         # with since when (monotonic); those that are longest in their state come first
         self._states: dict[Session, tuple[str, float]] = {}
 
@@ -1727,7 +1699,7 @@ class Fleet:
 
     def room(self) -> int:
         """Return how many more sessions may be lent."""
-        return self._settings.max_concurrency - len(self.all("busy"))
+        return self.settings.max_concurrency - len(self.all("busy"))
 
     def nearest(self, demand: Demand, *, may_cut: bool) -> Session | None:
         """Return the idle session that is nearest, the longest idle of equal ones.
@@ -1735,7 +1707,7 @@ class Fleet:
         A blank one rather than a conversation that would be lost, up to the number that is kept;
         from then on only for a conversation that is worth another process.
         """
-        kept = min(self._settings.processes - 1, self._settings.max_concurrency)
+        kept = min(self.settings.processes - 1, self.settings.max_concurrency)
         of_blank = 1 if len(self.all("busy", "idle")) < kept else BLANK_DISTANCE
         distances = {}
         for session in self.all("spare", "idle"):
@@ -1749,23 +1721,18 @@ class Fleet:
         (process.finish if is_idle else process.kill)()
         self.put(session, "ending")
 
-    def end_unfit(self) -> bool:
-        """End the dead, the old, those of an old CLI; say whether a spare died at its start."""
-        now, stamp, has_failed = time.monotonic(), self._stamp(), False
+    def tidy(self, *, incoming: bool = False) -> None:
+        """End the dead, the old, those of an old CLI, and what is over the numbers to be kept."""
+        now, stamp, kept = time.monotonic(), self._stamp(), self.settings.processes
         for session in self.all("spare", "idle"):
-            age, is_dead = now - session.process.started_at, not session.process.is_alive()
-            has_failed = has_failed or (is_dead and session.base is None and age < STABLE_S)
-            if is_dead or age >= MAX_SESSION_AGE_S or stamp not in (None, session.process.stamp):
+            process = session.process
+            is_old = now - process.started_at >= MAX_SESSION_AGE_S
+            if is_old or stamp not in (None, process.stamp) or not process.is_alive():
                 self.end(session)
-        return has_failed
-
-    def retire(self, *, incoming: int) -> None:
-        """End what is over the number that may serve, and what was long idle over those kept."""
-        kept = self._settings.processes
         used = self.all("idle") if kept else self.all("spare", "idle")
         over, room = len(self.all("spare", "idle", "starting")) - kept, self.room() - incoming
         for rank, session in enumerate(used):
-            was_long_idle = time.monotonic() - self._states[session][1] > IDLE_S
+            was_long_idle = now - self._states[session][1] > IDLE_S
             if rank < len(used) - room or (rank < over and was_long_idle):
                 self.end(session)
 
@@ -1785,22 +1752,16 @@ class Pool:
     """Sessions, interchangeable but for their base, and who waits for one."""
 
     def __init__(
-        self,
-        start: Callable[[], Session],
-        settings: Settings,
-        stamp: Callable[[], object],
-        ended: Callable[[Session], None],
+        self, start: Callable[[], Session], fleet: Fleet, ended: Callable[[Session], None]
     ) -> None:
         """`start` may raise anything; `ended` is called with each session that was given up."""
         self.failure = ""  # why no process starts; "" once one has answered, or stayed
-        self.refusal = ""  # why the CLI's processes cannot be used again; "" where they can
-        self._start, self._settings, self._ended = start, settings, ended
+        self.refusal = ""  # why the CLI's processes cannot be used again; no spares meanwhile
+        self._start, self._fleet, self._ended = start, fleet, ended
         # Guarded by _changed: all fields, those above too where they are written.
         self._changed = threading.Condition()
-        self._fleet = Fleet(settings, stamp)
-        self._waiters: list[Demand] = []
+        self._waiters: dict[Demand, Future[Session]] = {}  # in order, each with what it waits for
         self._spare_at = 0.0  # monotonic; when the next spare may be started
-        self._rehearse_at = 0.0  # monotonic; once refused, when the next spare tries again
         self._closed = False
         # One thread forks all processes, since on Linux they die with the thread that forked them.
         self._keeper = threading.Thread(target=self._keep, name="cc2api-keeper", daemon=True)
@@ -1808,29 +1769,29 @@ class Pool:
 
     def acquire(self, waiter: Demand) -> Session:
         """Take the nearest session; wait in order. Raises ApiError, as the patience."""
+        served = Future[Session]()
         try:
             with self._changed:
                 if self._closed:
                     raise CliFailed(_CLOSING, status=503)
-                if len(self._waiters) >= self._settings.max_queue + self._fleet.room():
+                if len(self._waiters) >= self._fleet.settings.max_queue + self._fleet.room():
                     words = "Overloaded: too many requests are waiting"
                     raise ApiError(words, status=529, retry_after_s=OVERLOADED_RETRY_AFTER_S)
-                self._waiters.append(waiter)
+                self._waiters[waiter] = served
                 self._serve_waiters()
                 place = len(self._waiters) - self._fleet.room()  # of those that no start will serve
-                if not waiter.served.done():  # else the keeper would only take the processor
+                if not served.done():  # else the keeper would only take the processor
                     self._changed.notify_all()
-            if place > 0 and not waiter.served.done():
+            if place > 0 and not served.done():
                 log.info("event=queued id=%s place=%d", waiter.request_id, place)
             while True:
                 with contextlib.suppress(FutureTimeout):
-                    return waiter.served.result(waiter.patience.slice_s())
+                    return served.result(waiter.patience.slice_s())
         except BaseException:
             with self._changed:
-                if waiter in self._waiters:
-                    self._waiters.remove(waiter)
-            if waiter.served.done() and not waiter.served.exception():  # in the last moment
-                self.give_back(waiter.served.result(), usable=not waiter.served.result().is_new)
+                self._waiters.pop(waiter, None)
+            if served.done() and not served.exception():  # in the last moment
+                self.give_back(served.result(), usable=not served.result().is_new)
             raise
 
     def give_back(self, session: Session, *, usable: bool) -> None:
@@ -1839,17 +1800,19 @@ class Pool:
             if usable:
                 self.failure = self.failure if session.is_new else ""
                 self._fleet.put(session, "spare" if session.base is None else "idle")
-            is_spent = session.base and not self._settings.processes  # a blank one is for a waiter
+            is_spent = (
+                session.base and not self._fleet.settings.processes
+            )  # a blank one is for a waiter
             if not usable or is_spent or session.turns >= MAX_SESSION_TURNS or self._closed:
                 self._fleet.end(session)
                 self._changed.notify_all()
             self._serve_waiters()
 
-    def snapshot(self) -> Snapshot:
+    def snapshot(self) -> tuple[dict[str, list[int]], int]:
+        """Return the pids of the processes by state, and how many requests wait."""
         with self._changed:
-            states = map(self._fleet.all, Snapshot._fields[:-1])
-            pids = [[session.process.pid for session in sessions] for sessions in states]
-            return Snapshot._make([*pids, len(self._waiters)])
+            pids = {state: [s.process.pid for s in self._fleet.all(state)] for state in STATES}
+            return pids, len(self._waiters)
 
     def close(self) -> None:
         """End every process, lent ones too, and wait until the last is reaped."""
@@ -1860,7 +1823,7 @@ class Pool:
             for session in self._fleet.all("busy", "starting"):
                 session.process.kill()  # whoever has it notices, and gives it back
             while self._waiters:
-                self._waiters.pop().served.set_exception(CliFailed(_CLOSING, status=503))
+                self._waiters.popitem()[1].set_exception(CliFailed(_CLOSING, status=503))
             self._changed.notify_all()
         self._keeper.join(EXIT_GRACE_S + 1)
 
@@ -1868,8 +1831,7 @@ class Pool:
 
     def _serve_waiters(self) -> None:
         """Lend what is idle to those who wait, in order, each what costs it least."""
-        if self._fleet.end_unfit():
-            self._note_failure("claude ends right after its start")
+        self._fleet.tidy()
         for waiter in list(self._waiters):
             session = self._fleet.nearest(waiter, may_cut=not self.refusal)
             if session is None or self._fleet.room() <= 0:
@@ -1878,23 +1840,22 @@ class Pool:
                 self._spare_at = max(self._spare_at, time.monotonic() + SPARE_DELAY_S)
                 self._changed.notify_all()
             self._fleet.put(session, "busy")
-            self._waiters.remove(waiter)
-            waiter.served.set_result(session)
+            self._waiters.pop(waiter).set_result(session)
 
     def _note_failure(self, problem: str) -> None:
         if problem != self.failure:
             log.error("%s: try `cc2api --check`", problem)
         self.failure = problem
-        self._spare_at = time.monotonic() + KEEPER_TICK_S
+        self._spare_at = max(self._spare_at, time.monotonic() + KEEPER_TICK_S)
 
     # ---- the keeper, which takes the lock by itself
 
     def _keep(self) -> None:
         """Run the keeper thread: start for waiters first, then spares; reap; until all are gone."""
-        while True:
+        is_over = False
+        while not is_over:
             try:
-                if self._keep_once():
-                    return
+                is_over = self._keep_once()
             except Exception:  # without this thread nothing works any more
                 log.exception("the keeper goes on")
                 time.sleep(REAP_TICK_S)
@@ -1906,13 +1867,13 @@ class Pool:
             if self._closed and not (gone or fleet.all("ending", "busy", "starting")):
                 return True
             self._serve_waiters()
-            new = sum(waiter.is_new_wanted for waiter in self._waiters)
-            lacking = max(new, len(self._waiters) - len(fleet.all("starting")))
-            is_for_waiter = lacking > 0 and fleet.room() > 0
-            fleet.retire(incoming=is_for_waiter)
+            lacks_new = any(waiter.deaths for waiter in self._waiters)
+            lacks_new |= len(self._waiters) > len(fleet.all("starting"))
+            is_for_waiter = lacks_new and fleet.room() > 0
+            fleet.tidy(incoming=is_for_waiter)
             spare_in_s = self._spare_at - time.monotonic()
             lacks_spare = not fleet.all("starting", "spare")
-            lacks_spare &= self._settings.processes >= (2 if fleet.all("busy", "idle") else 1)
+            lacks_spare &= fleet.settings.processes >= (2 if fleet.all("busy", "idle") else 1)
             is_due = is_for_waiter or (spare_in_s <= 0 and not self._closed and lacks_spare)
             if not is_due and not gone:
                 tick_s = REAP_TICK_S if fleet.all("ending") else KEEPER_TICK_S
@@ -1932,13 +1893,12 @@ class Pool:
             with self._changed:
                 self._note_failure(f"claude cannot be started: {exc}")
                 if self._waiters and for_waiter:
-                    self._waiters.pop(0).served.set_exception(CliFailed(self.failure, status=503))
+                    first = self._waiters.pop(next(iter(self._waiters)))
+                    first.set_exception(CliFailed(self.failure, status=503))
             return
+        if for_waiter:
+            return self.give_back(session, usable=True)
         with self._changed:
-            if time.monotonic() > self._rehearse_at:
-                self.refusal = ""
-            if for_waiter or self.refusal:
-                return self.give_back(session, usable=True)
             self._fleet.put(session, "starting")
         threading.Thread(None, self._prime, "cc2api-prime", [session], daemon=True).start()
 
@@ -1952,12 +1912,14 @@ class Pool:
             problem = exc
         with self._changed:
             if isinstance(problem, CliRefused):
-                if not self._rehearse_at:  # once is enough
+                if not self.refusal:  # once is enough
                     log.warning("%s: each new conversation takes a process of its own", problem)
-                self.refusal, self._rehearse_at = str(problem), time.monotonic() + REHEARSE_AGAIN_S
-            elif problem and not self._closed:
+                self.refusal, self._spare_at = str(problem), time.monotonic() + REHEARSE_AGAIN_S
+            elif not problem:
+                self.refusal = ""
+            elif not self._closed:
                 self._note_failure(str(problem) or repr(problem))
-            self.give_back(session, usable=problem is None)
+            self.give_back(session, usable=not problem)
             self._changed.notify_all()
 
 
@@ -2895,7 +2857,7 @@ class Service:
             os.stat(cli.path)  # raises the OSError that a shim around the CLI would hide
             return Session(Process(command, environment, str(work_dir), cli.stamp()))
 
-        self.pool = Pool(start, settings, cli.stamp, self._note_cost)
+        self.pool = Pool(start, Fleet(settings, cli.stamp), self._note_cost)
 
     def close(self) -> None:
         """End all processes and remove the temporary directory."""
@@ -2932,12 +2894,12 @@ class Service:
 
         def count(*tools: JsonObject) -> tuple[int, int]:
             # with a system prompt that was never counted before (`to_counts`)
-            fresh = dataclasses.replace(demand.turn, system=" ".join(uuid.uuid4().hex), marked=None)
-            of = dataclasses.replace(demand, turn=fresh, counted=list(tools))
+            system = " ".join(uuid.uuid4().hex)
+            fresh = dataclasses.replace(turn, system=system, tools=list(tools), marked=None)
+            of = dataclasses.replace(demand, turn=fresh, is_count=True)
             while True:
                 with self._lend(of) as session:
-                    session.bring(of)
-                    return to_counts(session.count_context(of.patience))
+                    return to_counts(session.count(of))
 
         if not turn.tools:
             return count()[0]
@@ -2990,23 +2952,20 @@ class Service:
 
     def gauges(self) -> dict[str, dict[str, int]]:
         """Return what /metrics tells of now, by name and labels."""
-        now, missing = self.pool.snapshot(), self.sign_in().startswith(NOT_SIGNED_IN)
-        processes = {f'{{state="{name}"}}': len(getattr(now, name)) for name in now._fields[:-1]}
-        more = {
-            "cc2api_waiting_requests": {"": now.waiting},
-            "cc2api_signed_in": {"": int(not missing)},
-        }
+        pids, waiting = self.pool.snapshot()
+        processes = {f'{{state="{name}"}}': len(pids[name]) for name in pids}
+        signed_in = int(not self.sign_in().startswith(NOT_SIGNED_IN))
+        more = {"cc2api_waiting_requests": {"": waiting}, "cc2api_signed_in": {"": signed_in}}
         return {"cc2api_processes": processes, **more}
 
     @contextlib.contextmanager
     def _lend(self, demand: Demand) -> Iterator[Session]:
         """Lend a session; where it dies before it has asked, that passes silently: lend again."""
         session = self.pool.acquire(demand)
-        was_new = session.is_new
         try:
             yield session
         except ProcessDied as death:
-            demand.note_death(death, was_new=was_new)
+            demand.note_death(death)
         finally:
             usable = False
             try:
@@ -3030,7 +2989,7 @@ class Service:
         mapped = dataclasses.replace(turn, model=self._model_map.get(turn.model, turn.model))
         limit_s = self.settings.timeout
         late = ApiError(f"no whole answer within {limit_s:g} s", status=504, should_retry=False)
-        return Demand(mapped, caller, Patience(limit_s, tick, late), request_id)
+        return Demand(mapped, (caller, turn.betas), Patience(limit_s, tick, late), request_id)
 
 
 def _with_reset(error: ApiError, limits: Mapping[str, str]) -> ApiError:
@@ -3050,7 +3009,7 @@ def _with_reset(error: ApiError, limits: Mapping[str, str]) -> ApiError:
 def status_text(service: Service, url: str) -> str:
     """Return in plain text how things are; `url` is where the client sees the gateway."""
     pool, sign_in, metrics = service.pool, service.sign_in(), service.metrics
-    now, asked, failed = pool.snapshot(), 0.0, 0.0
+    (pids, waiting), asked, failed = pool.snapshot(), 0.0, 0.0
     for labels, count in metrics.series("cc2api_requests_total"):
         if labels["route"] in ("messages", "chat_completions", "responses"):
             asked += count
@@ -3063,8 +3022,8 @@ def status_text(service: Service, url: str) -> str:
     lines = {
         f"cc2api {__version__}": f"up {hours} h {seconds // 60} min",
         **service.describe(url),
-        "processes": f"{len(now.spare)} spare, {len(now.idle)} idle, {len(now.busy)} busy",
-        "requests": f"{asked:.0f}, {failed:.0f} failed, {now.waiting} waiting",
+        "processes": ", ".join(f"{len(pids[name])} {name}" for name in ("spare", "idle", "busy")),
+        "requests": f"{asked:.0f}, {failed:.0f} failed, {waiting} waiting",
         "tokens": ", ".join(f"{count:.0f} {kind}" for kind, count in tokens.items()),
         "cost": f"${cost:.4f}" + " at list price" * (service.is_login or service.settings.demo),
         "health": pool.failure
@@ -3858,7 +3817,7 @@ def try_start(settings: Settings, cli: Cli, environ: Mapping[str, str]) -> str:
     alone = dataclasses.replace(settings, processes=1)
     with contextlib.closing(Service(alone, cli, environ)) as service:
         pool = service.pool
-        while not (pool.failure or pool.refusal or pool.snapshot().spare):  # CONTROL_TIMEOUT_S
+        while not (pool.failure or pool.refusal or pool.snapshot()[0]["spare"]):
             time.sleep(REAP_TICK_S)
         if refusal := pool.refusal:
             return f"claude starts, but each new conversation takes a process of its own: {refusal}"

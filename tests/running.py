@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import cc2api
 
@@ -211,6 +211,17 @@ class RunningGateway(Client):
         return children_of(self.process.pid)
 
 
+class Snapshot(NamedTuple):
+    """The pids of a pool's processes by state, and how many requests wait."""
+
+    spare: list[int]
+    starting: list[int]
+    idle: list[int]
+    busy: list[int]
+    ending: list[int]
+    waiting: int
+
+
 class InProcessGateway(Client):
     """A gateway in this process, for tests that look into it. On the fake CLI where not told."""
 
@@ -240,9 +251,10 @@ class InProcessGateway(Client):
         self._thread.start()
 
     @property
-    def now(self) -> cc2api.Snapshot:
+    def now(self) -> Snapshot:
         """How the pool is."""
-        return self.gateway.pool.snapshot()
+        pids, waiting = self.gateway.pool.snapshot()
+        return Snapshot(**pids, waiting=waiting)
 
     def __enter__(self) -> InProcessGateway:
         return self

@@ -15,7 +15,7 @@ from typing import Any
 from uuid import uuid4
 
 import pytest
-from running import Answer, Client, InProcessGateway, RunningGateway, wait_until
+from running import Answer, Client, InProcessGateway, RunningGateway, Snapshot, wait_until
 from scripted_api import DEFAULT_TEXT, Reply, ScriptedApi, text_reply
 
 import cc2api
@@ -68,7 +68,7 @@ def test_a_client_that_leaves_between_two_deltas_is_noticed(tmp_path: Path) -> N
         sock = send_request(gateway, "flood", stream=False)
         wait_until(lambda: len(gateway.now.busy) == 1)
         sock.close()
-        wait_until(lambda: gateway.now == cc2api.Snapshot([], [], [], [], [], 0))
+        wait_until(lambda: gateway.now == Snapshot([], [], [], [], [], 0))
 
 
 # ---- load

@@ -513,7 +513,6 @@ def test_a_cli_that_refuses_for_good_gets_a_process_for_each_conversation(
     order = f"{mode} {subtype} 1"
     with between(tmp_path, api, claude, order, processes=3) as gateway:
         wait_until(lambda: bool(gateway.gateway.pool.refusal))
-        wait_until(lambda: len(gateway.now.spare) == 1)
         talks = [Talk(gateway, api, system=f"prompt {number}") for number in range(3)]
         for _ in range(3):
             for number, talk in enumerate(talks):

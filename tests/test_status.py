@@ -106,7 +106,6 @@ def test_healthz_is_503_while_no_process_can_start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cc2api, "KEEPER_TICK_S", 0.1)
-    monkeypatch.setattr(cc2api, "STABLE_S", 0.5)
     with InProcessGateway(tmp_path, processes=2) as gateway:
         wait_until(lambda: len(gateway.now.spare) == 1)
         assert gateway.request("GET", "/healthz").status == 200
@@ -127,7 +126,6 @@ def test_healthz_is_503_while_processes_end_by_themselves(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cc2api, "KEEPER_TICK_S", 0.1)
-    monkeypatch.setattr(cc2api, "STABLE_S", 0.5)
     with InProcessGateway(tmp_path, orders="always-die", processes=2) as gateway:
         wait_until(lambda: gateway.request("GET", "/healthz").status == 503)
         (tmp_path / "always-die").unlink()
