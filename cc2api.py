@@ -102,7 +102,7 @@ COUNT_ATTEMPTS: Final = 10  # the tools that the CLI was just given may take it 
 TICK_S: Final = 0.5  # how often a waiting request looks after its client; noticed gone within 1 s
 LEAVE_S: Final = 2.0  # for a turn to end when its client has left; it needs 0.01 s
 KEEPALIVE_S: Final = 10.0  # of silence before a stream shows life; proxies cut at 30 to 60 s
-MAX_SESSION_AGE_S: Final = 3600.0  # old processes may hold stale sign-ins and connections
+MAX_SESSION_AGE_S: Final = 3600.0  # old processes may hold stale sign-ins, or be an old CLI's
 MAX_SESSION_TURNS: Final = 1000  # as many left time and memory flat (tests/bench/soak.py)
 IDLE_S: Final = 300.0  # after a burst, for processes beyond --processes
 SIGN_IN_S: Final = 60.0  # until the CLI is asked again how it is signed in; it takes 0.2 s
@@ -552,7 +552,8 @@ def _check_tool_pairs(said: list[Said], due: dict[str, str], seen: set[str]) -> 
     """Return a message's calls. Refuses a call or result alone: the CLI would silently mend it."""
     calls: dict[str, str] = {}
     for _, path, block in said:
-        kind, call, result_of = block["type"], str(block.get("id")), str(block.get("tool_use_id"))
+        kind, call = block["type"], str(block.get("id"))
+        result_of = str(block.get("tool_use_id", ""))  # of tools that servers run, too
         if due.pop(result_of, None) is None and kind == "tool_result":
             problem = "unexpected `tool_use_id` found in `tool_result` blocks"
             raise InvalidRequest(f"{path}: {problem}: {result_of}")
@@ -731,10 +732,6 @@ _DECORATION: Final = re.compile(
     r"(?:(?:Request rejected|Server is temporarily limiting requests) \([^)]*\) · |\d{3} )?"
     r"|\. This is a server-side issue, usually temporary.*"
 )
-_BLOCK_DEFAULTS: Final[dict[str, JsonObject]] = {
-    **{"text": {"text": ""}, "thinking": {"thinking": "", "signature": ""}},
-    "tool_use": {"input": {}},
-}
 
 
 @contextlib.contextmanager
@@ -785,8 +782,6 @@ class AnswerReader:
             raise read_error(line, self._cli_error)
         if line.get("status") == "requesting":
             self.is_called = True
-        elif line.get("subtype") == "api_retry":
-            log.warning("claude retries by itself: %s", line.get("error_status"))
         elif kind == "rate_limit_event":
             self.rate_limits = to_rate_limit_headers(line.get("rate_limit_info"))
         elif kind == "assistant" and line.get("error"):
@@ -803,13 +798,6 @@ class AnswerReader:
             return []
         if kind == "message_start":
             self._started = self.is_called = True
-        elif kind == "content_block_start":
-            # some Anthropic-compatible upstreams leave these out, and SDKs stumble over that
-            block = event["content_block"]
-            needed = ("type", "id", "name") if block["type"] == "tool_use" else ("type",)
-            defaults = {name: block[name] for name in needed}
-            defaults |= _BLOCK_DEFAULTS.get(block["type"], {})
-            return [{**event, "content_block": defaults | block}]
         elif kind == "message_delta" and isinstance(reason, str):
             self._stop_reason, self.done = reason, True
             # it always follows; made here, the process can be stopped before it goes on
@@ -898,7 +886,8 @@ class AnswerWriter:
             else:
                 content[-1]["input"] = {}  # also where it was cut short
                 with contextlib.suppress(ValueError, RecursionError):
-                    content[-1]["input"] = json.loads(said)
+                    json.dumps([[[[[[given := json.loads(said)]]]]]])  # as deep as in an answer
+                    content[-1]["input"] = given
         elif kind == "message_delta":
             extra = {"context_management": event.get("context_management")}
             self.message |= {**delta, **without_nulls(extra)}
@@ -970,13 +959,6 @@ class Cli(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.version} at {self.path}"
-
-    def stamp(self) -> tuple[int, ...] | None:
-        """Return what changes when the executable does; None while it is not there."""
-        with contextlib.suppress(OSError):
-            now = os.stat(self.path)
-            return now.st_dev, now.st_ino, now.st_mtime_ns, now.st_size
-        return None
 
 
 def find_cli(choice: str | None, environ: Mapping[str, str]) -> Cli:
@@ -1127,11 +1109,9 @@ class Patience:
 class Process:
     """One running CLI. Its owner ends it: by `kill` or `finish`, and `close` once it has ended."""
 
-    def __init__(
-        self, command: Sequence[str], environment: Mapping[str, str], cwd: str, stamp: object
-    ) -> None:
-        """Start it. Raises OSError. `stamp` tells which executable it runs (`Cli.stamp`)."""
-        self.stamp, self.started_at = stamp, time.monotonic()
+    def __init__(self, command: Sequence[str], environment: Mapping[str, str], cwd: str) -> None:
+        """Start it. Raises OSError."""
+        self.started_at = time.monotonic()
         pipes: Any = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
         # a session of its own: a Ctrl-C at the terminal is the gateway's, not the process's
         self._popen = subprocess.Popen(
@@ -1271,7 +1251,8 @@ class Channel:
             self.applying = ""
         elif line.get("type") == "result":
             self.results_due -= 1
-            self.cost_usd = float(line.get("total_cost_usd") or self.cost_usd)
+            if isinstance(cost := line.get("total_cost_usd"), (int, float)):
+                self.cost_usd = float(cost)
         return line
 
     def send(self, line: JsonObject) -> None:
@@ -1472,7 +1453,6 @@ class Demand:
     turn: Turn
     base: Base
     patience: Patience
-    request_id: str = "-"  # for the log
     is_count: bool = False  # of its tokens, under a system prompt that no session holds
     deaths: int = 0  # of processes that it was lent; from the first on it wants new ones
 
@@ -1487,8 +1467,8 @@ class Demand:
 class Session:
     """A process and the conversation in it. One owner at a time; nobody else writes its fields.
 
-    A request goes `bring`, `ask` and `read`, or `count`, then `rest`. All but `rest` raise
-    ProcessDied and CliFailed, and what their patience raises.
+    A request goes `bring`, `ask` and `read`, or `count`, then `rest`. All raise ProcessDied and
+    CliFailed, and what their patience raises.
     """
 
     def __init__(self, process: Process) -> None:
@@ -1649,26 +1629,23 @@ class Session:
     def rest(self) -> bool:
         """Come to rest after a turn, however it ended; say whether the session can be used again.
 
-        It can where nothing of this turn can reach upstream any more. Takes up to LEAVE_S.
+        It can where nothing of this turn can reach upstream any more; not where this raises. Takes
+        up to LEAVE_S.
         """
         channel, conversation, reader = self._channel, self._conversation, self.reader
         if self._turn is None or not all(held.is_place for held in conversation.held[:1]):
             return False  # told in part, or nothing that could be cut to
         if not conversation.is_loose:
             return True  # it was asked nothing
+        if not reader.done:
+            return reader.has_failed or (reader.is_called and channel.interrupt())
         names = set(map(to_name, channel.tools))
-        try:
-            if not reader.done:
-                return reader.has_failed or (reader.is_called and channel.interrupt())
-            if not (reader.can_go_on and names.issuperset(reader.calls.values())):
-                return not channel.applying  # it would ask again: certain not to, or killed
-            conversation.add_answer(reader)
-            # not while calls wait: when its stdin ends the CLI lets them fail, and asks upstream
-            if not (channel.applying or conversation.calls_due):
-                channel.apply(self._settings)  # likely those of the next turn too
-        except (ProcessDied, CliFailed) as exc:
-            log.warning("%s", exc)
-            return False
+        if not (reader.can_go_on and names.issuperset(reader.calls.values())):
+            return not channel.applying  # it would ask again: certain not to, or killed
+        conversation.add_answer(reader)
+        # not while calls wait: when its stdin ends the CLI lets them fail, and asks upstream
+        if not (channel.applying or conversation.calls_due):
+            channel.apply(self._settings)  # likely those of the next turn too
         return True
 
 
@@ -1684,8 +1661,8 @@ STATES: Final = ("spare", "starting", "idle", "busy", "ending")  # a spare is bl
 class Fleet:
     """A pool's sessions, each in one of STATES. Guarded by the pool's lock."""
 
-    def __init__(self, settings: Settings, stamp: Callable[[], object]) -> None:
-        self.settings, self._stamp = settings, stamp
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
         # with since when (monotonic); those that are longest in their state come first
         self._states: dict[Session, tuple[str, float]] = {}
 
@@ -1722,12 +1699,11 @@ class Fleet:
         self.put(session, "ending")
 
     def tidy(self, *, incoming: bool = False) -> None:
-        """End the dead, the old, those of an old CLI, and what is over the numbers to be kept."""
-        now, stamp, kept = time.monotonic(), self._stamp(), self.settings.processes
+        """End the dead, the old, and what is over the numbers to be kept."""
+        now, kept = time.monotonic(), self.settings.processes
         for session in self.all("spare", "idle"):
-            process = session.process
-            is_old = now - process.started_at >= MAX_SESSION_AGE_S
-            if is_old or stamp not in (None, process.stamp) or not process.is_alive():
+            is_old = now - session.process.started_at >= MAX_SESSION_AGE_S
+            if is_old or not session.process.is_alive():
                 self.end(session)
         used = self.all("idle") if kept else self.all("spare", "idle")
         over, room = len(self.all("spare", "idle", "starting")) - kept, self.room() - incoming
@@ -1779,11 +1755,8 @@ class Pool:
                     raise ApiError(words, status=529, retry_after_s=OVERLOADED_RETRY_AFTER_S)
                 self._waiters[waiter] = served
                 self._serve_waiters()
-                place = len(self._waiters) - self._fleet.room()  # of those that no start will serve
                 if not served.done():  # else the keeper would only take the processor
                     self._changed.notify_all()
-            if place > 0 and not served.done():
-                log.info("event=queued id=%s place=%d", waiter.request_id, place)
             while True:
                 with contextlib.suppress(FutureTimeout):
                     return served.result(waiter.patience.slice_s())
@@ -1800,9 +1773,8 @@ class Pool:
             if usable:
                 self.failure = self.failure if session.is_new else ""
                 self._fleet.put(session, "spare" if session.base is None else "idle")
-            is_spent = (
-                session.base and not self._fleet.settings.processes
-            )  # a blank one is for a waiter
+            # none is kept; a blank one is for a waiter
+            is_spent = session.base and not self._fleet.settings.processes
             if not usable or is_spent or session.turns >= MAX_SESSION_TURNS or self._closed:
                 self._fleet.end(session)
                 self._changed.notify_all()
@@ -2591,7 +2563,15 @@ class ResponseWriter(AnswerWriter):
 
     def feed(self, event: Event) -> list[JsonObject]:
         super().feed(event)
-        return self._numbered(self._translate(event))
+        kind = event["type"]
+        if kind == "message_start":
+            return self._numbered(self._begin())
+        if kind == "content_block_start":
+            return self._numbered(self._start(self.message["content"][-1]))
+        if kind == "content_block_delta" and self._item:
+            said = event["delta"].get(self._item.form.source) or ""
+            return self._numbered(self._item.say(said))
+        return self._numbered(self._finish() if kind == "message_stop" else ())
 
     def whole(self) -> JsonObject:
         return self._response
@@ -2611,17 +2591,6 @@ class ResponseWriter(AnswerWriter):
             if event["type"] == "response.output_item.done":
                 self._output.append(event["item"])
         return numbered
-
-    def _translate(self, event: Event) -> Iterator[JsonObject]:
-        kind = event["type"]
-        if kind == "message_start":
-            yield from self._begin()
-        elif kind == "content_block_start":
-            yield from self._start(self.message["content"][-1])
-        elif kind == "content_block_delta" and self._item:
-            yield from self._item.say(event["delta"].get(self._item.form.source) or "")
-        elif kind == "message_stop":
-            yield from self._finish(self.message)
 
     def _begin(self) -> list[JsonObject]:
         if self._written:
@@ -2650,22 +2619,21 @@ class ResponseWriter(AnswerWriter):
         item, self._item = self._item, None
         yield from item.end() if item else ()
 
-    def _finish(self, message: JsonObject) -> Iterator[JsonObject]:
-        finish = FINISH_REASONS.get(message["stop_reason"])
+    def _finish(self) -> Iterator[JsonObject]:
+        finish = FINISH_REASONS.get(self.message["stop_reason"])
         is_cut = finish == "length"
         if not (is_cut and self._item and self._item.kind in CALL_TYPES.values()):
             yield from self._end()
         if finish == "content_filter":  # in an item of its own: Codex drops what stands beside it
-            details = _object(message.get("stop_details"))
+            details = _object(self.message.get("stop_details"))
             refusal = str(details.get("explanation") or "").strip() or _DEFAULT_REFUSAL
             yield from self._start({"type": "refusal", "text": refusal})
             yield from self._end()
-        usage = to_openai_usage(message["usage"], "input", "output")
-        if is_cut:
-            reason = {"reason": "max_output_tokens"}
-            yield self._tell("incomplete", usage=usage, incomplete_details=reason)
-        else:
-            yield self._tell("completed", usage=usage, completed_at=int(time.time()))
+        usage = to_openai_usage(self.message["usage"], "input", "output")
+        reason = {"reason": "max_output_tokens"} if is_cut else None
+        at = None if is_cut else int(time.time())
+        status = "incomplete" if is_cut else "completed"
+        yield self._tell(status, usage=usage, incomplete_details=reason, completed_at=at)
 
     def _tell(self, status: str, *, name: str = "", **said: Any) -> JsonObject:
         """Return an event with the response as it is now."""
@@ -2855,9 +2823,9 @@ class Service:
 
         def start() -> Session:
             os.stat(cli.path)  # raises the OSError that a shim around the CLI would hide
-            return Session(Process(command, environment, str(work_dir), cli.stamp()))
+            return Session(Process(command, environment, str(work_dir)))
 
-        self.pool = Pool(start, Fleet(settings, cli.stamp), self._note_cost)
+        self.pool = Pool(start, Fleet(settings), self._note_cost)
 
     def close(self) -> None:
         """End all processes and remove the temporary directory."""
@@ -2872,7 +2840,7 @@ class Service:
         The last event is always message_stop. `tick` is called every TICK_S and may raise
         ClientGone. Raises ApiError; closing the generator early ends the turn at once.
         """
-        demand = self._demand(turn, caller, tick, record.request_id)
+        demand = self._demand(turn, caller, tick)
         last: list[Event] = []
         while not last:
             with self._lend(demand) as session:
@@ -2891,6 +2859,7 @@ class Service:
     def count_tokens(self, turn: Turn, caller: Caller, tick: Callable[[], None]) -> int:
         """Return how many input tokens a turn has, by the API's own count; nothing is generated."""
         demand = self._demand(turn, caller, tick)
+        turn = demand.turn
 
         def count(*tools: JsonObject) -> tuple[int, int]:
             # with a system prompt that was never counted before (`to_counts`)
@@ -2970,26 +2939,25 @@ class Service:
             usable = False
             try:
                 usable = session.rest()
-            finally:
-                if not usable:
-                    session.process.kill()  # first of all: it may be about to call upstream
-                self._models = session.models or self._models
-                self._note_cost(session)
-                self.pool.give_back(session, usable=usable)
+            except Exception as exc:  # noqa: BLE001 - whatever it is, there may be a whole answer
+                log.warning("a process is given up: %s", str(exc) or repr(exc))
+            if not usable:
+                session.process.kill()  # first of all: it may be about to call upstream
+            self._models = session.models or self._models
+            self._note_cost(session)
+            self.pool.give_back(session, usable=usable)
 
     def _note_cost(self, session: Session) -> None:
         """Count what a process has told of its cost: of the turns before the one just ended."""
         if session.base and (cost := session.take_cost()):
             self.metrics.add("cc2api_cost_dollars_total", cost, caller=session.base[0].name)
 
-    def _demand(
-        self, turn: Turn, caller: Caller, tick: Callable[[], None], request_id: str = "-"
-    ) -> Demand:
+    def _demand(self, turn: Turn, caller: Caller, tick: Callable[[], None]) -> Demand:
         turn = for_login(turn) if self.is_login else turn
         mapped = dataclasses.replace(turn, model=self._model_map.get(turn.model, turn.model))
         limit_s = self.settings.timeout
         late = ApiError(f"no whole answer within {limit_s:g} s", status=504, should_retry=False)
-        return Demand(mapped, (caller, turn.betas), Patience(limit_s, tick, late), request_id)
+        return Demand(mapped, (caller, turn.betas), Patience(limit_s, tick, late))
 
 
 def _with_reset(error: ApiError, limits: Mapping[str, str]) -> ApiError:
@@ -3009,6 +2977,7 @@ def _with_reset(error: ApiError, limits: Mapping[str, str]) -> ApiError:
 def status_text(service: Service, url: str) -> str:
     """Return in plain text how things are; `url` is where the client sees the gateway."""
     pool, sign_in, metrics = service.pool, service.sign_in(), service.metrics
+    missing = sign_in * sign_in.startswith(NOT_SIGNED_IN)
     (pids, waiting), asked, failed = pool.snapshot(), 0.0, 0.0
     for labels, count in metrics.series("cc2api_requests_total"):
         if labels["route"] in ("messages", "chat_completions", "responses"):
@@ -3026,9 +2995,7 @@ def status_text(service: Service, url: str) -> str:
         "requests": f"{asked:.0f}, {failed:.0f} failed, {waiting} waiting",
         "tokens": ", ".join(f"{count:.0f} {kind}" for kind, count in tokens.items()),
         "cost": f"${cost:.4f}" + " at list price" * (service.is_login or service.settings.demo),
-        "health": pool.failure
-        or pool.refusal
-        or (sign_in if sign_in.startswith(NOT_SIGNED_IN) else "ok"),
+        "health": pool.failure or pool.refusal or missing or "ok",
     }
     return "".join(f"{name:<14}{text}\n" for name, text in lines.items())
 
@@ -3387,21 +3354,17 @@ def to_anthropic_error(error: ApiError) -> tuple[int, JsonObject]:
 class Dialect(NamedTuple):
     """An API that asks a model: how its requests are read, and its errors written."""
 
-    read: Callable[[JsonObject, str, bool], tuple[Turn, AnswerWriter]]  # body, betas, is_count
+    read: Callable[..., tuple[Turn, AnswerWriter]]  # a body, anthropic-beta, is_count=
     to_error: Callable[[ApiError], tuple[int, JsonObject]]
 
 
 ANTHROPIC: Final = Dialect(
-    lambda body, betas, is_count: (
-        parse_messages_request(body, betas, is_count=is_count),
-        AnswerWriter(),
-    ),
+    lambda *asked, **how: (parse_messages_request(*asked, **how), AnswerWriter()),
     to_anthropic_error,
 )
-OPENAI: Final = Dialect(lambda body, *_: parse_chat_request(body), to_openai_error)
+OPENAI: Final = Dialect(lambda body, betas, **how: parse_chat_request(body), to_openai_error)
 RESPONSES: Final = Dialect(
-    lambda body, betas, is_count: parse_responses_request(body, is_count=is_count),
-    to_responses_error,
+    lambda body, betas, **how: parse_responses_request(body, **how), to_responses_error
 )
 
 
@@ -3614,7 +3577,7 @@ class Handler(BaseRequestHandler):
         raw = self._stream.read_body()
         self._record.debug("request", raw)
         body, betas = parse_json(raw), self._head.get("anthropic-beta")
-        turn, writer = self._route.dialect.read(body, betas, is_count)
+        turn, writer = self._route.dialect.read(body, betas, is_count=is_count)
         self._record.note_turn(turn, is_known=self._service.knows(turn.model))
         return turn, writer
 
@@ -3803,12 +3766,11 @@ def check_upstream(environ: Mapping[str, str], port: int) -> str:
     with contextlib.suppress(OSError, ValueError):
         parts = urllib.parse.urlsplit(url)
         default = 443 if parts.scheme == "https" else 80
-        if parts.hostname and (parts.port or default) == port:
-            for family, kind, _, _, address in socket.getaddrinfo(parts.hostname, 0):
-                with contextlib.suppress(OSError), socket.socket(family, kind) as probe:
-                    probe.bind(address)  # only an address of this machine can be bound
-                    problem = f"ANTHROPIC_BASE_URL={url} is this gateway, which would call itself"
-                    raise CliUnusable(f"{problem}: set it for the clients only")
+        if (host := parts.hostname) and (parts.port or default) == port:
+            family = socket.AF_INET6 if ":" in host else socket.AF_INET
+            with socket.create_server((host, 0), family=family):  # goes on this machine alone
+                problem = f"ANTHROPIC_BASE_URL={url} is this gateway, which would call itself"
+                raise CliUnusable(f"{problem}: set it for the clients only")
     return upstream_url(environ) or "the CLI's own choice"
 
 

@@ -94,7 +94,7 @@ def test_garbage_on_stdout_is_skipped(start_fake: Any) -> None:
 
 def test_garbage_is_not_taken_for_a_line_that_is_there() -> None:
     script = "echo garbage; echo '[1]'; echo '{}'; exec sleep 60"
-    process = cc2api.Process(["sh", "-c", script], os.environ, "/", None)
+    process = cc2api.Process(["sh", "-c", script], os.environ, "/")
     try:
         wait_until(process.has_lines)
         assert list(process.lines) == [{}]
