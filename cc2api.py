@@ -2041,10 +2041,8 @@ class Items:
             problem = f"No tool call found for function call output with call_id {call_id}."
             raise InvalidRequest(f"{path}: {problem}")
         self._calls.discard(call_id)
-        content = to_blocks(item, "output", path)
-        self._add(
-            "user", path, [{"type": "tool_result", "tool_use_id": call_id, "content": content}]
-        )
+        result = {"type": "tool_result", "content": to_blocks(item, "output", path)}
+        self._add("user", path, [{**result, "tool_use_id": call_id}])
         self.messages.insert(self._front, self.messages.pop())  # in front of what the user says
         self._front += 1
 
@@ -2115,11 +2113,10 @@ def _to_tools(placed: Iterable[Placed]) -> tuple[list[JsonObject], dict[str, Jso
             continue
         if kind not in CALL_TYPES:
             raise InvalidRequest(f"{path}.type: tools of this type are run by OpenAI, not here")
-        call, name = {"type": CALL_TYPES[kind], "execution": "client"}, kind
+        name, call = kind, {"type": CALL_TYPES[kind], "execution": "client"}
         if kind != "tool_search":
-            said = {"name": require(tool, "name", str, path), "namespace": tool["namespace"]}
+            name, said = _upstream_name(tool, path), {of: tool[of] for of in ("name", "namespace")}
             call = {"type": CALL_TYPES[kind], **without_nulls(said)}
-            name = _upstream_name(call, path)
         if calls.setdefault(name, call) != call:
             raise InvalidRequest(f"{path}.name: there is another tool of the name {name}")
         parameters = optional(tool, "parameters", dict, path) or {"properties": {}}
@@ -2134,20 +2131,17 @@ def _to_tool_choice(
     body: JsonObject, tools: list[JsonObject]
 ) -> tuple[JsonObject, list[JsonObject]]:
     """Return tool_choice and parallel_tool_calls in Anthropic's form, and the tools they leave."""
-    choice = body.get("tool_choice") or "auto"
-    named = choice if isinstance(choice, dict) else {}
-    if named.get("type") == "allowed_tools":
-        allowed = objects(named, "tools", "tool_choice")
+    choice: Any = body.get("tool_choice") or "auto"
+    if (kind := _object(choice).get("type")) == "allowed_tools":
+        allowed = objects(choice, "tools", "tool_choice")
         names = [_upstream_name(tool, path) for path, tool in allowed]
-        tools, choice = [tool for tool in tools if tool["name"] in names], named.get("mode")
-    elif named.get("type") in ("function", "custom"):
-        choice = "tool"
-    elif named:
+        tools, choice = [tool for tool in tools if tool["name"] in names], choice.get("mode")
+    translated: JsonObject = {"type": "any" if choice == "required" else choice}
+    if kind in ("function", "custom"):
+        translated = {"type": "tool", "name": _upstream_name(choice, "tool_choice")}
+    elif isinstance(choice, dict):
         problem = "Input should be 'function', 'custom' or 'allowed_tools'"
         raise InvalidRequest(f"tool_choice.type: {problem}")
-    translated: JsonObject = {"type": "any" if choice == "required" else choice}
-    if choice == "tool":
-        translated["name"] = _upstream_name(named, "tool_choice")
     if body.get("parallel_tool_calls") is False and choice != "none":
         translated["disable_parallel_tool_use"] = True
     return translated, tools
@@ -2166,9 +2160,9 @@ def to_fields(
     translated, calls = _to_tools([*tools, *items.tools])
     choice, translated = _to_tool_choice(body, translated)
     kind, schema = form.get("type", "text"), form.get("schema")
-    if is_any_json := kind == "json_object" or (kind == "json_schema" and schema is None):
+    if kind == "json_object" or (kind == "json_schema" and schema is None):
         items.system += as_blocks(_JSON_OBJECT_PROMPT)
-    is_text = is_any_json or kind == "text"
+        kind = "text"
     fields = {
         "model": body.get("model"),
         "system": items.system,
@@ -2178,7 +2172,7 @@ def to_fields(
         "top_p": None if temperature is not None and top_p == 1 else top_p,
         "tools": translated,
         "tool_choice": choice if translated else None,
-        "output_format": None if is_text else {"type": kind, "schema": schema},
+        "output_format": None if kind == "text" else {"type": kind, "schema": schema},
     }
     return fields, calls
 
@@ -2186,8 +2180,8 @@ def to_fields(
 def to_effort(owner: JsonObject, name: str, path: str = "") -> str | None:
     """Return an effort as Anthropic has it, the highest for one of a later day."""
     effort = optional(owner, name, str, path) or "none"
-    effort = {"minimal": "low"}.get(effort, effort)
-    return None if effort == "none" else effort if effort in EFFORTS else EFFORTS[-1]
+    known: dict[str, str | None] = {"none": None, "minimal": "low"}
+    return known.get(effort, effort if effort in EFFORTS else EFFORTS[-1])
 
 
 # ---- answers
