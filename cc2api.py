@@ -912,31 +912,25 @@ PROCESS_FLAGS: Final = (
     *("--allowedTools", "mcp__t", "--permission-mode", "dontAsk"),  # of the TOOL_SERVER
 )
 PROCESS_VARIABLES: Final = {
-    "CLAUDE_CODE_DISABLE_AUTO_MEMORY": "1",
-    "ENABLE_CLAUDEAI_MCP_SERVERS": "false",
+    **{"CLAUDE_CODE_DISABLE_AUTO_MEMORY": "1", "ENABLE_CLAUDEAI_MCP_SERVERS": "false"},
     "CLAUDE_CODE_MAX_RETRIES": "0",  # the client decides about retries
-    # A stream that breaks would otherwise be asked for again without streaming: a second paid call.
-    "CLAUDE_CODE_DISABLE_NONSTREAMING_FALLBACK": "1",
+    "CLAUDE_CODE_DISABLE_NONSTREAMING_FALLBACK": "1",  # of a broken stream: a second paid call
     # Betas come from the client alone. With its own the CLI asks again without some after a 400,
     # adds effort entries to messages and context edits to thinking requests (all seen, 2.1.330).
     "CLAUDE_CODE_DISABLE_EXPERIMENTAL_BETAS": "1",
-    # Else thinking without a `display` becomes display "updates" (seen, 2.1.330).
-    "CLAUDE_CODE_THINKING_DISPLAY_UPDATES": "0",
+    "CLAUDE_CODE_THINKING_DISPLAY_UPDATES": "0",  # else no `display` is "updates" (seen, 2.1.330)
     **_NO_LIMIT,  # what is too long is upstream's to say, not the CLI's to guess
     # No other model answers in place of the one that was asked. Its beta, once sent, would stay on
     # in the process, and a 400 be asked again without it (seen, 2.1.300 and 2.1.331).
     "CLAUDE_CODE_DISABLE_REFUSAL_FALLBACK": "1",
     "CLAUDE_CODE_DISABLE_REFUSAL_RETRY": "1",  # a refusal would be asked again: a second paid call
-    "DISABLE_AUTO_COMPACT": "1",  # no summarising call behind the client's back
-    "DISABLE_COMPACT": "1",
+    **{"DISABLE_AUTO_COMPACT": "1", "DISABLE_COMPACT": "1"},  # no summarising call unasked
     "DISABLE_AUTOUPDATER": "1",  # the pool notices an update; processes must not make one
     # The tools' names and descriptions as given, all of them, and any number called at once.
-    "CLAUDE_AGENT_SDK_MCP_NO_PREFIX": "1",
+    **{"CLAUDE_AGENT_SDK_MCP_NO_PREFIX": "1", "ENABLE_TOOL_SEARCH": "false"},
     "CLAUDE_CODE_MAX_MCP_DESCRIPTION_LENGTH": "1000000",
-    "ENABLE_TOOL_SEARCH": "false",
     "CLAUDE_CODE_MAX_TOOL_USE_CONCURRENCY": "1000",
-    # With a login a tool step would else get a reminder of the tokens left (seen, 2.1.330).
-    "CLAUDE_CODE_TOTAL_TOKENS_REMINDER": "off",
+    "CLAUDE_CODE_TOTAL_TOKENS_REMINDER": "off",  # in tool steps on a login (seen, 2.1.330)
 }
 # Not handed down: what a request sets for itself, and the marks of a Claude Code session that this
 # gateway may have been started from (the CLI finds its own).
