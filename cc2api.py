@@ -606,8 +606,7 @@ def _canonical(node: Any) -> Any:
 
 TOOL_SERVER: Final = "t"  # the MCP server under which a request's tools are registered
 # The size in tokens from which on the CLI refuses to call upstream ("Prompt is too long").
-_NO_LIMIT: Final = {"CLAUDE_CODE_BLOCKING_LIMIT_OVERRIDE": "1000000000"}
-_NO_CALLS: Final = {"CLAUDE_CODE_BLOCKING_LIMIT_OVERRIDE": "1"}
+CALL_LIMIT: Final = "CLAUDE_CODE_BLOCKING_LIMIT_OVERRIDE"
 # What the CLI, as JavaScript, takes for text that is not blank, and for text without blank ends.
 _SAID: Final = re.compile(r"[^\s\ufeff](?:.*[^\s\ufeff])?", re.DOTALL)
 
@@ -630,7 +629,7 @@ def to_flag_settings(turn: Turn, model: str) -> JsonObject:
         # the body's max_tokens is in extra_body; this is for the CLI's own sums
         "CLAUDE_CODE_MAX_OUTPUT_TOKENS": str(turn.extra_body.get("max_tokens", "")),
         "MCP_TOOL_TIMEOUT": "100000000",  # ms; tool calls wait as long as they must
-        **_NO_LIMIT,
+        CALL_LIMIT: "1000000000",  # what is too long is upstream's to say
     }
     return {"env": variables, "model": model, "effortLevel": turn.effort}
 
@@ -919,7 +918,6 @@ PROCESS_VARIABLES: Final = {
     # adds effort entries to messages and context edits to thinking requests (all seen, 2.1.330).
     "CLAUDE_CODE_DISABLE_EXPERIMENTAL_BETAS": "1",
     "CLAUDE_CODE_THINKING_DISPLAY_UPDATES": "0",  # else no `display` is "updates" (seen, 2.1.330)
-    **_NO_LIMIT,  # what is too long is upstream's to say, not the CLI's to guess
     # No other model answers in place of the one that was asked. Its beta, once sent, would stay on
     # in the process, and a 400 be asked again without it (seen, 2.1.300 and 2.1.331).
     "CLAUDE_CODE_DISABLE_REFUSAL_FALLBACK": "1",
@@ -1279,7 +1277,7 @@ class Channel:
         size, now 1 token: its next call ends as "Prompt is too long" before it is made. From the
         acknowledgement on that is certain; before, only a kill at message_delta can prevent it.
         """
-        self.apply({"env": _NO_CALLS})
+        self.apply({"env": {CALL_LIMIT: "1"}})
 
     def interrupt(self) -> bool:
         """End the turn whose answer nobody wants any more; say whether nothing is left of it."""
