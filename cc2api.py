@@ -220,8 +220,6 @@ class ClientGone(Exception):
 # Who may call. The file is read on every request, so a change takes effect at once. Fails closed:
 # only a file that is not there, or that holds no key, means open mode, and on loopback alone.
 
-OPEN: Final = "open"  # the caller's name where no key is asked for
-
 
 class Caller(NamedTuple):
     """Who makes a request."""
@@ -230,7 +228,7 @@ class Caller(NamedTuple):
     identity: bytes  # a digest of the key: what tells one caller's conversations from another's
 
 
-NOBODY: Final = Caller(OPEN, b"")  # the gateway itself
+NOBODY: Final = Caller("open", b"")  # the gateway itself, named as who calls without a key
 
 
 class KeyFile:
@@ -288,7 +286,7 @@ def identify(keys: Mapping[str, str] | None, api_key: str, authorization: str) -
     names = [name for key, name in (keys or {}).items() if hmac.compare_digest(raw, key.encode())]
     if keys != {} and not names:
         raise ApiError("missing or invalid x-api-key header or bearer token", status=401)
-    return Caller(names[0] if names else OPEN, hashlib.sha256(raw).digest())
+    return Caller([*names, NOBODY.name][0], hashlib.sha256(raw).digest())
 
 
 # ===================================================================== Requests
