@@ -505,14 +505,13 @@ def check_block(path: str, block: JsonObject) -> None:
         check_image(f"{inside}.source", require(block, "source", dict, inside))
     if kind in ("tool_use", "server_tool_use"):
         require(block, "id", str, inside), require(block, "name", str, inside)
-    if kind == "tool_result":
-        require(block, "tool_use_id", str, inside)
-        if not isinstance(block.get("content"), str):
-            for place, part in objects(block, "content", inside):
-                check_block(place, part)
-                if block.get("is_error") and part["type"] != "text":  # the CLI would drop it
-                    problem = "all content must be type `text` if `is_error` is true"
-                    raise InvalidRequest(f"{place}: {problem}")
+    if kind == "tool_result" and not isinstance(block.get("content"), str):
+        for place, part in objects(block, "content", inside):
+            check_block(place, part)
+            if block.get("is_error") and part["type"] != "text":  # the CLI would drop it
+                raise InvalidRequest(
+                    f"{place}: all content must be type `text` if `is_error` is set"
+                )
 
 
 def check_image(path: str, source: JsonObject) -> None:
