@@ -352,8 +352,7 @@ def parse_json(raw: bytes) -> JsonObject:
         nested = (node.values() if isinstance(node, dict) else node for node in level)
         level = [child for node in nested for child in node if isinstance(child, (dict, list))]
     if level or not isinstance(body, dict):
-        problem = f"must be a JSON object, not nested deeper than {MAX_JSON_DEPTH} levels"
-        raise InvalidRequest(f"The request body {problem}")
+        raise InvalidRequest(f"The body is no JSON object, or nested deeper than {MAX_JSON_DEPTH}")
     return body
 
 
@@ -434,8 +433,7 @@ def to_turn(
     tools = [unmarked(tool, marks) for _, tool in objects(body, "tools")]
     merged = _merge(said, marks)
     if merged[-1].role == "assistant" and not is_count:
-        problem = "This gateway does not support assistant message prefill."
-        raise InvalidRequest(f"messages: {problem} The conversation must end with a user message.")
+        raise InvalidRequest("messages: This gateway does not support assistant message prefill.")
     # The API takes four breakpoints, and the CLI sets three: on two system blocks and the last of
     # the messages (seen, 2.1.330). The fourth is the client's latest.
     last = merged[-1].content[-1]
@@ -521,8 +519,7 @@ def check_image(path: str, source: JsonObject) -> None:
     media_type, data = str(source.get("media_type")), require(source, "data", str, f"{path}.base64")
     is_base64 = len(data) % 4 == 0 and re.fullmatch("[A-Za-z0-9+/]+={0,2}", data)
     if not is_base64 or not data.startswith(_IMAGE_STARTS.get(media_type, "no image")):
-        problem = f"Could not process image: it is no {media_type} in base64"
-        raise InvalidRequest(f"{path}.base64.data: {problem}")
+        raise InvalidRequest(f"{path}.base64.data: Could not process image as {media_type}")
 
 
 def _merge(said: Iterable[Said], marks: list[Mark]) -> list[Message]:
