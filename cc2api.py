@@ -819,8 +819,6 @@ def read_error(result: JsonObject, cli_error: str | None = None) -> ApiError:
     """Return upstream's error by a `result` line, else one by the CLI's word for it, else 502."""
     text = str(result.get("result") or f"claude gave no answer: {result.get('errors')}")
     kind, status = str(result.get("api_error_type")), result.get("api_error_status")
-    if not result.get("is_error"):
-        return CliFailed("claude ended its turn without an answer")
     if text.startswith(("Not logged in", "Invalid API key")):
         problem = "claude is not signed in on the gateway's machine, or its sign-in was refused"
         return ApiError(f"{problem}: run `claude auth login` there", status=401)
