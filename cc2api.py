@@ -25,10 +25,6 @@ Rules that hold throughout:
  5. A stream's 200 goes out with its first event, so that a failure keeps its true status, or after
     KEEPALIVE_S of silence.
 
-A streamed request passes HTTP (read_head) > Routes (Handler) > HTTP (read_body) > Requests >
-Service (answer) > Pool (acquire) > Conversation (Session: bring, ask) > Lines > Process (Channel)
-and back Process > Conversation (read) > Events (feed) > Service > Routes (ask) > HTTP (Response).
-
 Facts about the CLI were seen on 2.1.300 to 2.1.331 talking to a scripted API; each one relied on is
 pinned by a test in tests/. Sections, each using only what stands above it: Settings, Errors, API
 keys, Requests, Lines, Events, The CLI, Process, Conversation, Pool, OpenAI, Chat completions,
@@ -136,13 +132,12 @@ LISTEN_BACKLOG: Final = 128  # socketserver's 5 refuses a burst of parallel clie
 # One frozen dataclass, the only place where a default lives. Flags beat CC2API_* variables beat
 # defaults; the command line is built from these fields, so help and code cannot differ.
 
+_ORIGIN: Final = r"\*|null|[a-z][a-z0-9+.-]*://[^/\s]+"
+
 
 # 1e9 is no limit but keeps infinity out, which no wait takes
 def _option(default: Any, text: str, form: str = ".*", low: float = 0, high: float = 1e9) -> Any:
     return field(default=default, metadata={"help": text, "low": low, "high": high, "form": form})
-
-
-_ORIGIN: Final = r"\*|null|[a-z][a-z0-9+.-]*://[^/\s]+"
 
 
 @dataclass(frozen=True, slots=True)
@@ -290,10 +285,9 @@ def identify(keys: Mapping[str, str] | None, api_key: str, authorization: str) -
 
 
 # ===================================================================== Requests
-# Bytes to a checked, frozen `Turn`. Nothing below looks at raw JSON from a client but the
-# translations, which hand it to `to_turn`. Pure: no I/O, any thread. Refused is only what the CLI
-# would silently repair, drop or choke on, and what the code itself walks into; all else goes
-# upstream, whose own 400 comes back.
+# Bytes to a checked, frozen `Turn`. Pure: no I/O, any thread. Refused is only what the CLI would
+# silently repair, drop or choke on, and what the code itself walks into; all else goes upstream,
+# whose own 400 comes back.
 
 Placed = tuple[str, JsonObject]  # an object, with the path under which the client sent it
 Said = tuple[str, str, JsonObject]  # a message's block after its role and path
