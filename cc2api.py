@@ -636,8 +636,7 @@ def to_line(turn: Turn, index: int, model: str, *, is_query: bool = False) -> Js
     if role == "user":
         # composed: verbatim, no @paths and no commands
         return {**line, "client_composed": True, "shouldQuery": is_query}
-    message |= {"id": f"msg_{uuid.uuid4().hex}", "type": "message"}
-    message |= {"stop_reason": "end_turn", "stop_sequence": None}
+    message |= {"id": line["uuid"], "type": "message", "stop_reason": "end_turn"}
     message["model"] = model.removesuffix("[1m]")  # of another the CLI would drop thinking blocks
     message["usage"] = {"input_tokens": 0, "output_tokens": 0}  # others would be counted as real
     return line
