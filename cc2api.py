@@ -980,7 +980,6 @@ _PAYERS: Final = {
     "oauth_token": "token of `claude setup-token`: draws on the plan's limits",
     "third_party": "{apiProvider}: billed by the cloud provider",
 }
-_CREDENTIALS: Final = ("ANTHROPIC_AUTH_TOKEN", "ANTHROPIC_API_KEY", "CLAUDE_CODE_OAUTH_TOKEN")
 
 
 def ask_sign_in(cli: Cli, environ: Mapping[str, str], *, bare: bool) -> str:
@@ -992,7 +991,8 @@ def ask_sign_in(cli: Cli, environ: Mapping[str, str], *, bare: bool) -> str:
             status = json.loads(_cli_output(cli.path, ["auth", "status"], environ))
         return collections.defaultdict(str, _object(status))
 
-    status, others = ask(environ), set(environ).intersection(_CREDENTIALS)
+    others = {"ANTHROPIC_AUTH_TOKEN", "ANTHROPIC_API_KEY", "CLAUDE_CODE_OAUTH_TOKEN"} & set(environ)
+    status = ask(environ)
     method = str(status["authMethod"])
     if status["loggedIn"] is False:
         how = f"run `{cli.path} auth login`"
