@@ -323,10 +323,7 @@ _KIND_NAMES: Final = {str: "string", bool: "boolean", dict: "dictionary", list: 
 EFFORTS: Final = ("low", "medium", "high", "xhigh", "max")
 # Top-level fields that do not travel in CLAUDE_CODE_EXTRA_BODY: they have a way of their own, are
 # the CLI's to say (metadata), or what it does anyway (a breakpoint on the last block).
-_OURS: Final = (
-    *("model", "messages", "system", "stream", "tools", "thinking", "output_config"),
-    *("output_format", "effort", "metadata", "cache_control", "thread"),
-)
+_OURS: Final = ("model", "messages", "system", "stream", "tools", "metadata", "cache_control")
 _IMAGE_STARTS: Final = {  # their magic numbers in base64
     **{"image/png": "iVBORw0KGgo", "image/jpeg": "/9j/"},
     **{"image/gif": "R0lGOD", "image/webp": "UklGR"},
@@ -417,7 +414,7 @@ def to_turn(
         # with top_p. Off by way of the body, it sends none.
         is_alone = body.get("top_p") is not None and body.get("temperature") is None
         thinking = {"type": "disabled"} if is_alone else None
-    passed = {name: value for name, value in body.items() if name not in _OURS}
+    passed = {**body, **dict.fromkeys(_OURS), "output_format": None, "effort": None}
     passed |= {"thinking": thinking, "output_config": without_nulls(output_config) or None}
     parts, said = _parse_system(body), list(_parse_messages(messages))
     system = "\n\n".join(part["text"] for part in parts)
