@@ -807,7 +807,8 @@ def to_rate_limit_headers(info: Any) -> dict[str, str]:
 
 def read_error(result: JsonObject, cli_error: str | None = None) -> ApiError:
     """Return upstream's error by a `result` line, else one by the CLI's word for it, else 502."""
-    text = str(result.get("result") or f"claude gave no answer: {result.get('errors')}")
+    said = result.get("result") if result.get("is_error") else None  # else what the model said
+    text = str(said or f"claude gave no answer: {result.get('errors')}")
     kind, status = str(result.get("api_error_type")), result.get("api_error_status")
     if text.startswith(("Not logged in", "Invalid API key")):
         problem = "claude is not signed in on the gateway's machine, or its sign-in was refused"
