@@ -1034,10 +1034,9 @@ os.execv(sys.argv[2], sys.argv[2:])
 
 def process_command(cli: Cli, *, bare: bool, setting_sources: str) -> list[str]:
     """Return the argument list of a process; nothing of a request is ever in it."""
+    shim = [sys.executable, "-I", "-S", "-c", _DIE_WITH_PARENT, str(os.getpid())]
     command = [cli.path, *PROCESS_FLAGS, "--setting-sources", setting_sources, *["--bare"] * bare]
-    if sys.platform != "linux" or not sys.executable:
-        return command
-    return [sys.executable, "-I", "-S", "-c", _DIE_WITH_PARENT, str(os.getpid()), *command]
+    return shim * (sys.platform == "linux") + command
 
 
 def process_environment(environ: Mapping[str, str], temp_dir: str) -> dict[str, str]:
