@@ -767,9 +767,8 @@ class AnswerReader:
             self.is_called = True
         elif kind == "rate_limit_event":
             self.rate_limits = to_rate_limit_headers(line.get("rate_limit_info"))
-        elif kind == "assistant" and line.get("error"):
-            self._cli_error = str(line["error"])
         elif kind == "assistant":
+            self._cli_error = line.get("error") or self._cli_error
             self.content += map(dict, line["message"]["content"])
         return []
 
