@@ -938,9 +938,8 @@ class Cli(NamedTuple):
 def find_cli(choice: str | None, environ: Mapping[str, str]) -> Cli:
     """Find `choice`, or else the first claude there is, new enough. Raises CliUnusable."""
     places = ["claude", "~/.local/bin/claude", "~/.claude/local/claude"]
-    spec = importlib.util.find_spec("claude_agent_sdk")
-    if spec and spec.origin:
-        places.append(str(Path(spec.origin).parent / "_bundled" / "claude"))
+    sdk = importlib.util.find_spec("claude_agent_sdk")
+    places += [f"{root}/_bundled/claude" for root in (sdk and sdk.submodule_search_locations) or ()]
     tried = [os.path.expanduser(place) for place in ([choice] if choice else places)]
     found = next(filter(None, map(shutil.which, tried)), None)
     if found is None:
@@ -992,8 +991,7 @@ def ask_sign_in(cli: Cli, environ: Mapping[str, str], *, bare: bool) -> str:
     status = ask(environ)
     method = str(status["authMethod"])
     if status["loggedIn"] is False:
-        how = f"run `{cli.path} auth login`"
-        return f"{NOT_SIGNED_IN}{how}, or try `cc2api --demo` without an account"
+        return f"{NOT_SIGNED_IN}run `{cli.path} auth login`, or try `cc2api --demo` without one"
     if method == "claude.ai" and bare:
         return f"{NOT_SIGNED_IN}with --bare claude reads no claude.ai login"
     if method == "oauth_token" and "ANTHROPIC_AUTH_TOKEN" in others:
