@@ -25,10 +25,6 @@ Rules that hold throughout:
  5. A stream's 200 goes out with its first event, so that a failure keeps its true status, or after
     KEEPALIVE_S of silence.
 
-A streamed request passes HTTP (read_head) > Routes (Handler) > HTTP (read_body) > Requests >
-Service (answer) > Pool (acquire) > Conversation (Session: bring, ask) > Lines > Process (Channel)
-and back Process > Conversation (read) > Events (feed) > Service > Routes (ask) > HTTP (Response).
-
 Facts about the CLI were seen on 2.1.300 to 2.1.331 talking to a scripted API; each one relied on is
 pinned by a test in tests/. Sections, each using only what stands above it: Settings, Errors, API
 keys, Requests, Lines, Events, The CLI, Process, Conversation, Pool, OpenAI, Chat completions,
@@ -136,13 +132,12 @@ LISTEN_BACKLOG: Final = 128  # socketserver's 5 refuses a burst of parallel clie
 # One frozen dataclass, the only place where a default lives. Flags beat CC2API_* variables beat
 # defaults; the command line is built from these fields, so help and code cannot differ.
 
+_ORIGIN: Final = r"\*|null|[a-z][a-z0-9+.-]*://[^/\s]+"
+
 
 # 1e9 is no limit but keeps infinity out, which no wait takes
 def _option(default: Any, text: str, form: str = ".*", low: float = 0, high: float = 1e9) -> Any:
     return field(default=default, metadata={"help": text, "low": low, "high": high, "form": form})
-
-
-_ORIGIN: Final = r"\*|null|[a-z][a-z0-9+.-]*://[^/\s]+"
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,8 +215,6 @@ class ClientGone(Exception):
 # Who may call. The file is read on every request, so a change takes effect at once. Fails closed:
 # only a file that is not there, or that holds no key, means open mode, and on loopback alone.
 
-OPEN: Final = "open"  # the caller's name where no key is asked for
-
 
 class Caller(NamedTuple):
     """Who makes a request."""
@@ -230,7 +223,7 @@ class Caller(NamedTuple):
     identity: bytes  # a digest of the key: what tells one caller's conversations from another's
 
 
-NOBODY: Final = Caller(OPEN, b"")  # the gateway itself
+NOBODY: Final = Caller("open", b"")  # the gateway itself, named as who calls without a key
 
 
 class KeyFile:
@@ -288,14 +281,13 @@ def identify(keys: Mapping[str, str] | None, api_key: str, authorization: str) -
     names = [name for key, name in (keys or {}).items() if hmac.compare_digest(raw, key.encode())]
     if keys != {} and not names:
         raise ApiError("missing or invalid x-api-key header or bearer token", status=401)
-    return Caller(names[0] if names else OPEN, hashlib.sha256(raw).digest())
+    return Caller([*names, NOBODY.name][0], hashlib.sha256(raw).digest())
 
 
 # ===================================================================== Requests
-# Bytes to a checked, frozen `Turn`. Nothing below looks at raw JSON from a client but the
-# translations, which hand it to `to_turn`. Pure: no I/O, any thread. Refused is only what the CLI
-# would silently repair, drop or choke on, and what the code itself walks into; all else goes
-# upstream, whose own 400 comes back.
+# Bytes to a checked, frozen `Turn`. Pure: no I/O, any thread. Refused is only what the CLI would
+# silently repair, drop or choke on, and what the code itself walks into; all else goes upstream,
+# whose own 400 comes back.
 
 Placed = tuple[str, JsonObject]  # an object, with the path under which the client sent it
 Said = tuple[str, str, JsonObject]  # a message's block after its role and path
@@ -331,10 +323,7 @@ _KIND_NAMES: Final = {str: "string", bool: "boolean", dict: "dictionary", list: 
 EFFORTS: Final = ("low", "medium", "high", "xhigh", "max")
 # Top-level fields that do not travel in CLAUDE_CODE_EXTRA_BODY: they have a way of their own, are
 # the CLI's to say (metadata), or what it does anyway (a breakpoint on the last block).
-_OURS: Final = (
-    *("model", "messages", "system", "stream", "tools", "thinking", "output_config"),
-    *("output_format", "effort", "metadata", "cache_control", "thread"),
-)
+_OURS: Final = ("model", "messages", "system", "stream", "tools", "metadata", "cache_control")
 _IMAGE_STARTS: Final = {  # their magic numbers in base64
     **{"image/png": "iVBORw0KGgo", "image/jpeg": "/9j/"},
     **{"image/gif": "R0lGOD", "image/webp": "UklGR"},
@@ -354,8 +343,7 @@ def parse_json(raw: bytes) -> JsonObject:
         nested = (node.values() if isinstance(node, dict) else node for node in level)
         level = [child for node in nested for child in node if isinstance(child, (dict, list))]
     if level or not isinstance(body, dict):
-        problem = f"must be a JSON object, not nested deeper than {MAX_JSON_DEPTH} levels"
-        raise InvalidRequest(f"The request body {problem}")
+        raise InvalidRequest(f"The body is no JSON object, or nested deeper than {MAX_JSON_DEPTH}")
     return body
 
 
@@ -426,7 +414,7 @@ def to_turn(
         # with top_p. Off by way of the body, it sends none.
         is_alone = body.get("top_p") is not None and body.get("temperature") is None
         thinking = {"type": "disabled"} if is_alone else None
-    passed = {name: value for name, value in body.items() if name not in _OURS}
+    passed = {**body, **dict.fromkeys(_OURS), "output_format": None, "effort": None}
     passed |= {"thinking": thinking, "output_config": without_nulls(output_config) or None}
     parts, said = _parse_system(body), list(_parse_messages(messages))
     system = "\n\n".join(part["text"] for part in parts)
@@ -436,8 +424,7 @@ def to_turn(
     tools = [unmarked(tool, marks) for _, tool in objects(body, "tools")]
     merged = _merge(said, marks)
     if merged[-1].role == "assistant" and not is_count:
-        problem = "This gateway does not support assistant message prefill."
-        raise InvalidRequest(f"messages: {problem} The conversation must end with a user message.")
+        raise InvalidRequest("messages: This gateway does not support assistant message prefill.")
     # The API takes four breakpoints, and the CLI sets three: on two system blocks and the last of
     # the messages (seen, 2.1.330). The fourth is the client's latest.
     last = merged[-1].content[-1]
@@ -507,14 +494,13 @@ def check_block(path: str, block: JsonObject) -> None:
         check_image(f"{inside}.source", require(block, "source", dict, inside))
     if kind in ("tool_use", "server_tool_use"):
         require(block, "id", str, inside), require(block, "name", str, inside)
-    if kind == "tool_result":
-        require(block, "tool_use_id", str, inside)
-        if not isinstance(block.get("content"), str):
-            for place, part in objects(block, "content", inside):
-                check_block(place, part)
-                if block.get("is_error") and part["type"] != "text":  # the CLI would drop it
-                    problem = "all content must be type `text` if `is_error` is true"
-                    raise InvalidRequest(f"{place}: {problem}")
+    if kind == "tool_result" and not isinstance(block.get("content"), str):
+        for place, part in objects(block, "content", inside):
+            check_block(place, part)
+            if block.get("is_error") and part["type"] != "text":  # the CLI would drop it
+                raise InvalidRequest(
+                    f"{place}: all content must be type `text` if `is_error` is set"
+                )
 
 
 def check_image(path: str, source: JsonObject) -> None:
@@ -524,8 +510,7 @@ def check_image(path: str, source: JsonObject) -> None:
     media_type, data = str(source.get("media_type")), require(source, "data", str, f"{path}.base64")
     is_base64 = len(data) % 4 == 0 and re.fullmatch("[A-Za-z0-9+/]+={0,2}", data)
     if not is_base64 or not data.startswith(_IMAGE_STARTS.get(media_type, "no image")):
-        problem = f"Could not process image: it is no {media_type} in base64"
-        raise InvalidRequest(f"{path}.base64.data: {problem}")
+        raise InvalidRequest(f"{path}.base64.data: Could not process image as {media_type}")
 
 
 def _merge(said: Iterable[Said], marks: list[Mark]) -> list[Message]:
@@ -606,8 +591,7 @@ def _canonical(node: Any) -> Any:
 
 TOOL_SERVER: Final = "t"  # the MCP server under which a request's tools are registered
 # The size in tokens from which on the CLI refuses to call upstream ("Prompt is too long").
-_NO_LIMIT: Final = {"CLAUDE_CODE_BLOCKING_LIMIT_OVERRIDE": "1000000000"}
-_NO_CALLS: Final = {"CLAUDE_CODE_BLOCKING_LIMIT_OVERRIDE": "1"}
+CALL_LIMIT: Final = "CLAUDE_CODE_BLOCKING_LIMIT_OVERRIDE"
 # What the CLI, as JavaScript, takes for text that is not blank, and for text without blank ends.
 _SAID: Final = re.compile(r"[^\s\ufeff](?:.*[^\s\ufeff])?", re.DOTALL)
 
@@ -630,7 +614,7 @@ def to_flag_settings(turn: Turn, model: str) -> JsonObject:
         # the body's max_tokens is in extra_body; this is for the CLI's own sums
         "CLAUDE_CODE_MAX_OUTPUT_TOKENS": str(turn.extra_body.get("max_tokens", "")),
         "MCP_TOOL_TIMEOUT": "100000000",  # ms; tool calls wait as long as they must
-        **_NO_LIMIT,
+        CALL_LIMIT: "1000000000",  # what is too long is upstream's to say
     }
     return {"env": variables, "model": model, "effortLevel": turn.effort}
 
@@ -649,8 +633,7 @@ def to_line(turn: Turn, index: int, model: str, *, is_query: bool = False) -> Js
     if role == "user":
         # composed: verbatim, no @paths and no commands
         return {**line, "client_composed": True, "shouldQuery": is_query}
-    message |= {"id": f"msg_{uuid.uuid4().hex}", "type": "message"}
-    message |= {"stop_reason": "end_turn", "stop_sequence": None}
+    message |= {"id": line["uuid"], "type": "message", "stop_reason": "end_turn"}
     message["model"] = model.removesuffix("[1m]")  # of another the CLI would drop thinking blocks
     message["usage"] = {"input_tokens": 0, "output_tokens": 0}  # others would be counted as real
     return line
@@ -784,9 +767,8 @@ class AnswerReader:
             self.is_called = True
         elif kind == "rate_limit_event":
             self.rate_limits = to_rate_limit_headers(line.get("rate_limit_info"))
-        elif kind == "assistant" and line.get("error"):
-            self._cli_error = str(line["error"])
         elif kind == "assistant":
+            self._cli_error = line.get("error") or self._cli_error
             self.content += map(dict, line["message"]["content"])
         return []
 
@@ -824,10 +806,9 @@ def to_rate_limit_headers(info: Any) -> dict[str, str]:
 
 def read_error(result: JsonObject, cli_error: str | None = None) -> ApiError:
     """Return upstream's error by a `result` line, else one by the CLI's word for it, else 502."""
-    text = str(result.get("result") or f"claude gave no answer: {result.get('errors')}")
+    said = result.get("result") if result.get("is_error") else None  # else what the model said
+    text = str(said or f"claude gave no answer: {result.get('errors')}")
     kind, status = str(result.get("api_error_type")), result.get("api_error_status")
-    if not result.get("is_error"):
-        return CliFailed("claude ended its turn without an answer")
     if text.startswith(("Not logged in", "Invalid API key")):
         problem = "claude is not signed in on the gateway's machine, or its sign-in was refused"
         return ApiError(f"{problem}: run `claude auth login` there", status=401)
@@ -912,31 +893,24 @@ PROCESS_FLAGS: Final = (
     *("--allowedTools", "mcp__t", "--permission-mode", "dontAsk"),  # of the TOOL_SERVER
 )
 PROCESS_VARIABLES: Final = {
-    "CLAUDE_CODE_DISABLE_AUTO_MEMORY": "1",
-    "ENABLE_CLAUDEAI_MCP_SERVERS": "false",
+    **{"CLAUDE_CODE_DISABLE_AUTO_MEMORY": "1", "ENABLE_CLAUDEAI_MCP_SERVERS": "false"},
     "CLAUDE_CODE_MAX_RETRIES": "0",  # the client decides about retries
-    # A stream that breaks would otherwise be asked for again without streaming: a second paid call.
-    "CLAUDE_CODE_DISABLE_NONSTREAMING_FALLBACK": "1",
+    "CLAUDE_CODE_DISABLE_NONSTREAMING_FALLBACK": "1",  # of a broken stream: a second paid call
     # Betas come from the client alone. With its own the CLI asks again without some after a 400,
     # adds effort entries to messages and context edits to thinking requests (all seen, 2.1.330).
     "CLAUDE_CODE_DISABLE_EXPERIMENTAL_BETAS": "1",
-    # Else thinking without a `display` becomes display "updates" (seen, 2.1.330).
-    "CLAUDE_CODE_THINKING_DISPLAY_UPDATES": "0",
-    **_NO_LIMIT,  # what is too long is upstream's to say, not the CLI's to guess
+    "CLAUDE_CODE_THINKING_DISPLAY_UPDATES": "0",  # else no `display` is "updates" (seen, 2.1.330)
     # No other model answers in place of the one that was asked. Its beta, once sent, would stay on
     # in the process, and a 400 be asked again without it (seen, 2.1.300 and 2.1.331).
     "CLAUDE_CODE_DISABLE_REFUSAL_FALLBACK": "1",
     "CLAUDE_CODE_DISABLE_REFUSAL_RETRY": "1",  # a refusal would be asked again: a second paid call
-    "DISABLE_AUTO_COMPACT": "1",  # no summarising call behind the client's back
-    "DISABLE_COMPACT": "1",
+    **{"DISABLE_AUTO_COMPACT": "1", "DISABLE_COMPACT": "1"},  # no summarising call unasked
     "DISABLE_AUTOUPDATER": "1",  # the pool notices an update; processes must not make one
     # The tools' names and descriptions as given, all of them, and any number called at once.
-    "CLAUDE_AGENT_SDK_MCP_NO_PREFIX": "1",
+    **{"CLAUDE_AGENT_SDK_MCP_NO_PREFIX": "1", "ENABLE_TOOL_SEARCH": "false"},
     "CLAUDE_CODE_MAX_MCP_DESCRIPTION_LENGTH": "1000000",
-    "ENABLE_TOOL_SEARCH": "false",
     "CLAUDE_CODE_MAX_TOOL_USE_CONCURRENCY": "1000",
-    # With a login a tool step would else get a reminder of the tokens left (seen, 2.1.330).
-    "CLAUDE_CODE_TOTAL_TOKENS_REMINDER": "off",
+    "CLAUDE_CODE_TOTAL_TOKENS_REMINDER": "off",  # in tool steps on a login (seen, 2.1.330)
 }
 # Not handed down: what a request sets for itself, and the marks of a Claude Code session that this
 # gateway may have been started from (the CLI finds its own).
@@ -964,9 +938,8 @@ class Cli(NamedTuple):
 def find_cli(choice: str | None, environ: Mapping[str, str]) -> Cli:
     """Find `choice`, or else the first claude there is, new enough. Raises CliUnusable."""
     places = ["claude", "~/.local/bin/claude", "~/.claude/local/claude"]
-    spec = importlib.util.find_spec("claude_agent_sdk")
-    if spec and spec.origin:
-        places.append(str(Path(spec.origin).parent / "_bundled" / "claude"))
+    sdk = importlib.util.find_spec("claude_agent_sdk")
+    places += [f"{root}/_bundled/claude" for root in (sdk and sdk.submodule_search_locations) or ()]
     tried = [os.path.expanduser(place) for place in ([choice] if choice else places)]
     found = next(filter(None, map(shutil.which, tried)), None)
     if found is None:
@@ -1003,7 +976,6 @@ _PAYERS: Final = {
     "oauth_token": "token of `claude setup-token`: draws on the plan's limits",
     "third_party": "{apiProvider}: billed by the cloud provider",
 }
-_CREDENTIALS: Final = ("ANTHROPIC_AUTH_TOKEN", "ANTHROPIC_API_KEY", "CLAUDE_CODE_OAUTH_TOKEN")
 
 
 def ask_sign_in(cli: Cli, environ: Mapping[str, str], *, bare: bool) -> str:
@@ -1015,11 +987,11 @@ def ask_sign_in(cli: Cli, environ: Mapping[str, str], *, bare: bool) -> str:
             status = json.loads(_cli_output(cli.path, ["auth", "status"], environ))
         return collections.defaultdict(str, _object(status))
 
-    status, others = ask(environ), set(environ).intersection(_CREDENTIALS)
+    others = {"ANTHROPIC_AUTH_TOKEN", "ANTHROPIC_API_KEY", "CLAUDE_CODE_OAUTH_TOKEN"} & set(environ)
+    status = ask(environ)
     method = str(status["authMethod"])
     if status["loggedIn"] is False:
-        how = f"run `{cli.path} auth login`"
-        return f"{NOT_SIGNED_IN}{how}, or try `cc2api --demo` without an account"
+        return f"{NOT_SIGNED_IN}run `{cli.path} auth login`, or try `cc2api --demo` without one"
     if method == "claude.ai" and bare:
         return f"{NOT_SIGNED_IN}with --bare claude reads no claude.ai login"
     if method == "oauth_token" and "ANTHROPIC_AUTH_TOKEN" in others:
@@ -1059,10 +1031,9 @@ os.execv(sys.argv[2], sys.argv[2:])
 
 def process_command(cli: Cli, *, bare: bool, setting_sources: str) -> list[str]:
     """Return the argument list of a process; nothing of a request is ever in it."""
+    shim = [sys.executable, "-I", "-S", "-c", _DIE_WITH_PARENT, str(os.getpid())]
     command = [cli.path, *PROCESS_FLAGS, "--setting-sources", setting_sources, *["--bare"] * bare]
-    if sys.platform != "linux" or not sys.executable:
-        return command
-    return [sys.executable, "-I", "-S", "-c", _DIE_WITH_PARENT, str(os.getpid()), *command]
+    return shim * (sys.platform == "linux") + command
 
 
 def process_environment(environ: Mapping[str, str], temp_dir: str) -> dict[str, str]:
@@ -1285,7 +1256,7 @@ class Channel:
         size, now 1 token: its next call ends as "Prompt is too long" before it is made. From the
         acknowledgement on that is certain; before, only a kill at message_delta can prevent it.
         """
-        self.apply({"env": _NO_CALLS})
+        self.apply({"env": {CALL_LIMIT: "1"}})
 
     def interrupt(self) -> bool:
         """End the turn whose answer nobody wants any more; say whether nothing is left of it."""
