@@ -1859,20 +1859,24 @@ class Pool:
 
     def _start_one(self, *, for_waiter: bool) -> None:
         """Start a process: for the request that waits longest just so, as a spare to be primed."""
+        session = None
         try:
             session = self._start()
+            if not for_waiter:
+                with self._changed:
+                    self._fleet.put(session, "starting")
+                threading.Thread(None, self._prime, "cc2api-prime", [session], daemon=True).start()
         except Exception as exc:  # noqa: BLE001 - the message says what it was
             with self._changed:
                 self._note_failure(f"claude cannot be started: {exc}")
-                if self._waiters and for_waiter:
+                if session:
+                    self.give_back(session, usable=False)
+                elif self._waiters and for_waiter:
                     first = self._waiters.pop(next(iter(self._waiters)))
                     first.set_exception(CliFailed(self.failure, status=503))
-            return
-        if for_waiter:
-            return self.give_back(session, usable=True)
-        with self._changed:
-            self._fleet.put(session, "starting")
-        threading.Thread(None, self._prime, "cc2api-prime", [session], daemon=True).start()
+        else:
+            if for_waiter:
+                self.give_back(session, usable=True)
 
     def _prime(self, session: Session) -> None:
         """Prime a spare, on a thread of its own."""
