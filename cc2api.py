@@ -607,7 +607,6 @@ def _canonical(node: Any) -> Any:
 TOOL_SERVER: Final = "t"  # the MCP server under which a request's tools are registered
 # The size in tokens from which on the CLI refuses to call upstream ("Prompt is too long").
 _NO_LIMIT: Final = {"CLAUDE_CODE_BLOCKING_LIMIT_OVERRIDE": "1000000000"}
-_NO_CALLS: Final = {"CLAUDE_CODE_BLOCKING_LIMIT_OVERRIDE": "1"}
 # What the CLI, as JavaScript, takes for text that is not blank, and for text without blank ends.
 _SAID: Final = re.compile(r"[^\s\ufeff](?:.*[^\s\ufeff])?", re.DOTALL)
 
@@ -831,7 +830,7 @@ def read_error(result: JsonObject, cli_error: str | None = None) -> ApiError:
     if text.startswith(("Not logged in", "Invalid API key")):
         problem = "claude is not signed in on the gateway's machine, or its sign-in was refused"
         return ApiError(f"{problem}: run `claude auth login` there", status=401)
-    if result.get("terminal_reason") == "blocking_limit":  # by `Channel.hold_calls`, too early
+    if result.get("terminal_reason") == "blocking_limit":  # by HOLD_CALLS, too early
         return CliFailed("claude held its call back; nothing was sent upstream", status=503)
     if text.startswith("Prompt is too long"):
         return InvalidRequest("prompt is too long for the model's context window")
@@ -1216,6 +1215,10 @@ SERVER_INFO: Final[JsonObject] = {
 }
 # Requests that a used process depends on, and that a later CLI may not know.
 _CHANGES: Final = ("rewind_conversation", "set_model", "mcp_message")
+# Settings for when a call is on its way: after some answers the CLI would by itself ask for more.
+# By its own limit of size, now 1 token, that ends as "Prompt is too long" before it is made: from
+# the acknowledgement on for certain; before, only a kill at message_delta can prevent it.
+HOLD_CALLS: Final[JsonObject] = {"env": {"CLAUDE_CODE_BLOCKING_LIMIT_OVERRIDE": "1"}}
 
 
 class Channel:
@@ -1277,15 +1280,6 @@ class Channel:
     def apply(self, settings: JsonObject) -> None:
         """Change settings. Does not wait: what comes next does."""
         self.applying = self._ask("apply_flag_settings", settings=settings)
-
-    def hold_calls(self) -> None:
-        """Keep the CLI from calling upstream again, once its call is on its way. Does not wait.
-
-        After some answers it would by itself ask for more. What holds it back is its own limit of
-        size, now 1 token: its next call ends as "Prompt is too long" before it is made. From the
-        acknowledgement on that is certain; before, only a kill at message_delta can prevent it.
-        """
-        self.apply({"env": _NO_CALLS})
 
     def interrupt(self) -> bool:
         """End the turn whose answer nobody wants any more; say whether nothing is left of it."""
@@ -1514,7 +1508,7 @@ class Session:
         """Warm up a new process by a held query, and prove that it can be used again and again."""
         first, second = (Demand(turn, (NOBODY, ()), patience) for turn in REHEARSALS)
         self.bring(first)
-        self._channel.hold_calls()
+        self._channel.apply(HOLD_CALLS)
         self._channel.come_to_rest(patience)
         self.ask(patience)
         while self._channel.results_due:
@@ -1612,7 +1606,7 @@ class Session:
             try:
                 line = self._channel.next(patience)
                 if line.get("status") == "requesting" and not reader.is_called:
-                    self._channel.hold_calls()
+                    self._channel.apply(HOLD_CALLS)
                 with upstream_protocol():
                     batch += reader.feed(line)
             except ApiError:
