@@ -1419,11 +1419,7 @@ class Conversation:
         has_results = any(b["type"] == "tool_result" for b in turn.messages[index].content)
         is_place = bool(brought_by) and not has_results
         self.held.append(Held(turn.digests[index], brought_by, is_place))
-
-    def loosen(self) -> list[str]:
-        """Let the last message be a query without its answer yet; return the calls it answers."""
-        calls, self.calls_due, self.is_loose = self.calls_due, [], True
-        return calls
+        self.is_loose, self.calls_due = line is None or line.get("shouldQuery", False), []
 
     def add_answer(self, reader: AnswerReader) -> None:
         self.held.append(Held(digest_message(Message("assistant", reader.content))))
@@ -1547,7 +1543,7 @@ class Session:
     def ask(self, patience: Patience) -> None:
         """Start the call: give the tool calls that wait their results, or send the last message."""
         assert self._turn, "bring comes first"
-        turn, asked, last = self._turn, self._conversation.loosen(), len(self._turn.messages) - 1
+        turn, asked, last = self._turn, self._conversation.calls_due, len(self._turn.messages) - 1
         self.reader = AnswerReader()
         if asked:
             self._conversation.add(turn, last, None)
