@@ -1430,7 +1430,6 @@ _REHEARSAL: Final = {"model": DEFAULT_MODEL_NAME, "max_tokens": 1024, "messages"
 _OTHER: Final = {"system": "rehearsal", "tools": [{"name": "rehearsal", "input_schema": {}}]}
 REHEARSALS: Final = [parse_messages_request(_REHEARSAL | more) for more in ({}, _OTHER)]
 
-
 Base = tuple[Caller, tuple[str, ...]]  # the betas; no process ever serves another
 
 
@@ -1494,9 +1493,8 @@ class Session:
         with contextlib.suppress(ProcessDied, CliFailed):
             while self.process.has_lines():
                 self._channel.next()
-        new = self._channel.cost_usd - self._taken_usd
-        self._taken_usd += new
-        return new
+        before, self._taken_usd = self._taken_usd, self._channel.cost_usd
+        return self._taken_usd - before
 
     def prime(self, patience: Patience) -> None:
         """Warm up a new process by a held query, and prove that it can be used again and again."""
