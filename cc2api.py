@@ -1394,8 +1394,10 @@ class Conversation:
         told_for = told and (told.model, told.system, told.cache_ttl)
         if told_for != (turn.model, turn.system, turn.cache_ttl):
             return 0  # with another model or system prompt no conversation goes on
-        mine = tuple(held.digest for held in self.held[: len(self.held) - self.is_loose])
-        common = len(os.path.commonprefix([mine, turn.digests[:-1]]))
+        whole = len(self.held) - self.is_loose
+        pairs = zip(self.held[:whole], turn.digests[:-1], strict=False)
+        same = [held.digest == digest for held, digest in pairs]
+        common = [*same, False].index(False)
         given = turn.messages[common:]  # maybe to the calls that wait
         is_answer = len(given) == 1 and to_tool_results(given[0], self.calls_due)
         if common == len(self.held) and (is_answer or not self.calls_due):
