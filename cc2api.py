@@ -812,7 +812,7 @@ def read_error(result: JsonObject, cli_error: str | None = None) -> ApiError:
     if text.startswith(("Not logged in", "Invalid API key")):
         problem = "claude is not signed in on the gateway's machine, or its sign-in was refused"
         return ApiError(f"{problem}: run `claude auth login` there", status=401)
-    if result.get("terminal_reason") == "blocking_limit":  # by `Channel.hold_calls`, too early
+    if result.get("terminal_reason") == "blocking_limit":  # by HOLD_CALLS, too early
         return CliFailed("claude held its call back; nothing was sent upstream", status=503)
     if text.startswith("Prompt is too long"):
         return InvalidRequest("prompt is too long for the model's context window")
@@ -1187,6 +1187,10 @@ SERVER_INFO: Final[JsonObject] = {
 }
 # Requests that a used process depends on, and that a later CLI may not know.
 _CHANGES: Final = ("rewind_conversation", "set_model", "mcp_message")
+# Settings for when a call is on its way: after some answers the CLI would by itself ask for more.
+# By its own limit of size, now 1 token, that ends as "Prompt is too long" before it is made: from
+# the acknowledgement on for certain; before, only a kill at message_delta can prevent it.
+HOLD_CALLS: Final[JsonObject] = {"env": {CALL_LIMIT: "1"}}
 
 
 class Channel:
@@ -1248,15 +1252,6 @@ class Channel:
     def apply(self, settings: JsonObject) -> None:
         """Change settings. Does not wait: what comes next does."""
         self.applying = self._ask("apply_flag_settings", settings=settings)
-
-    def hold_calls(self) -> None:
-        """Keep the CLI from calling upstream again, once its call is on its way. Does not wait.
-
-        After some answers it would by itself ask for more. What holds it back is its own limit of
-        size, now 1 token: its next call ends as "Prompt is too long" before it is made. From the
-        acknowledgement on that is certain; before, only a kill at message_delta can prevent it.
-        """
-        self.apply({"env": {CALL_LIMIT: "1"}})
 
     def interrupt(self) -> bool:
         """End the turn whose answer nobody wants any more; say whether nothing is left of it."""
@@ -1396,11 +1391,7 @@ class Conversation:
         has_results = any(b["type"] == "tool_result" for b in turn.messages[index].content)
         is_place = bool(brought_by) and not has_results
         self.held.append(Held(turn.digests[index], brought_by, is_place))
-
-    def loosen(self) -> list[str]:
-        """Let the last message be a query without its answer yet; return the calls it answers."""
-        calls, self.calls_due, self.is_loose = self.calls_due, [], True
-        return calls
+        self.is_loose, self.calls_due = line is None or line.get("shouldQuery", False), []
 
     def add_answer(self, reader: AnswerReader) -> None:
         self.held.append(Held(digest_message(Message("assistant", reader.content))))
@@ -1412,7 +1403,6 @@ _QUESTION: Final = {"role": "user", "content": "rehearsal"}
 _REHEARSAL: Final = {"model": DEFAULT_MODEL_NAME, "max_tokens": 1024, "messages": [_QUESTION]}
 _OTHER: Final = {"system": "rehearsal", "tools": [{"name": "rehearsal", "input_schema": {}}]}
 REHEARSALS: Final = [parse_messages_request(_REHEARSAL | more) for more in ({}, _OTHER)]
-
 
 Base = tuple[Caller, tuple[str, ...]]  # the betas; no process ever serves another
 
@@ -1477,15 +1467,14 @@ class Session:
         with contextlib.suppress(ProcessDied, CliFailed):
             while self.process.has_lines():
                 self._channel.next()
-        new = self._channel.cost_usd - self._taken_usd
-        self._taken_usd += new
-        return new
+        before, self._taken_usd = self._taken_usd, self._channel.cost_usd
+        return self._taken_usd - before
 
     def prime(self, patience: Patience) -> None:
         """Warm up a new process by a held query, and prove that it can be used again and again."""
         first, second = (Demand(turn, (NOBODY, ()), patience) for turn in REHEARSALS)
         self.bring(first)
-        self._channel.hold_calls()
+        self._channel.apply(HOLD_CALLS)
         self._channel.come_to_rest(patience)
         self.ask(patience)
         while self._channel.results_due:
@@ -1524,7 +1513,7 @@ class Session:
     def ask(self, patience: Patience) -> None:
         """Start the call: give the tool calls that wait their results, or send the last message."""
         assert self._turn, "bring comes first"
-        turn, asked, last = self._turn, self._conversation.loosen(), len(self._turn.messages) - 1
+        turn, asked, last = self._turn, self._conversation.calls_due, len(self._turn.messages) - 1
         self.reader = AnswerReader()
         if asked:
             self._conversation.add(turn, last, None)
@@ -1583,7 +1572,7 @@ class Session:
             try:
                 line = self._channel.next(patience)
                 if line.get("status") == "requesting" and not reader.is_called:
-                    self._channel.hold_calls()
+                    self._channel.apply(HOLD_CALLS)
                 with upstream_protocol():
                     batch += reader.feed(line)
             except ApiError:
@@ -1830,20 +1819,24 @@ class Pool:
 
     def _start_one(self, *, for_waiter: bool) -> None:
         """Start a process: for the request that waits longest just so, as a spare to be primed."""
+        session = None
         try:
             session = self._start()
+            if not for_waiter:
+                with self._changed:
+                    self._fleet.put(session, "starting")
+                threading.Thread(None, self._prime, "cc2api-prime", [session], daemon=True).start()
         except Exception as exc:  # noqa: BLE001 - the message says what it was
             with self._changed:
                 self._note_failure(f"claude cannot be started: {exc}")
-                if self._waiters and for_waiter:
+                if session:
+                    self.give_back(session, usable=False)
+                elif self._waiters and for_waiter:
                     first = self._waiters.pop(next(iter(self._waiters)))
                     first.set_exception(CliFailed(self.failure, status=503))
-            return
-        if for_waiter:
-            return self.give_back(session, usable=True)
-        with self._changed:
-            self._fleet.put(session, "starting")
-        threading.Thread(None, self._prime, "cc2api-prime", [session], daemon=True).start()
+        else:
+            if for_waiter:
+                self.give_back(session, usable=True)
 
     def _prime(self, session: Session) -> None:
         """Prime a spare, on a thread of its own."""

@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -319,6 +320,22 @@ def test_the_pool_survives_whatever_starting_a_process_raises(
             patch.setattr(cc2api.Process, "__init__", fail)
             assert gateway.ask("hello").status == 503
         assert gateway.ask("hello").status == 200
+
+
+def test_a_spare_that_no_thread_can_prime_is_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def start(thread: threading.Thread) -> None:
+        if thread.name == "cc2api-prime":
+            raise RuntimeError("can't start new thread")
+        start_thread(thread)
+
+    start_thread = threading.Thread.start
+    monkeypatch.setattr(threading.Thread, "start", start)
+    with InProcessGateway(tmp_path, processes=2) as gateway:
+        wait_until(lambda: bool(gateway.gateway.pool.failure))
+        wait_until(lambda: not (gateway.now.starting or gateway.now.ending))
+        assert gateway.ask("hi").status == 200
 
 
 def test_tools_that_the_cli_does_not_take_are_not_counted_again_and_again(tmp_path: Path) -> None:
