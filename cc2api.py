@@ -3496,8 +3496,9 @@ class Handler(BaseRequestHandler):
         route.run(self)
 
     def status(self) -> None:
-        url = f"http://{quoted(self._head.get('host'), 200)}"
-        self._send_text("text/plain", status_text(self._service, url))
+        # it stands in a command that people copy: nothing that a shell would act on
+        host = re.sub(r"[^A-Za-z0-9.:\[\]-]", "_", self._head.get("host"))
+        self._send_text("text/plain", status_text(self._service, f"http://{host}"))
 
     def page(self) -> None:
         self._send_text("text/html", PAGE)
