@@ -3290,7 +3290,7 @@ class Server(ThreadingHTTPServer):
     server_bind = TCPServer.server_bind  # HTTPServer's asks DNS for our own name
 
     def __init__(self, address: tuple[str, int], handler: type[BaseRequestHandler]) -> None:
-        """Bind and listen. Raises OSError. `serve` before `serve_forever`."""
+        """Bind and listen. Raises OSError. `serve` comes next."""
         self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
         self.service: Any = None  # what the handlers serve
         self.running: dict[str, set[object]] = {"connections": set(), "answers": set()}
@@ -3298,7 +3298,10 @@ class Server(ThreadingHTTPServer):
         self.server_port: int = self.server_address[1]
 
     def serve(self, service: object) -> None:
+        """Have the handlers serve this, each in a thread, until `shutdown` and `server_close`."""
         self.service = service
+        tick = [ACCEPT_TICK_S]
+        threading.Thread(None, self.serve_forever, "cc2api-accept", tick, daemon=True).start()
 
     @contextlib.contextmanager
     def count(self, what: str) -> Iterator[int]:
@@ -3321,11 +3324,6 @@ class Server(ThreadingHTTPServer):
     def handle_error(self, request: Any, client_address: Any) -> None:
         if not isinstance(sys.exc_info()[1], OSError):  # a connection that broke is no news
             log.exception("connection from %s failed", client_address)
-
-    def stop(self) -> None:
-        """Accept no more connections, and answer no more requests."""
-        self.shutdown()
-        self.server_close()
 
 
 # ======================================================================= Routes
@@ -3651,7 +3649,7 @@ class DemoApi(BaseHTTPRequestHandler):
 def start_demo(settings: Settings, environ: Mapping[str, str]) -> tuple[Settings, dict[str, str]]:
     """Start the script; return settings and an environment in which no account is used."""
     server = Server(("127.0.0.1", 0), DemoApi)
-    threading.Thread(None, server.serve_forever, "cc2api-demo", daemon=True).start()
+    server.serve(None)
     foreign = ("ANTHROPIC_", "CLAUDE_CODE_USE_", "CLAUDE_CODE_OAUTH_")
     kept = {name: value for name, value in environ.items() if not name.startswith(foreign)}
     kept |= {"ANTHROPIC_BASE_URL": f"http://127.0.0.1:{server.server_port}"}
@@ -3836,7 +3834,6 @@ def serve(settings: Settings, environ: Mapping[str, str]) -> int:
         signal.signal(number, lambda number, frame: signals.append(number))
     service = Service(settings, cli, environ)
     server.serve(service)
-    threading.Thread(None, server.serve_forever, "cc2api-accept", daemon=True).start()
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     url = f"http://{host}:{server.server_port}"
     listed = [f"  {name:<8} {text}" for name, text in service.describe(url).items()]
@@ -3846,7 +3843,8 @@ def serve(settings: Settings, environ: Mapping[str, str]) -> int:
     # a lock then never runs its handler (seen, Python 3.11). This one wakes up by itself.
     while not signals:
         time.sleep(ACCEPT_TICK_S)
-    server.stop()
+    server.shutdown()
+    server.server_close()  # from now on no request is answered
     deadline = time.monotonic() + settings.drain
     if running := len(server.running["answers"]):
         log.warning("%d answers get %g s more; Ctrl-C cuts them off", running, settings.drain)
