@@ -3241,23 +3241,18 @@ class Response:
         self._stream, self._head = stream, head
         self.written_at = time.monotonic()  # last
 
-    def send_json(self, status: int, body: JsonObject) -> bytes:
-        """Write a whole answer in JSON; return its body."""
-        data = json.dumps(body).encode("ascii") + b"\n"
-        self.send(status, data, {"content-type": "application/json"})
+    def send(self, status: int, body: JsonObject | str, kind: str = "application/json") -> bytes:
+        """Write a whole answer, its body but for HEAD, and with 204 none; return the body."""
+        data = body.encode() if isinstance(body, str) else json.dumps(body).encode("ascii") + b"\n"
+        sized = {"content-type": kind, "content-length": str(len(data))} if status != 204 else {}
+        self._stream.send(self._to_head(status, sized) + data * (self._head.method != "HEAD"))
         return data
-
-    def send(self, status: int, data: bytes, headers: Mapping[str, str]) -> None:
-        """Write a status, headers and, but for HEAD, a body."""
-        sized = headers if status == 204 else {**headers, "content-length": str(len(data))}
-        body = b"" if self._head.method == "HEAD" else data
-        self._stream.send(self._to_head(status, sized) + body)
 
     def write_chunk(self, data: bytes, *, is_last: bool = False) -> None:
         """Write a part of a stream with one write, the first one behind its head."""
         if not data:  # an empty chunk would end the body
             return
-        headers = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache"}
+        headers = {"content-type": "text/event-stream; charset=utf-8"}
         if self._head.is_http_11:  # else the end of the connection is the end of the body
             headers["transfer-encoding"] = "chunked"
             data = b"%x\r\n%b\r\n%b" % (len(data), data, b"0\r\n\r\n" if is_last else b"")
@@ -3277,6 +3272,7 @@ class Response:
             f"server: cc2api/{__version__}",
             f"date: {email.utils.formatdate(usegmt=True)}",
             f"connection: {'close' if self.closes else 'keep-alive'}",
+            "cache-control: no-store",
             *(f"{name}: {value}" for name, value in {**self.headers, **headers}.items()),
         ]
         return "\r\n".join([*lines, "", ""]).encode("ascii")
@@ -3466,7 +3462,7 @@ class Handler(BaseRequestHandler):
             if writer and (self._out.status or (writer.fails_in_stream and was_paid)):
                 self._out.write_chunk(to_frames(*writer.fail(error, body)), is_last=True)
             else:
-                self._out.send_json(status, body)
+                self._out.send(status, body)
         return error.status  # though the client of a stream has had a 200
 
     def _run(self, route: Route) -> None:
@@ -3478,7 +3474,8 @@ class Handler(BaseRequestHandler):
             keep_pages_out(head, service.settings)
         allow = {"allow": f"{route.method}, OPTIONS"}
         if head.method == "OPTIONS":
-            self._out.send(204, b"", allow)
+            self._out.headers.update(allow)
+            self._out.send(204, "")
             return
         if route is NO_ROUTE:
             raise ApiError(f"{head.method} {head.path}: no such route", status=404)
@@ -3496,28 +3493,22 @@ class Handler(BaseRequestHandler):
     def status(self) -> None:
         # it stands in a command that people copy: nothing that a shell would act on
         host = re.sub(r"[^A-Za-z0-9.:\[\]-]", "_", self._head.get("host"))
-        self._send_text("text/plain", status_text(self._service, f"http://{host}"))
+        text = status_text(self._service, f"http://{host}")
+        self._out.send(200, text, "text/plain; charset=utf-8")
 
     def page(self) -> None:
-        self._send_text("text/html", PAGE)
+        policy = "default-src 'self' 'unsafe-inline'; img-src data:"
+        self._out.headers.update({"content-security-policy": policy})
+        self._out.send(200, PAGE, "text/html; charset=utf-8")
 
     def metrics(self) -> None:
         text = self._service.metrics.render(self._service.gauges())
-        self._send_text("text/plain; version=0.0.4", text)
-
-    def _send_text(self, kind: str, text: str) -> None:
-        headers = {
-            "content-type": f"{kind}; charset=utf-8",
-            "content-security-policy": "default-src 'self' 'unsafe-inline'; img-src data:",
-            "cache-control": "no-store",
-            "vary": "accept",
-        }
-        self._out.send(200, text.encode(), headers)
+        self._out.send(200, text, "text/plain; version=0.0.4; charset=utf-8")
 
     def healthz(self) -> None:
         if failure := self._service.pool.failure:
             raise CliFailed(failure, status=503)
-        self._out.send_json(200, {"status": "ok"})
+        self._out.send(200, {"status": "ok"})
 
     def models(self) -> None:
         """Answer all models on one page, which both SDKs' paging takes, or one by id or alias."""
@@ -3530,14 +3521,14 @@ class Handler(BaseRequestHandler):
             ids = [*by_id] or [None]
             body = {"object": "list", "data": models, "has_more": False}
             body |= {"first_id": ids[0], "last_id": ids[-1]}
-        self._out.send_json(200, body)
+        self._out.send(200, body)
 
     def count_tokens(self) -> None:
         turn, _ = self._read_asked(is_count=True)
         count = {"input_tokens": self._service.count_tokens(turn, self._caller, self._tick)}
         self._record.note(**count)
         kind = {"object": "response.input_tokens"} if self._route.dialect is RESPONSES else {}
-        self._out.send_json(200, {**kind, **count})
+        self._out.send(200, {**kind, **count})
 
     def ask(self) -> None:
         """Have a model answer: write its events as they come, or the whole message."""
@@ -3559,7 +3550,7 @@ class Handler(BaseRequestHandler):
         if not turn.stream:
             with upstream_protocol():
                 body = writer.whole()
-            record.debug("response", out.send_json(200, body))
+            record.debug("response", out.send(200, body))
 
     def _tick(self) -> None:
         """Look after the client while it waits: see whether it left, show a stream life."""
