@@ -2741,20 +2741,17 @@ class Record:
         self.request_id = "req_" + uuid.uuid4().hex[:24]
         self.has_turn = False  # a model was asked
         self._metrics, self._route, self._model = metrics, route, "none"
-        self._notes: dict[str, object] = {"method": method, "path": quoted(path, 200)}
-        self._notes |= {"id": self.request_id, "client": client}
+        # what the log line of its end tells; `key`, the caller, is in its counts too
+        self.notes: dict[str, object] = {"method": method, "path": quoted(path, 200)}
+        self.notes |= {"id": self.request_id, "client": client}
         self._usage: dict[str, int] = {}  # tokens, as upstream counts
         self._started_at = time.monotonic()
         self._has_delta = False
 
-    def note(self, **pairs: object) -> None:
-        """Note what the log line of its end tells; `key`, the caller, is in its counts too."""
-        self._notes |= pairs
-
     def note_turn(self, turn: Turn, *, is_known: bool) -> None:
         """Note what is asked; a model that the CLI does not list counts as `other`."""
         self.has_turn, self._model = True, turn.model if is_known else "other"
-        self.note(model=quoted(turn.model, 100), stream=int(turn.stream))
+        self.notes.update(model=quoted(turn.model, 100), stream=int(turn.stream))
 
     def note_events(self, batch: Sequence[Event]) -> None:
         """Note what a batch of events tells: tokens, and that the model has begun to answer."""
@@ -2777,15 +2774,15 @@ class Record:
     def close(self, status: int) -> None:
         """Count it, and write the log line of its end."""
         seconds = time.monotonic() - self._started_at
-        caller = str(self._notes.get("key", "none"))
+        caller = str(self.notes.get("key", "none"))
         labels = {"model": self._model, "caller": caller, "status": str(status)}
         self._metrics.add("cc2api_requests_total", route=self._route, **labels)
         if self.has_turn:
             self._metrics.add("cc2api_request_seconds", seconds, route=self._route)
         for name, count in self._usage.items():
             self._metrics.add("cc2api_tokens_total", count, kind=_TOKEN_KINDS[name], caller=caller)
-        self.note(**self._usage, status=status, ms=round(seconds * 1000))
-        pairs = " ".join(f"{name}={value}" for name, value in self._notes.items())
+        self.notes.update(**self._usage, status=status, ms=round(seconds * 1000))
+        pairs = " ".join(f"{name}={value}" for name, value in self.notes.items())
         # those that watch the gateway itself come every few seconds
         is_watching = self._route in ("status", "healthz", "metrics") and status == 200
         log.log(logging.DEBUG if is_watching else logging.INFO, "event=done %s", pairs)
@@ -2845,7 +2842,7 @@ class Service:
         while not last:
             with self._lend(demand) as session:
                 used = "kept" if session.turns else "spare"
-                record.note(process="new" if session.is_new else used)
+                record.notes.update(process="new" if session.is_new else used)
                 session.bring(demand)
                 session.ask(demand.patience)
                 try:
@@ -3445,9 +3442,9 @@ class Handler(BaseRequestHandler):
 
     def _fail(self, error: ApiError) -> int:
         """Answer with an error: JSON with its status, or an event where a stream has begun."""
-        self._record.note(error=error.kind)
+        self._record.notes.update(error=error.kind)
         if error.status != 400:  # its message may quote the prompt
-            self._record.note(msg=json.dumps(str(error)[:200], ensure_ascii=False))
+            self._record.notes.update(msg=json.dumps(str(error)[:200], ensure_ascii=False))
         self._record.debug("error", str(error).encode())
         status, body = self._route.dialect.to_error(error)
         if self._route.dialect is ANTHROPIC:
@@ -3487,7 +3484,7 @@ class Handler(BaseRequestHandler):
         if route.needs_key:
             api_key, bearer = head.get("x-api-key"), head.get("authorization")
             self._caller = identify(keys, api_key, bearer)
-            self._record.note(key=self._caller.name)
+            self._record.notes.update(key=self._caller.name)
         route.run(self)
 
     def status(self) -> None:
@@ -3526,7 +3523,7 @@ class Handler(BaseRequestHandler):
     def count_tokens(self) -> None:
         turn, _ = self._read_asked(is_count=True)
         count = {"input_tokens": self._service.count_tokens(turn, self._caller, self._tick)}
-        self._record.note(**count)
+        self._record.notes.update(**count)
         kind = {"object": "response.input_tokens"} if self._route.dialect is RESPONSES else {}
         self._out.send(200, {**kind, **count})
 
