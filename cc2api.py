@@ -2847,8 +2847,6 @@ class Service:
                 session.ask(demand.patience)
                 try:
                     last = yield from session.read(demand.patience)
-                except ApiError as exc:
-                    raise _with_reset(exc, session.reader.rate_limits or self.rate_limits) from exc
                 finally:
                     self.rate_limits = session.reader.rate_limits or self.rate_limits
         yield last  # when the session is back: the next request finds it there
@@ -2957,7 +2955,7 @@ class Service:
         return Demand(mapped, (caller, turn.betas), Patience(limit_s, tick, late))
 
 
-def _with_reset(error: ApiError, limits: Mapping[str, str]) -> ApiError:
+def with_reset(error: ApiError, limits: Mapping[str, str]) -> ApiError:
     """Tell when a plan's used-up window opens again; clients would retry in vain until then."""
     reset = limits.get("anthropic-ratelimit-unified-reset", "")
     rejected = limits.get("anthropic-ratelimit-unified-status") == "rejected"
@@ -3442,6 +3440,7 @@ class Handler(BaseRequestHandler):
 
     def _fail(self, error: ApiError) -> int:
         """Answer with an error: JSON with its status, or an event where a stream has begun."""
+        error = with_reset(error, self._service.rate_limits)
         self._record.notes.update(error=error.kind)
         if error.status != 400:  # its message may quote the prompt
             self._record.notes.update(msg=json.dumps(str(error)[:200], ensure_ascii=False))
