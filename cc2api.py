@@ -2699,20 +2699,17 @@ class Record:
         self.request_id = "req_" + uuid.uuid4().hex[:24]
         self.has_turn = False  # a model was asked
         self._metrics, self._route, self._model = metrics, route, "none"
-        self._notes: dict[str, object] = {"method": method, "path": quoted(path, 200)}
-        self._notes |= {"id": self.request_id, "client": client}
+        # what the log line of its end tells; `key`, the caller, is in its counts too
+        self.notes: dict[str, object] = {"method": method, "path": quoted(path, 200)}
+        self.notes |= {"id": self.request_id, "client": client}
         self._usage: dict[str, int] = {}  # tokens, as upstream counts
         self._started_at = time.monotonic()
         self._has_delta = False
 
-    def note(self, **pairs: object) -> None:
-        """Note what the log line of its end tells; `key`, the caller, is in its counts too."""
-        self._notes |= pairs
-
     def note_turn(self, turn: Turn, *, is_known: bool) -> None:
         """Note what is asked; a model that the CLI does not list counts as `other`."""
         self.has_turn, self._model = True, turn.model if is_known else "other"
-        self.note(model=quoted(turn.model, 100), stream=int(turn.stream))
+        self.notes.update(model=quoted(turn.model, 100), stream=int(turn.stream))
 
     def note_events(self, batch: Sequence[Event]) -> None:
         """Note what a batch of events tells: tokens, and that the model has begun to answer."""
@@ -2735,15 +2732,15 @@ class Record:
     def close(self, status: int) -> None:
         """Count it, and write the log line of its end."""
         seconds = time.monotonic() - self._started_at
-        caller = str(self._notes.get("key", "none"))
+        caller = str(self.notes.get("key", "none"))
         labels = {"model": self._model, "caller": caller, "status": str(status)}
         self._metrics.add("cc2api_requests_total", route=self._route, **labels)
         if self.has_turn:
             self._metrics.add("cc2api_request_seconds", seconds, route=self._route)
         for name, count in self._usage.items():
             self._metrics.add("cc2api_tokens_total", count, kind=_TOKEN_KINDS[name], caller=caller)
-        self.note(**self._usage, status=status, ms=round(seconds * 1000))
-        pairs = " ".join(f"{name}={value}" for name, value in self._notes.items())
+        self.notes.update(**self._usage, status=status, ms=round(seconds * 1000))
+        pairs = " ".join(f"{name}={value}" for name, value in self.notes.items())
         # those that watch the gateway itself come every few seconds
         is_watching = self._route in ("status", "healthz", "metrics") and status == 200
         log.log(logging.DEBUG if is_watching else logging.INFO, "event=done %s", pairs)
@@ -2803,13 +2800,11 @@ class Service:
         while not last:
             with self._lend(demand) as session:
                 used = "kept" if session.turns else "spare"
-                record.note(process="new" if session.is_new else used)
+                record.notes.update(process="new" if session.is_new else used)
                 session.bring(demand)
                 session.ask(demand.patience)
                 try:
                     last = yield from session.read(demand.patience)
-                except ApiError as exc:
-                    raise _with_reset(exc, session.reader.rate_limits or self.rate_limits) from exc
                 finally:
                     self.rate_limits = session.reader.rate_limits or self.rate_limits
         yield last  # when the session is back: the next request finds it there
@@ -2918,7 +2913,7 @@ class Service:
         return Demand(mapped, (caller, turn.betas), Patience(limit_s, tick, late))
 
 
-def _with_reset(error: ApiError, limits: Mapping[str, str]) -> ApiError:
+def with_reset(error: ApiError, limits: Mapping[str, str]) -> ApiError:
     """Tell when a plan's used-up window opens again; clients would retry in vain until then."""
     reset = limits.get("anthropic-ratelimit-unified-reset", "")
     rejected = limits.get("anthropic-ratelimit-unified-status") == "rejected"
@@ -3199,23 +3194,18 @@ class Response:
         self._stream, self._head = stream, head
         self.written_at = time.monotonic()  # last
 
-    def send_json(self, status: int, body: JsonObject) -> bytes:
-        """Write a whole answer in JSON; return its body."""
-        data = json.dumps(body).encode("ascii") + b"\n"
-        self.send(status, data, {"content-type": "application/json"})
+    def send(self, status: int, body: JsonObject | str, kind: str = "application/json") -> bytes:
+        """Write a whole answer, its body but for HEAD, and with 204 none; return the body."""
+        data = body.encode() if isinstance(body, str) else json.dumps(body).encode("ascii") + b"\n"
+        sized = {"content-type": kind, "content-length": str(len(data))} if status != 204 else {}
+        self._stream.send(self._to_head(status, sized) + data * (self._head.method != "HEAD"))
         return data
-
-    def send(self, status: int, data: bytes, headers: Mapping[str, str]) -> None:
-        """Write a status, headers and, but for HEAD, a body."""
-        sized = headers if status == 204 else {**headers, "content-length": str(len(data))}
-        body = b"" if self._head.method == "HEAD" else data
-        self._stream.send(self._to_head(status, sized) + body)
 
     def write_chunk(self, data: bytes, *, is_last: bool = False) -> None:
         """Write a part of a stream with one write, the first one behind its head."""
         if not data:  # an empty chunk would end the body
             return
-        headers = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache"}
+        headers = {"content-type": "text/event-stream; charset=utf-8"}
         if self._head.is_http_11:  # else the end of the connection is the end of the body
             headers["transfer-encoding"] = "chunked"
             data = b"%x\r\n%b\r\n%b" % (len(data), data, b"0\r\n\r\n" if is_last else b"")
@@ -3235,6 +3225,7 @@ class Response:
             f"server: cc2api/{__version__}",
             f"date: {email.utils.formatdate(usegmt=True)}",
             f"connection: {'close' if self.closes else 'keep-alive'}",
+            "cache-control: no-store",
             *(f"{name}: {value}" for name, value in {**self.headers, **headers}.items()),
         ]
         return "\r\n".join([*lines, "", ""]).encode("ascii")
@@ -3248,7 +3239,7 @@ class Server(ThreadingHTTPServer):
     server_bind = TCPServer.server_bind  # HTTPServer's asks DNS for our own name
 
     def __init__(self, address: tuple[str, int], handler: type[BaseRequestHandler]) -> None:
-        """Bind and listen. Raises OSError. `serve` before `serve_forever`."""
+        """Bind and listen. Raises OSError. `serve` comes next."""
         self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
         self.service: Any = None  # what the handlers serve
         self.running: dict[str, set[object]] = {"connections": set(), "answers": set()}
@@ -3256,7 +3247,10 @@ class Server(ThreadingHTTPServer):
         self.server_port: int = self.server_address[1]
 
     def serve(self, service: object) -> None:
+        """Have the handlers serve this, each in a thread, until `shutdown` and `server_close`."""
         self.service = service
+        tick = [ACCEPT_TICK_S]
+        threading.Thread(None, self.serve_forever, "cc2api-accept", tick, daemon=True).start()
 
     @contextlib.contextmanager
     def count(self, what: str) -> Iterator[int]:
@@ -3279,11 +3273,6 @@ class Server(ThreadingHTTPServer):
     def handle_error(self, request: Any, client_address: Any) -> None:
         if not isinstance(sys.exc_info()[1], OSError):  # a connection that broke is no news
             log.exception("connection from %s failed", client_address)
-
-    def stop(self) -> None:
-        """Accept no more connections, and answer no more requests."""
-        self.shutdown()
-        self.server_close()
 
 
 # ======================================================================= Routes
@@ -3409,9 +3398,10 @@ class Handler(BaseRequestHandler):
 
     def _fail(self, error: ApiError) -> int:
         """Answer with an error: JSON with its status, or an event where a stream has begun."""
-        self._record.note(error=error.kind)
+        error = with_reset(error, self._service.rate_limits)
+        self._record.notes.update(error=error.kind)
         if error.status != 400:  # its message may quote the prompt
-            self._record.note(msg=json.dumps(str(error)[:200], ensure_ascii=False))
+            self._record.notes.update(msg=json.dumps(str(error)[:200], ensure_ascii=False))
         self._record.debug("error", str(error).encode())
         status, body = self._route.dialect.to_error(error)
         if self._route.dialect is ANTHROPIC:
@@ -3426,7 +3416,7 @@ class Handler(BaseRequestHandler):
             if writer and (self._out.status or (writer.fails_in_stream and was_paid)):
                 self._out.write_chunk(to_frames(*writer.fail(error, body)), is_last=True)
             else:
-                self._out.send_json(status, body)
+                self._out.send(status, body)
         return error.status  # though the client of a stream has had a 200
 
     def _run(self, route: Route) -> None:
@@ -3438,7 +3428,8 @@ class Handler(BaseRequestHandler):
             keep_pages_out(head, service.settings)
         allow = {"allow": f"{route.method}, OPTIONS"}
         if head.method == "OPTIONS":
-            self._out.send(204, b"", allow)
+            self._out.headers.update(allow)
+            self._out.send(204, "")
             return
         if route is NO_ROUTE:
             raise ApiError(f"{head.method} {head.path}: no such route", status=404)
@@ -3450,33 +3441,28 @@ class Handler(BaseRequestHandler):
         if route.needs_key:
             api_key, bearer = head.get("x-api-key"), head.get("authorization")
             self._caller = identify(keys, api_key, bearer)
-            self._record.note(key=self._caller.name)
+            self._record.notes.update(key=self._caller.name)
         route.run(self)
 
     def status(self) -> None:
-        url = f"http://{quoted(self._head.get('host'), 200)}"
-        self._send_text("text/plain", status_text(self._service, url))
+        # it stands in a command that people copy: nothing that a shell would act on
+        host = re.sub(r"[^A-Za-z0-9.:\[\]-]", "_", self._head.get("host"))
+        text = status_text(self._service, f"http://{host}")
+        self._out.send(200, text, "text/plain; charset=utf-8")
 
     def page(self) -> None:
-        self._send_text("text/html", PAGE)
+        policy = "default-src 'self' 'unsafe-inline'; img-src data:"
+        self._out.headers.update({"content-security-policy": policy})
+        self._out.send(200, PAGE, "text/html; charset=utf-8")
 
     def metrics(self) -> None:
         text = self._service.metrics.render(self._service.gauges())
-        self._send_text("text/plain; version=0.0.4", text)
-
-    def _send_text(self, kind: str, text: str) -> None:
-        headers = {
-            "content-type": f"{kind}; charset=utf-8",
-            "content-security-policy": "default-src 'self' 'unsafe-inline'; img-src data:",
-            "cache-control": "no-store",
-            "vary": "accept",
-        }
-        self._out.send(200, text.encode(), headers)
+        self._out.send(200, text, "text/plain; version=0.0.4; charset=utf-8")
 
     def healthz(self) -> None:
         if failure := self._service.pool.failure:
             raise CliFailed(failure, status=503)
-        self._out.send_json(200, {"status": "ok"})
+        self._out.send(200, {"status": "ok"})
 
     def models(self) -> None:
         """Answer all models on one page, which both SDKs' paging takes, or one by id or alias."""
@@ -3489,14 +3475,14 @@ class Handler(BaseRequestHandler):
             ids = [*by_id] or [None]
             body = {"object": "list", "data": models, "has_more": False}
             body |= {"first_id": ids[0], "last_id": ids[-1]}
-        self._out.send_json(200, body)
+        self._out.send(200, body)
 
     def count_tokens(self) -> None:
         turn, _ = self._read_asked(is_count=True)
         count = {"input_tokens": self._service.count_tokens(turn, self._caller, self._tick)}
-        self._record.note(**count)
+        self._record.notes.update(**count)
         kind = {"object": "response.input_tokens"} if self._route.dialect is RESPONSES else {}
-        self._out.send_json(200, {**kind, **count})
+        self._out.send(200, {**kind, **count})
 
     def ask(self) -> None:
         """Have a model answer: write its events as they come, or the whole message."""
@@ -3518,7 +3504,7 @@ class Handler(BaseRequestHandler):
         if not turn.stream:
             with upstream_protocol():
                 body = writer.whole()
-            record.debug("response", out.send_json(200, body))
+            record.debug("response", out.send(200, body))
 
     def _tick(self) -> None:
         """Look after the client while it waits: see whether it left, show a stream life."""
@@ -3608,7 +3594,7 @@ class DemoApi(BaseHTTPRequestHandler):
 def start_demo(settings: Settings, environ: Mapping[str, str]) -> tuple[Settings, dict[str, str]]:
     """Start the script; return settings and an environment in which no account is used."""
     server = Server(("127.0.0.1", 0), DemoApi)
-    threading.Thread(None, server.serve_forever, "cc2api-demo", daemon=True).start()
+    server.serve(None)
     foreign = ("ANTHROPIC_", "CLAUDE_CODE_USE_", "CLAUDE_CODE_OAUTH_")
     kept = {name: value for name, value in environ.items() if not name.startswith(foreign)}
     kept |= {"ANTHROPIC_BASE_URL": f"http://127.0.0.1:{server.server_port}"}
@@ -3793,7 +3779,6 @@ def serve(settings: Settings, environ: Mapping[str, str]) -> int:
         signal.signal(number, lambda number, frame: signals.append(number))
     service = Service(settings, cli, environ)
     server.serve(service)
-    threading.Thread(None, server.serve_forever, "cc2api-accept", daemon=True).start()
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     url = f"http://{host}:{server.server_port}"
     listed = [f"  {name:<8} {text}" for name, text in service.describe(url).items()]
@@ -3803,7 +3788,8 @@ def serve(settings: Settings, environ: Mapping[str, str]) -> int:
     # a lock then never runs its handler (seen, Python 3.11). This one wakes up by itself.
     while not signals:
         time.sleep(ACCEPT_TICK_S)
-    server.stop()
+    server.shutdown()
+    server.server_close()  # from now on no request is answered
     deadline = time.monotonic() + settings.drain
     if running := len(server.running["answers"]):
         log.warning("%d answers get %g s more; Ctrl-C cuts them off", running, settings.drain)

@@ -247,8 +247,6 @@ class InProcessGateway(Client):
         self.gateway = cc2api.Service(self.settings, self.cli, self.environ)
         self.server.serve(self.gateway)
         self.port = self.server.server_port
-        self._thread = threading.Thread(target=self.server.serve_forever, args=[0.02])
-        self._thread.start()
 
     @property
     def now(self) -> Snapshot:
@@ -260,9 +258,9 @@ class InProcessGateway(Client):
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self.server.stop()
+        self.server.shutdown()
+        self.server.server_close()
         self.gateway.close()
-        self._thread.join()
 
 
 def children_of(pid: int) -> list[int]:

@@ -69,6 +69,21 @@ def test_curl_is_told_the_state_in_plain_text(start_fake: Any) -> None:
     assert b"from the fake" in done.stdout
 
 
+def test_no_shell_acts_on_what_a_client_calls_the_host(start_fake: Any) -> None:
+    gateway: RunningGateway = start_fake("--processes", "0")
+    (gateway.dir / "apikeys.txt").write_text("sk-1\n")  # with keys any name will do
+    key = {"x-api-key": "sk-1"}
+    for host in ("[::1]:8080", "a-b.example:1"):
+        assert (
+            f"curl http://{host}/v1"
+            in gateway.request("GET", "/", None, {"host": host, **key}).body.decode()
+        )
+    evil = {"host": "x';$(touch${IFS}y)|`z`&<>*?~!#%", **key}
+    said = gateway.request("GET", "/", None, evil).body.decode()
+    (tried,) = re.findall("^try +curl http://(.*)/v1/messages", said, re.MULTILINE)
+    assert re.fullmatch(r"[\w.:\[\]-]+", tried, re.ASCII)
+
+
 def test_a_browser_gets_a_page_that_loads_nothing_from_elsewhere(start_fake: Any) -> None:
     answer = start_fake().request("GET", "/", headers=HTML)
     assert answer.headers["content-type"] == "text/html; charset=utf-8"
