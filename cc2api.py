@@ -79,9 +79,7 @@ JsonObject = dict[str, Any]
 _T = TypeVar("_T")
 log = logging.getLogger("cc2api")
 
-# From this version on a used process takes another model without a trace of it in the conversation
-# (seen: 2.1.248 leaves `/model` text).
-MIN_CLI_VERSION: Final = (2, 1, 300)
+MIN_CLI_VERSION: Final = (2, 1, 300)  # older leave `/model` text in a used process (2.1.248)
 DEFAULT_SYSTEM_PROMPT: Final = "You are a helpful assistant."
 DEFAULT_MODEL_NAME: Final = "claude-code"  # the name under which clients ask for the CLI's default
 
@@ -442,8 +440,7 @@ def to_turn(
         extra_body=without_nulls(passed),
         betas=tuple(dict.fromkeys(filter(_BETA.match, map(str.strip, betas.split(","))))),
         marked=marked,
-        # The API refuses a 1h breakpoint after a 5m one, and the CLI sets its own before and after
-        # the client's, so all have one ttl.
+        # for all: the API takes no 1h after a 5m, and the CLI marks before and after the client
         cache_ttl="1h" if "1h" in [ttl for _, ttl in marks] else "5m",
     )
 
@@ -498,9 +495,7 @@ def check_block(path: str, block: JsonObject) -> None:
         for place, part in objects(block, "content", inside):
             check_block(place, part)
             if block.get("is_error") and part["type"] != "text":  # the CLI would drop it
-                raise InvalidRequest(
-                    f"{place}: all content must be type `text` if `is_error` is set"
-                )
+                raise InvalidRequest(f"{place}: all content must be type `text` in an error")
 
 
 def check_image(path: str, source: JsonObject) -> None:
@@ -867,7 +862,8 @@ class AnswerWriter:
             else:
                 content[-1]["input"] = {}  # also where it was cut short
                 with contextlib.suppress(ValueError, RecursionError):
-                    json.dumps([[[[[[given := json.loads(said)]]]]]])  # as deep as in an answer
+                    given = json.loads(said)
+                    json.dumps([[[[[[given]]]]]])  # can it be written, as deep as in an answer?
                     content[-1]["input"] = given
         elif kind == "message_delta":
             extra = {"context_management": event.get("context_management")}
@@ -905,15 +901,14 @@ PROCESS_VARIABLES: Final = {
     "CLAUDE_CODE_DISABLE_REFUSAL_FALLBACK": "1",
     "CLAUDE_CODE_DISABLE_REFUSAL_RETRY": "1",  # a refusal would be asked again: a second paid call
     **{"DISABLE_AUTO_COMPACT": "1", "DISABLE_COMPACT": "1"},  # no summarising call unasked
-    "DISABLE_AUTOUPDATER": "1",  # the pool notices an update; processes must not make one
+    "DISABLE_AUTOUPDATER": "1",  # when to update is the user's to say
     # The tools' names and descriptions as given, all of them, and any number called at once.
     **{"CLAUDE_AGENT_SDK_MCP_NO_PREFIX": "1", "ENABLE_TOOL_SEARCH": "false"},
     "CLAUDE_CODE_MAX_MCP_DESCRIPTION_LENGTH": "1000000",
     "CLAUDE_CODE_MAX_TOOL_USE_CONCURRENCY": "1000",
     "CLAUDE_CODE_TOTAL_TOKENS_REMINDER": "off",  # in tool steps on a login (seen, 2.1.330)
 }
-# Not handed down: what a request sets for itself, and the marks of a Claude Code session that this
-# gateway may have been started from (the CLI finds its own).
+# Not handed down: what each request sets, and the marks of a Claude Code session around us.
 DROPPED_VARIABLES: Final = (
     *("ANTHROPIC_BETAS", "CLAUDE_CODE_EXTRA_BODY", "CLAUDE_CODE_MAX_OUTPUT_TOKENS"),
     *("CLAUDE_CODE_EFFORT_LEVEL", "CLAUDE_CODE_PROMPT_CACHE_TTL", "ENABLE_PROMPT_CACHING_1H"),
@@ -1247,7 +1242,7 @@ class Channel:
             response = _object(self.next(short).get("response"))
         if response.get("subtype") != "success":
             raise kind(f"claude refused {subtype}: {response.get('error')}")
-        return response.get("response") or {}
+        return _object(response.get("response"))
 
     def apply(self, settings: JsonObject) -> None:
         """Change settings. Does not wait: what comes next does."""
@@ -1339,10 +1334,9 @@ class Channel:
 
 
 # ================================================================= Conversation
-# What a process holds, and how a request is brought to it. One mechanism: cut back to the common
-# prefix of what is held and what the request says, tell what differs (settings, system prompt,
-# tools, thinking), append the rest, then ask or count. To continue is to cut nothing; to edit,
-# regenerate or branch is to cut to the middle; a new conversation is a cut to the beginning.
+# What a process holds, and how a request is brought to it: cut back to the common prefix, tell what
+# differs (settings, system prompt, tools, thinking), append the rest, then ask or count. To go on is
+# to cut nothing, to edit or branch to cut to the middle, to begin anew to cut to the beginning.
 
 
 class Held(NamedTuple):
@@ -1811,8 +1805,8 @@ class Pool:
                 tick_s = REAP_TICK_S if fleet.all("ending") else KEEPER_TICK_S
                 self._changed.wait(min(tick_s, spare_in_s) if spare_in_s > 0 else tick_s)
         for session in gone:
-            self._ended(session)
-            session.process.close()
+            with contextlib.closing(session.process):
+                self._ended(session)
         if is_due:
             self._start_one(for_waiter=is_for_waiter)
         return False
@@ -1969,8 +1963,7 @@ class Items:
             role = "system"
             if any(block["type"] != "text" for block in blocks):
                 raise InvalidRequest(f"{path}.content: Input should be text")
-            # Codex adds some late: in the system prompt they would each time end the caching, and
-            # the process that was kept
+            # a late one of Codex' would there end the caching, and the process that was kept
             if self._hoists or not self.messages:
                 self.system += blocks
                 return
@@ -2699,17 +2692,20 @@ class Record:
         self.request_id = "req_" + uuid.uuid4().hex[:24]
         self.has_turn = False  # a model was asked
         self._metrics, self._route, self._model = metrics, route, "none"
-        # what the log line of its end tells; `key`, the caller, is in its counts too
-        self.notes: dict[str, object] = {"method": method, "path": quoted(path, 200)}
-        self.notes |= {"id": self.request_id, "client": client}
+        self._notes: dict[str, object] = {"method": method, "path": quoted(path, 200)}
+        self._notes |= {"id": self.request_id, "client": client}
         self._usage: dict[str, int] = {}  # tokens, as upstream counts
         self._started_at = time.monotonic()
         self._has_delta = False
 
+    def note(self, **pairs: object) -> None:
+        """Note what the log line of its end tells; `key`, the caller, is in its counts too."""
+        self._notes |= pairs
+
     def note_turn(self, turn: Turn, *, is_known: bool) -> None:
         """Note what is asked; a model that the CLI does not list counts as `other`."""
         self.has_turn, self._model = True, turn.model if is_known else "other"
-        self.notes.update(model=quoted(turn.model, 100), stream=int(turn.stream))
+        self.note(model=quoted(turn.model, 100), stream=int(turn.stream))
 
     def note_events(self, batch: Sequence[Event]) -> None:
         """Note what a batch of events tells: tokens, and that the model has begun to answer."""
@@ -2732,15 +2728,15 @@ class Record:
     def close(self, status: int) -> None:
         """Count it, and write the log line of its end."""
         seconds = time.monotonic() - self._started_at
-        caller = str(self.notes.get("key", "none"))
+        caller = str(self._notes.get("key", "none"))
         labels = {"model": self._model, "caller": caller, "status": str(status)}
         self._metrics.add("cc2api_requests_total", route=self._route, **labels)
         if self.has_turn:
             self._metrics.add("cc2api_request_seconds", seconds, route=self._route)
         for name, count in self._usage.items():
             self._metrics.add("cc2api_tokens_total", count, kind=_TOKEN_KINDS[name], caller=caller)
-        self.notes.update(**self._usage, status=status, ms=round(seconds * 1000))
-        pairs = " ".join(f"{name}={value}" for name, value in self.notes.items())
+        self.note(**self._usage, status=status, ms=round(seconds * 1000))
+        pairs = " ".join(f"{name}={value}" for name, value in self._notes.items())
         # those that watch the gateway itself come every few seconds
         is_watching = self._route in ("status", "healthz", "metrics") and status == 200
         log.log(logging.DEBUG if is_watching else logging.INFO, "event=done %s", pairs)
@@ -2792,7 +2788,7 @@ class Service:
     ) -> Generator[list[Event], None, None]:
         """Yield the answer's events, in batches of those that were ready together.
 
-        The last event is always message_stop. `tick` is called every TICK_S and may raise
+        The last event is always message_stop. `tick` is called at least every TICK_S and may raise
         ClientGone. Raises ApiError; closing the generator early ends the turn at once.
         """
         demand = self._demand(turn, caller, tick)
@@ -2800,7 +2796,7 @@ class Service:
         while not last:
             with self._lend(demand) as session:
                 used = "kept" if session.turns else "spare"
-                record.notes.update(process="new" if session.is_new else used)
+                record.note(process="new" if session.is_new else used)
                 session.bring(demand)
                 session.ask(demand.patience)
                 try:
@@ -3019,9 +3015,7 @@ send.onclick = async () => {
   clearInterval(timer)
   send.disabled = false
 }
-prompt.onkeydown = event => {
-  if (event.key == "Enter" && (event.ctrlKey || event.metaKey)) send.click()
-}
+prompt.onkeydown = key => { if (key.key == "Enter" && (key.ctrlKey || key.metaKey)) send.click() }
 key.value = sessionStorage.apiKey ?? ""
 key.oninput = () => { sessionStorage.apiKey = key.value; list() }
 refresh()
@@ -3033,7 +3027,6 @@ list()
 # ========================================================================= HTTP
 # Sockets, framing, and the writing of one answer. Framing is strict: a proxy in front that reads it
 # differently could be made to smuggle requests in. No response header is built from client text.
-# Knows nothing of what is asked.
 
 # None of these may try one byte in two ways: hostile input would take minutes.
 _REQUEST_LINE: Final = re.compile(r"([A-Z]{1,20}) (/[\x21-\x7e]*) HTTP/1\.([01])")
@@ -3190,9 +3183,11 @@ class Response:
     def __init__(self, stream: ClientStream, head: Head, headers: Mapping[str, str]) -> None:
         self.status = 0  # what was sent, 0 while nothing was
         self.closes = True  # the connection ends with it
-        self.headers = dict(headers)  # that go out with it
-        self._stream, self._head = stream, head
+        self._stream, self._head, self._headers = stream, head, dict(headers)
         self.written_at = time.monotonic()  # last
+
+    def add_headers(self, headers: Mapping[str, str]) -> None:
+        self._headers |= headers
 
     def send(self, status: int, body: JsonObject | str, kind: str = "application/json") -> bytes:
         """Write a whole answer, its body but for HEAD, and with 204 none; return the body."""
@@ -3226,7 +3221,7 @@ class Response:
             f"date: {email.utils.formatdate(usegmt=True)}",
             f"connection: {'close' if self.closes else 'keep-alive'}",
             "cache-control: no-store",
-            *(f"{name}: {value}" for name, value in {**self.headers, **headers}.items()),
+            *(f"{name}: {value}" for name, value in {**self._headers, **headers}.items()),
         ]
         return "\r\n".join([*lines, "", ""]).encode("ascii")
 
@@ -3399,18 +3394,18 @@ class Handler(BaseRequestHandler):
     def _fail(self, error: ApiError) -> int:
         """Answer with an error: JSON with its status, or an event where a stream has begun."""
         error = with_reset(error, self._service.rate_limits)
-        self._record.notes.update(error=error.kind)
+        self._record.note(error=error.kind)
         if error.status != 400:  # its message may quote the prompt
-            self._record.notes.update(msg=json.dumps(str(error)[:200], ensure_ascii=False))
+            self._record.note(msg=json.dumps(str(error)[:200], ensure_ascii=False))
         self._record.debug("error", str(error).encode())
         status, body = self._route.dialect.to_error(error)
         if self._route.dialect is ANTHROPIC:
             body["request_id"] = self._record.request_id
         if self._record.has_turn:
-            self._out.headers.update(self._service.rate_limits)
+            self._out.add_headers(self._service.rate_limits)
         should_retry = False if (error.status, status) == (402, 429) else error.should_retry
         told = without_nulls({"retry-after": error.retry_after_s, "x-should-retry": should_retry})
-        self._out.headers.update({name: str(value).lower() for name, value in told.items()})
+        self._out.add_headers({name: str(value).lower() for name, value in told.items()})
         writer, was_paid = self._writer, error.status in (502, 504)
         with contextlib.suppress(ClientGone):
             if writer and (self._out.status or (writer.fails_in_stream and was_paid)):
@@ -3428,20 +3423,19 @@ class Handler(BaseRequestHandler):
             keep_pages_out(head, service.settings)
         allow = {"allow": f"{route.method}, OPTIONS"}
         if head.method == "OPTIONS":
-            self._out.headers.update(allow)
+            self._out.add_headers(allow)
             self._out.send(204, "")
             return
         if route is NO_ROUTE:
             raise ApiError(f"{head.method} {head.path}: no such route", status=404)
         if head.method != route.method and (head.method, route.method) != ("HEAD", "GET"):
-            self._out.headers.update(allow)
+            self._out.add_headers(allow)
             # by 426 Codex learns to come without a WebSocket, at once (responses-api.md 2.5)
             status = 426 if head.get("upgrade") else 405
             raise ApiError(f"{head.method} is not allowed here, {route.method} is", status)
         if route.needs_key:
-            api_key, bearer = head.get("x-api-key"), head.get("authorization")
-            self._caller = identify(keys, api_key, bearer)
-            self._record.notes.update(key=self._caller.name)
+            self._caller = identify(keys, head.get("x-api-key"), head.get("authorization"))
+            self._record.note(key=self._caller.name)
         route.run(self)
 
     def status(self) -> None:
@@ -3452,7 +3446,7 @@ class Handler(BaseRequestHandler):
 
     def page(self) -> None:
         policy = "default-src 'self' 'unsafe-inline'; img-src data:"
-        self._out.headers.update({"content-security-policy": policy})
+        self._out.add_headers({"content-security-policy": policy})
         self._out.send(200, PAGE, "text/html; charset=utf-8")
 
     def metrics(self) -> None:
@@ -3480,7 +3474,7 @@ class Handler(BaseRequestHandler):
     def count_tokens(self) -> None:
         turn, _ = self._read_asked(is_count=True)
         count = {"input_tokens": self._service.count_tokens(turn, self._caller, self._tick)}
-        self._record.notes.update(**count)
+        self._record.note(**count)
         kind = {"object": "response.input_tokens"} if self._route.dialect is RESPONSES else {}
         self._out.send(200, {**kind, **count})
 
@@ -3492,7 +3486,7 @@ class Handler(BaseRequestHandler):
             self._writer = writer
         with contextlib.closing(service.answer(turn, self._caller, self._tick, record)) as answer:
             for batch in answer:
-                out.headers.update(service.rate_limits)
+                out.add_headers(service.rate_limits)
                 with upstream_protocol():
                     events = [written for event in batch for written in writer.feed(event)]
                     record.note_events(batch)

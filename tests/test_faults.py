@@ -197,19 +197,6 @@ def test_the_keeper_goes_on_whatever_happens(
         assert gateway.ask("hello").status == 200
 
 
-def test_spares_are_renewed_when_the_executable_changes(start_fake: Any, tmp_path: Path) -> None:
-    script = tmp_path / "claude"
-    fake = Path(__file__).parent / "fake_claude.py"
-    script.write_text(fake.read_text())
-    script.chmod(0o755)
-    gateway = start_fake("--claude", str(script), "--processes", "2")
-    wait_until(lambda: len(gateway.children()) == 1)
-    first = gateway.children()
-    script.write_text(fake.read_text() + "# a new version\n")
-    assert gateway.ask("hello").status == 200
-    wait_until(lambda: not set(first) & set(gateway.children()))
-
-
 def test_a_stop_ends_processes_and_removes_the_temporary_directory(start_fake: Any) -> None:
     gateway = start_fake()
     in_parallel(gateway, ["a while"] * 3)

@@ -218,12 +218,6 @@ def test_a_process_that_answers_no_control_request_is_replaced(
     assert "did not answer initialize within" in caplog.text
 
 
-def test_the_clis_own_retries_are_logged(start_fake: Any) -> None:
-    gateway = start_fake()
-    assert gateway.ask("retry-notice").status == 200
-    assert "529" in gateway.wait_for_log("claude retries by itself")
-
-
 def test_a_client_that_stops_reading_is_dropped(tmp_path: Path) -> None:
     with (
         InProcessGateway(tmp_path, timeout=0.5) as gateway,
