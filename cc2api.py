@@ -25,6 +25,10 @@ Rules that hold throughout:
  5. A stream's 200 goes out with its first event, so that a failure keeps its true status, or after
     KEEPALIVE_S of silence.
 
+A streamed request passes HTTP (read_head) > Routes (Handler) > HTTP (read_body) > Requests >
+Service (answer) > Pool (acquire) > Conversation (Session: bring, ask) > Lines > Process (Channel)
+and back Process > Conversation (read) > Events (feed) > Service > Routes (ask) > HTTP (Response).
+
 Facts about the CLI were seen on 2.1.300 to 2.1.331 talking to a scripted API; each one relied on is
 pinned by a test in tests/. Sections, each using only what stands above it: Settings, Errors, API
 keys, Requests, Lines, Events, The CLI, Process, Conversation, Pool, OpenAI, Chat completions,
@@ -41,13 +45,11 @@ import dataclasses
 import email.utils
 import hashlib
 import hmac
-import http.client
 import importlib.util
 import io
 import itertools
 import json
 import logging
-import math
 import os
 import re
 import select
@@ -62,8 +64,7 @@ import time
 import urllib.parse
 import uuid
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
-from concurrent.futures import TimeoutError as FutureTimeout
+from concurrent.futures import Future, TimeoutError as FutureTimeout
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -553,7 +554,7 @@ def unmarked(block: JsonObject, marks: list[Mark]) -> JsonObject:
     """Return a block or tool without breakpoints; `marks` gets those, as on the outermost."""
     kept, found = dict(block), list[Mark]()
     if kept.get("type") == "tool_result" and isinstance(kept.get("content"), list):
-        kept["content"] = [unmarked(part, found) for _, part in objects(kept, "content")]
+        kept["content"] = [unmarked(part, found) for part in kept["content"]]
     if _object(kept.get("cache_control")).get("type") == "ephemeral":
         found.append((kept, kept.pop("cache_control").get("ttl")))
     marks += [(kept, ttl) for _, ttl in found]
@@ -822,9 +823,12 @@ class AnswerWriter:
     """Writes one answer as a stream or whole: here as the Messages API does, which is the base."""
 
     end = b""  # of a stream
+    ping: Sequence[JsonObject] = ({"type": "ping"},)
     fails_in_stream = False  # with a status of 200, also where nothing was written yet
 
-    def __init__(self) -> None:
+    def __init__(self, calls: Mapping[str, JsonObject] | None = None) -> None:
+        """`calls`: what the call of a tool says it is, by the tool's name upstream."""
+        self.calls = calls or {}
         self.message: JsonObject = {}  # as far as it has come
         self.pieces: list[str] = []  # what the deltas of the latest block say; it gets them whole
 
@@ -832,9 +836,9 @@ class AnswerWriter:
         """Return the answer once all events have been fed."""
         return self.message
 
-    def live(self) -> list[JsonObject]:
+    def live(self) -> Sequence[JsonObject]:
         """Return events that show life in a stream that is silent; for none a comment does."""
-        return [{"type": "ping"}] if self.message else []  # so early it confuses some clients
+        return self.ping if self.message else []  # so early it confuses some clients
 
     def fail(self, error: ApiError, body: JsonObject) -> list[JsonObject]:
         """Return what ends a stream that fails; `body` tells the error whole."""
@@ -1209,7 +1213,7 @@ class Channel:
             self.process.wait(patience)
         line = self.process.lines.popleft()
         message = _object(_object(line.get("request")).get("message"))
-        method = str(message.get("method"))
+        method, response = str(message.get("method")), _object(line.get("response"))
         if method == "tools/call":
             meta = _object(_object(message.get("params")).get("_meta"))
             self.calls[str(meta.get("claudecode/toolUseId"))] = line
@@ -1217,8 +1221,8 @@ class Channel:
             self._is_listed = self._is_listed or method == "tools/list"
             replies = {"initialize": SERVER_INFO, "tools/list": {"tools": self._tools}}
             self._reply(line, replies.get(method, {}))
-        elif self.applying and _object(line.get("response")).get("request_id") == self.applying:
-            self.applying = ""
+        elif self.applying and response.get("request_id") == self.applying:
+            self.applying = self.applying if response.get("subtype") != "success" else ""
         elif line.get("type") == "result":
             self.results_due -= 1
             if isinstance(cost := line.get("total_cost_usd"), (int, float)):
@@ -1335,8 +1339,8 @@ class Channel:
 
 # ================================================================= Conversation
 # What a process holds, and how a request is brought to it: cut back to the common prefix, tell what
-# differs (settings, system prompt, tools, thinking), append the rest, then ask or count. To go on is
-# to cut nothing, to edit or branch to cut to the middle, to begin anew to cut to the beginning.
+# differs (settings, system prompt, tools), append the rest, then ask or count. To go on is to cut
+# nothing, to edit or branch to cut to the middle, to begin anew to cut to the beginning.
 
 
 class Held(NamedTuple):
@@ -1753,7 +1757,7 @@ class Pool:
             self._changed.notify_all()
         self._keeper.join(EXIT_GRACE_S + 1)
 
-    # ---- these hold the lock
+    # ---- these two hold the lock; the keeper's, which follow, take it by themselves
 
     def _serve_waiters(self) -> None:
         """Lend what is idle to those who wait, in order, each what costs it least."""
@@ -1773,8 +1777,6 @@ class Pool:
             log.error("%s: try `cc2api --check`", problem)
         self.failure = problem
         self._spare_at = max(self._spare_at, time.monotonic() + KEEPER_TICK_S)
-
-    # ---- the keeper, which takes the lock by itself
 
     def _keep(self) -> None:
         """Run the keeper thread: start for waiters first, then spares; reap; until all are gone."""
@@ -1878,9 +1880,6 @@ FINISH_REASONS: Final = {  # any other: stop
 }
 
 
-# ---- content
-
-
 def to_blocks(owner: JsonObject, name: str, path: str) -> list[JsonObject]:
     """Return a text or a list of parts as blocks, less blank texts, which Anthropic refuses."""
     said = {name: as_blocks(owner.get(name))}
@@ -1923,10 +1922,7 @@ def _to_source(url: str) -> JsonObject:
     return {"type": "base64", "media_type": media_type, "data": encoded}
 
 
-# ---- items
-
-
-class Items:
+class ItemReader:
     """What the items of a conversation say (responses-api.md 1.2), one message each, to be merged.
 
     Refused items are told by their place: those of tools that OpenAI runs, and what points to
@@ -1993,15 +1989,16 @@ class Items:
 
     def output(self, path: str, item: JsonObject) -> None:
         call_id = require(item, "call_id", str, path)
-        require(item, "output", object, path)
+        said = "content" if "content" in item else "output"  # chat completions' or responses'
+        require(item, said, object, path)
         if call_id not in self._calls:
             problem = f"No tool call found for function call output with call_id {call_id}."
             raise InvalidRequest(f"{path}: {problem}")
         self._calls.discard(call_id)
-        result = {"type": "tool_result", "content": to_blocks(item, "output", path)}
-        self._add("user", path, [{**result, "tool_use_id": call_id}])
-        self.messages.insert(self._front, self.messages.pop())  # in front of what the user says
-        self._front += 1
+        result = {"type": "tool_result", "content": to_blocks(item, said, path)}
+        message = {"role": "user", "content": [{**result, "tool_use_id": call_id}]}
+        self.messages.insert(self._front, (path, message))  # in front of what the user says
+        self._front, self._thinking = self._front + 1, []
 
     def more_tools(self, path: str, item: JsonObject) -> None:
         """Take tools, and where a search found them, its output, which is they."""
@@ -2011,12 +2008,12 @@ class Items:
             self.output(path, {**item, "output": json.dumps([tool for _, tool in more])})
 
 
-_READERS: Final[dict[str, Callable[[Items, str, JsonObject], None]]] = {
-    **dict.fromkeys(("reasoning", "web_search_call", "file_search_call"), Items.thought),
-    **{"code_interpreter_call": Items.thought, "message": Items.message},
-    **dict.fromkeys(CALL_TYPES.values(), Items.call),
-    **dict.fromkeys(("function_call_output", "custom_tool_call_output"), Items.output),
-    **dict.fromkeys(("tool_search_output", "additional_tools"), Items.more_tools),
+_READERS: Final[dict[str, Callable[[ItemReader, str, JsonObject], None]]] = {
+    **dict.fromkeys(("reasoning", "web_search_call", "file_search_call"), ItemReader.thought),
+    **{"code_interpreter_call": ItemReader.thought, "message": ItemReader.message},
+    **dict.fromkeys(CALL_TYPES.values(), ItemReader.call),
+    **dict.fromkeys(("function_call_output", "custom_tool_call_output"), ItemReader.output),
+    **dict.fromkeys(("tool_search_output", "additional_tools"), ItemReader.more_tools),
 }
 
 
@@ -2032,9 +2029,6 @@ def _unseal(sealed: Any) -> list[JsonObject]:
             block = parse_json(base64.urlsafe_b64decode(sealed[len(_SEAL) :]))
             return [block] if block.get("type") in ("thinking", "redacted_thinking") else []
     return []
-
-
-# ---- tools
 
 
 def _upstream_name(tool: JsonObject, path: str) -> str:
@@ -2053,6 +2047,7 @@ def _flattened(placed: Iterable[Placed]) -> Iterator[Placed]:
             texts.append(optional(inner, "description", str, place))
             if inner.get("type") == "custom":
                 form = optional(inner, "format", dict, place) or {}
+                form = _object(form.get("grammar")) or form  # so in chat completions
                 grammar = optional(form, "definition", str, f"{place}.format")
                 texts += [_RAW_HINT, grammar and f"Its {form.get('syntax')} grammar:\n{grammar}"]
             about = "\n\n".join(filter(None, texts)) or None
@@ -2074,7 +2069,8 @@ def _to_tools(placed: Iterable[Placed]) -> tuple[list[JsonObject], dict[str, Jso
         if kind != "tool_search":
             name, said = _upstream_name(tool, path), {of: tool[of] for of in ("name", "namespace")}
             call = {"type": CALL_TYPES[kind], **without_nulls(said)}
-        if calls.setdefault(name, call) != call:
+        is_twice = name in tools and path.startswith("tools.")
+        if is_twice or calls.setdefault(name, call) != call:
             raise InvalidRequest(f"{path}.name: there is another tool of the name {name}")
         parameters = optional(tool, "parameters", dict, path) or {"properties": {}}
         schema = {"type": "object", **(_RAW_INPUT if kind == "custom" else parameters)}
@@ -2084,18 +2080,25 @@ def _to_tools(placed: Iterable[Placed]) -> tuple[list[JsonObject], dict[str, Jso
     return list(tools.values()), calls
 
 
+def _flat(owner: Any) -> JsonObject:
+    """Return an object without the one that chat completions put under the name of its type."""
+    given = _object(owner)
+    return {**given, **_object(given.get(str(given.get("type"))))}
+
+
 def _to_tool_choice(
     body: JsonObject, tools: list[JsonObject]
 ) -> tuple[JsonObject, list[JsonObject]]:
     """Return tool_choice and parallel_tool_calls in Anthropic's form, and the tools they leave."""
     choice: Any = body.get("tool_choice") or "auto"
-    if (kind := _object(choice).get("type")) == "allowed_tools":
-        allowed = objects(choice, "tools", "tool_choice")
-        names = [_upstream_name(tool, path) for path, tool in allowed]
-        tools, choice = [tool for tool in tools if tool["name"] in names], choice.get("mode")
-    translated: JsonObject = {"type": "any" if choice == "required" else choice}
+    named = _flat(choice)
+    if (kind := named.get("type")) == "allowed_tools":
+        allowed = objects(named, "tools", "tool_choice")
+        names = [_upstream_name(_flat(tool), path) for path, tool in allowed]
+        tools, choice = [tool for tool in tools if tool["name"] in names], named.get("mode")
+    translated: JsonObject = {"type": "any" if choice == "required" else choice or "auto"}
     if kind in ("function", "custom"):
-        translated = {"type": "tool", "name": _upstream_name(choice, "tool_choice")}
+        translated = {"type": "tool", "name": _upstream_name(named, "tool_choice")}
     elif isinstance(choice, dict):
         problem = "Input should be 'function', 'custom' or 'allowed_tools'"
         raise InvalidRequest(f"tool_choice.type: {problem}")
@@ -2105,7 +2108,7 @@ def _to_tool_choice(
 
 
 def to_fields(
-    body: JsonObject, items: Items, tools: Iterable[Placed], form: JsonObject
+    body: JsonObject, items: ItemReader, tools: Iterable[Placed], form: JsonObject
 ) -> tuple[JsonObject, dict[str, JsonObject]]:
     """Return what both APIs ask for in Anthropic's form, and what the calls of tools are.
 
@@ -2136,12 +2139,8 @@ def to_fields(
 
 def to_effort(owner: JsonObject, name: str, path: str = "") -> str | None:
     """Return an effort as Anthropic has it, the highest for one of a later day."""
-    effort = optional(owner, name, str, path) or "none"
-    known: dict[str, str | None] = {"none": None, "minimal": "low"}
-    return known.get(effort, effort if effort in EFFORTS else EFFORTS[-1])
-
-
-# ---- answers
+    known = {"none": None, "minimal": "low", **{effort: effort for effort in EFFORTS}}
+    return known.get(optional(owner, name, str, path) or "none", EFFORTS[-1])
 
 
 def to_raw_input(given: Any) -> str:
@@ -2204,7 +2203,7 @@ def parse_chat_request(body: JsonObject) -> tuple[Turn, ChatWriter]:
     for name, only in _ONLY.items():
         if body.get(name) and body[name] != only:
             raise InvalidRequest(f"{name}: this value is not supported by this gateway")
-    items = Items([], hoists=True)
+    items = ItemReader([], hoists=True)
     for path, item in _chat_items(body):
         items.read(path, item)
     form = optional(body, "response_format", dict) or {}
@@ -2212,9 +2211,7 @@ def parse_chat_request(body: JsonObject) -> tuple[Turn, ChatWriter]:
         inner = require(form, "json_schema", dict, "response_format")
         form = {**inner, "type": "json_schema"}
     tools = [_unwrapped(tool, path) for path, tool in objects(body, "tools")]
-    if isinstance(choice := body.get("tool_choice"), dict):
-        _, choice = _unwrapped(choice, "tool_choice")
-    fields, calls = to_fields({**body, "tool_choice": choice}, items, tools, form)
+    fields, calls = to_fields(body, items, tools, form)
     stop = body.get("stop")
     stops = [stop] if isinstance(stop, str) else optional(body, "stop", list) or []
     fields |= {
@@ -2230,20 +2227,22 @@ def parse_chat_request(body: JsonObject) -> tuple[Turn, ChatWriter]:
 def _unwrapped(owner: JsonObject, path: str) -> Placed:
     """Return a tool, a call or a choice of one, flat: less the object named by its type."""
     kind = "function" if owner.get("custom") is None else "custom"
-    return f"{path}.{kind}", {**require(owner, kind, dict, path), "type": kind}
+    flat = {**require(owner, kind, dict, path), "type": kind, "namespace": None}
+    return f"{path}.{kind}", flat
 
 
 def _chat_items(body: JsonObject) -> Iterator[Placed]:
     """Yield what the messages say as items."""
     for path, message in objects(body, "messages"):
         if message.get("role") == "tool":
-            call = {"call_id": require(message, "tool_call_id", str, path)}
-            said = {"type": "function_call_output", "output": message.get("content") or ""}
-            yield path, {**call, **said}
+            call_id = require(message, "tool_call_id", str, path)
+            said = {"type": "function_call_output", "content": message.get("content") or ""}
+            yield path, {**said, "call_id": call_id}
             continue
         said = {"role": message.get("role"), "type": "message"}
         yield path, {**said, "content": message.get("content") or message.get("refusal")}
-        for place, call in objects(message, "tool_calls", path):
+        calls = objects(message, "tool_calls", path) if message.get("role") == "assistant" else ()
+        for place, call in calls:
             call_id = require(call, "id", str, place)
             place, flat = _unwrapped(call, place)
             yield place, {**flat, "type": CALL_TYPES[flat["type"]], "call_id": call_id}
@@ -2252,12 +2251,11 @@ def _chat_items(body: JsonObject) -> Iterator[Placed]:
 class ChatWriter(AnswerWriter):
     """Writes an answer as a chat completion, whole or in chunks."""
 
-    end = b"data: [DONE]\n\n"
+    end, ping = b"data: [DONE]\n\n", ()
 
     def __init__(self, calls: Mapping[str, JsonObject], *, include_usage: bool = False) -> None:
-        super().__init__()
+        super().__init__(calls)
         self._created, self._include_usage = int(time.time()), include_usage
-        self.calls = calls
 
     def feed(self, event: Event) -> list[JsonObject]:
         super().feed(event)
@@ -2272,29 +2270,22 @@ class ChatWriter(AnswerWriter):
         return [chunk]
 
     def whole(self) -> JsonObject:
-        message = self.message
-        blocks = message["content"]
-        calls = [
-            self._to_call(b, json.dumps(b["input"])) for b in blocks if b["type"] == "tool_use"
-        ]
+        blocks = self.message["content"]
+        calls = [self._to_call(block) for block in blocks if block["type"] == "tool_use"]
         text = "".join(block["text"] for block in blocks if block["type"] == "text")
         thinking = "".join(block["thinking"] for block in blocks if block["type"] == "thinking")
         reply = {
             "role": "assistant",
             "content": text or (None if calls else ""),
-            "refusal": _object(message.get("stop_details")).get("explanation"),
+            "refusal": _object(self.message.get("stop_details")).get("explanation"),
         }
         reply |= without_nulls({"reasoning_content": thinking or None, "tool_calls": calls or None})
-        usage = to_openai_usage(message["usage"], "prompt", "completion")
+        usage = to_openai_usage(self.message["usage"], "prompt", "completion")
         return {**self._to_answer("chat.completion", {"message": reply}), "usage": usage}
-
-    def live(self) -> list[JsonObject]:
-        return []
 
     def _to_answer(self, kind: str, said: JsonObject) -> JsonObject:
         """Return an answer of a kind, whole or a chunk, to which its one choice says something."""
-        message = self.message
-        stop_reason = message.get("stop_reason")
+        message, stop_reason = self.message, self.message.get("stop_reason")
         finish = FINISH_REASONS.get(stop_reason, "stop") if stop_reason else None
         return {
             "id": "chatcmpl-" + str(message["id"]).removeprefix("msg_"),
@@ -2308,8 +2299,9 @@ class ChatWriter(AnswerWriter):
     def _is_custom(self, block: JsonObject) -> bool:
         return _object(self.calls.get(block["name"])).get("type") == "custom_tool_call"
 
-    def _to_call(self, block: JsonObject, arguments: str) -> JsonObject:
-        kind, said = "function", {"arguments": arguments}
+    def _to_call(self, block: JsonObject, arguments: str | None = None) -> JsonObject:
+        whole = json.dumps(block["input"]) if arguments is None else arguments
+        kind, said = "function", {"arguments": whole}
         if self._is_custom(block):
             kind, said = "custom", {"input": to_raw_input(block["input"])}
         return {"id": block["id"], "type": kind, kind: {"name": block["name"], **said}}
@@ -2363,7 +2355,7 @@ def parse_responses_request(
     given = body.get("input") or None
     listed = {"input": [{"role": "user", "content": given}] if isinstance(given, str) else given}
     require(listed, "input", list)
-    items = Items(to_blocks(body, "instructions", ""))
+    items = ItemReader(to_blocks(body, "instructions", ""))
     for path, item in objects(listed, "input"):
         items.read(path, item)
     if not items.messages or (items.messages[-1][1]["role"] == "assistant" and not is_count):
@@ -2371,10 +2363,10 @@ def parse_responses_request(
     reasoning, text = (optional(body, name, dict) or {} for name in ("reasoning", "text"))
     form = optional(text, "format", dict, "text") or {}
     fields, calls = to_fields(body, items, objects(body, "tools"), form)
-    shows_thinking = bool(reasoning.get("summary") or reasoning.get("generate_summary"))
-    shows_thinking &= reasoning.get("effort") != "none"
+    wants_summary = reasoning.get("summary") or reasoning.get("generate_summary")
     # with a forced tool the API refuses it
-    shows_thinking &= _object(fields["tool_choice"]).get("type") not in ("any", "tool")
+    is_forced = _object(fields["tool_choice"]).get("type") in ("any", "tool")
+    shows_thinking = wants_summary and not is_forced and reasoning.get("effort") != "none"
     fields |= {
         "max_tokens": body.get("max_output_tokens"),
         "effort": to_effort(reasoning, "effort", "reasoning"),
@@ -2390,11 +2382,10 @@ def _to_blank(body: JsonObject) -> JsonObject:
     text, reasoning = _object(body.get("text")), _object(body.get("reasoning"))
     return {
         **{"id": f"resp_{uuid.uuid4().hex}", "object": "response", "status": "in_progress"},
-        **{"created_at": int(time.time()), "completed_at": None, "error": None},
-        **{"incomplete_details": None, "output": [], "usage": None, "store": False},
-        **{"previous_response_id": None, "background": False, "truncation": "disabled"},
-        **{"service_tier": "default", "top_logprobs": 0},
-        **{name: body.get(name) for name in echoed},
+        **dict.fromkeys(("completed_at", "error", "incomplete_details", "usage")),
+        **{"created_at": int(time.time()), "output": [], "store": False, "background": False},
+        **{"truncation": "disabled", "service_tier": "default", "top_logprobs": 0},
+        **{"previous_response_id": None, **{name: body.get(name) for name in echoed}},
         **{"metadata": body.get("metadata") or {}, "tools": body.get("tools") or []},
         "parallel_tool_calls": body.get("parallel_tool_calls") is not False,
         "tool_choice": body.get("tool_choice") or "auto",
@@ -2430,16 +2421,18 @@ _FORMS: Final = {
 }
 
 
-class _Item:
+class _OutputItem:
     """An output item as it comes, made of a block; `say` and `end` yield its events."""
 
     def __init__(self, kind: str, block: JsonObject, call: JsonObject, name: str, index: int):
         self.kind, self.form, self._block = kind, _FORMS[kind], block
-        self._place = {"item_id": f"{self.form.prefix}_{name}{index}", "output_index": index}
-        self._item = {"id": self._place["item_id"], **call, **self.form.opening}
+        self._index, item_id = index, f"{self.form.prefix}_{name}{index}"
+        self._place: JsonObject = {"item_id": item_id}
+        self._item = {"id": item_id, **call, **self.form.opening}
         self._item |= {} if self.form.part else {self.form.field: ""}
         self._list = "summary" if kind == "reasoning" else "content"  # that its part is in
         self._part = "reasoning_summary_part" if kind == "reasoning" else "content_part"
+        self._more: JsonObject = {"logprobs": []} if kind == "message" else {}
         self._pieces: list[str] = []  # of its text
         self._is_begun = False
 
@@ -2450,12 +2443,12 @@ class _Item:
             if not (text := "".join(self._pieces)).strip():
                 return
             self._is_begun = True
-            yield self._whole("added")
+            yield self._event("output_item.added", item=dict(self._item))
             if self.form.part:
                 self._place |= {f"{self._list}_index": 0}
                 yield self._event(f"{self._part}.added", part=self.form.part)
         if text:
-            yield self._text("delta", delta=text)
+            yield self._event(f"{self.form.events}.delta", **self._more, delta=text)
 
     def end(self) -> Iterator[JsonObject]:
         """Finish; a message that has said nothing is none."""
@@ -2469,10 +2462,10 @@ class _Item:
         if not self._is_begun:
             if self.kind == "message":
                 return
-            yield self._whole("added")
+            yield self._event("output_item.added", item=dict(self._item))
         said: JsonObject = {self.form.field: "".join(self._pieces)}
         if self._is_begun or (self.form.events and not self.form.part):
-            yield self._text("done", **said)
+            yield self._event(f"{self.form.events}.done", **self._more, **said)
             if self.form.part:
                 said = {self._list: [{**self.form.part, **said}]}
                 yield self._event(f"{self._part}.done", part=said[self._list][0])
@@ -2481,18 +2474,11 @@ class _Item:
             self._item["encrypted_content"] = seal(self._block)
         else:
             self._item["status"] = "completed"
-        yield self._whole("done")
-
-    def _whole(self, ending: str) -> JsonObject:
-        place = {"output_index": self._place["output_index"], "item": dict(self._item)}
-        return {"type": f"response.output_item.{ending}", **place}
+        yield self._event("output_item.done", item=dict(self._item))
 
     def _event(self, name: str, **said: Any) -> JsonObject:
-        return {"type": f"response.{name}", **self._place, **said}
-
-    def _text(self, ending: str, **said: Any) -> JsonObject:
-        more: JsonObject = {"logprobs": []} if self.kind == "message" else {}
-        return self._event(f"{self.form.events}.{ending}", **more, **said)
+        place = {} if "item" in said else self._place
+        return {"type": f"response.{name}", "output_index": self._index, **place, **said}
 
 
 class ResponseWriter(AnswerWriter):
@@ -2505,12 +2491,11 @@ class ResponseWriter(AnswerWriter):
     fails_in_stream = True  # what was paid for: by its status Codex would repeat it thirty times
 
     def __init__(self, blank: JsonObject, calls: Mapping[str, JsonObject]) -> None:
-        """`calls`: what the call of a tool says it is, by the tool's name upstream."""
-        super().__init__()
-        self._response, self.calls = blank, calls  # the first as it was last told
+        super().__init__(calls)
+        self._response = blank  # as it was last told
         self._written = 0  # events
         self._output: list[JsonObject] = []  # the items that are finished
-        self._item: _Item | None = None  # the one that is not
+        self._item: _OutputItem | None = None  # the one that is not
 
     def feed(self, event: Event) -> list[JsonObject]:
         super().feed(event)
@@ -2527,7 +2512,7 @@ class ResponseWriter(AnswerWriter):
     def whole(self) -> JsonObject:
         return self._response
 
-    def live(self) -> list[JsonObject]:
+    def live(self) -> Sequence[JsonObject]:
         """Show life: by beginning, then by an event, since comments leave Codex' clock running."""
         return self._numbered(self._begin() or [{"type": "keepalive"}])
 
@@ -2563,7 +2548,7 @@ class ResponseWriter(AnswerWriter):
             return
         if not self._item:
             name = self._response["id"].partition("_")[2]
-            self._item = _Item(kind, block, call, name, len(self._output))
+            self._item = _OutputItem(kind, block, call, name, len(self._output))
         yield from self._item.say(block.get(self._item.form.source) or "")
 
     def _end(self) -> Iterator[JsonObject]:
@@ -2757,7 +2742,7 @@ class Service:
         self.is_login = not wants_bare(settings.bare, environ)
         self._cli, self._environ = cli, environ
         self._sign_in = IN_DEMO if settings.demo else UNKNOWN
-        self._ask_at = math.inf if settings.demo else 0.0  # monotonic; when the CLI is asked next
+        self._ask_at = float("inf" if settings.demo else 0)  # monotonic; when the CLI is asked next
         self._models: list[JsonObject] = []  # the CLI's, as the last process told them
         self._model_map = dict(pair.split("=", 1) for pair in settings.model_map)
         self._padding: dict[str, int] = {}  # tokens of a padding tool, by model
@@ -3216,7 +3201,7 @@ class Response:
         # behind a body that was not read nobody knows where the next request begins
         self.closes = not keeps or self._stream.body_length != 0
         lines = [
-            f"HTTP/1.1 {status} {http.client.responses.get(status, 'Error')}",
+            f"HTTP/1.1 {status} {BaseHTTPRequestHandler.responses.get(status, ('Error',))[0]}",
             f"server: cc2api/{__version__}",
             f"date: {email.utils.formatdate(usegmt=True)}",
             f"connection: {'close' if self.closes else 'keep-alive'}",
@@ -3237,7 +3222,7 @@ class Server(ThreadingHTTPServer):
         """Bind and listen. Raises OSError. `serve` comes next."""
         self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
         self.service: Any = None  # what the handlers serve
-        self.running: dict[str, set[object]] = {"connections": set(), "answers": set()}
+        self.answers: set[object] = set()  # that are running
         super().__init__(address, handler)
         self.server_port: int = self.server_address[1]
 
@@ -3248,22 +3233,21 @@ class Server(ThreadingHTTPServer):
         threading.Thread(None, self.serve_forever, "cc2api-accept", tick, daemon=True).start()
 
     @contextlib.contextmanager
-    def count(self, what: str) -> Iterator[int]:
-        """Count a connection or an answer as running; yield how many are."""
-        running, one = self.running[what], object()
-        running.add(one)
+    def answering(self) -> Iterator[None]:
+        """Count an answer as running."""
+        one = object()
+        self.answers.add(one)
         try:
-            yield len(running)
+            yield
         finally:
-            running.discard(one)
+            self.answers.discard(one)
 
     def finish_request(self, request: Any, client_address: Any) -> None:
         """Run a connection's handler; beyond MAX_CONNECTIONS it is closed at once."""
-        with self.count("connections") as count:
-            if count <= MAX_CONNECTIONS:
-                super().finish_request(request, client_address)
-            else:
-                log.warning("over %d connections: one was turned away", MAX_CONNECTIONS)
+        if threading.active_count() <= MAX_CONNECTIONS:
+            super().finish_request(request, client_address)
+        else:
+            log.warning("over %d connections: one was turned away", MAX_CONNECTIONS)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         if not isinstance(sys.exc_info()[1], OSError):  # a connection that broke is no news
@@ -3315,12 +3299,11 @@ def cors_headers(head: Head, settings: Settings) -> dict[str, str]:
     for allowed in settings.cors_origin:
         if allowed in ("*", head.get("origin")):
             return {
-                "access-control-allow-origin": allowed,
+                **{"access-control-allow-origin": allowed, "vary": "origin"},
                 "access-control-allow-methods": "GET, POST, OPTIONS",
                 "access-control-allow-headers": "authorization, *",  # a star does not cover it
                 "access-control-expose-headers": "request-id, x-request-id, retry-after",
                 "access-control-max-age": "600",
-                "vary": "origin",
             }
     return {}
 
@@ -3353,7 +3336,7 @@ class Handler(BaseRequestHandler):
             try:
                 while self.server.fileno() >= 0:  # until it stops
                     head = self._stream.read_head(idle_s)
-                    with self.server.count("answers"):
+                    with self.server.answering():
                         self._answer(head)
                     if self._out.closes:
                         break
@@ -3603,12 +3586,10 @@ def start_demo(settings: Settings, environ: Mapping[str, str]) -> tuple[Settings
 
 def parse_args(argv: Sequence[str] | None, environ: Mapping[str, str]) -> Settings:
     """Return the settings. Wrong options end the process with status 2, as argparse does."""
-    parser = argparse.ArgumentParser(
-        prog="cc2api",
-        usage=argparse.SUPPRESS,  # it would stand before each problem, which then is one line
-        description="The Claude Code CLI on this machine as an Anthropic Messages API.",
-        epilog="Every option can be given as a variable too: --port 8080 is CC2API_PORT=8080.",
-    )
+    usage = argparse.SUPPRESS  # it would stand before each problem, which then is one line
+    about = "The Claude Code CLI on this machine as an Anthropic Messages API."
+    more = "Every option can be given as a variable too: --port 8080 is CC2API_PORT=8080."
+    parser = argparse.ArgumentParser("cc2api", usage, about, more)
     parser.add_argument("--version", action="version", version=f"cc2api {__version__}")
     options: dict[str, dataclasses.Field[Any]] = {}  # by flag and by variable
     for option in dataclasses.fields(Settings):
@@ -3785,9 +3766,9 @@ def serve(settings: Settings, environ: Mapping[str, str]) -> int:
     server.shutdown()
     server.server_close()  # from now on no request is answered
     deadline = time.monotonic() + settings.drain
-    if running := len(server.running["answers"]):
+    if running := len(server.answers):
         log.warning("%d answers get %g s more; Ctrl-C cuts them off", running, settings.drain)
-    while server.running["answers"] and len(signals) < 2 and time.monotonic() < deadline:
+    while server.answers and len(signals) < 2 and time.monotonic() < deadline:
         time.sleep(ACCEPT_TICK_S)
     service.close()
     log.info("event=stop")
@@ -3809,9 +3790,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:  # before signals are caught
         return 130
-    except BrokenPipeError:  # whoever reads our output is gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
 
 
 if __name__ == "__main__":

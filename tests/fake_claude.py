@@ -5,7 +5,7 @@ Orders for the next process are files in the directory FAKE_CLAUDE_ORDERS, remov
 `die-at-start`, `die-at-initialize`, `mute` (answers no control request), `ignore-eof`;
 `always-die` and `always-leave` (with status 0) stay. Orders for an answer are words in the last
 user message: `die-before-answer`, `die-mid-answer`, `garbage`, `error-result`, `silent-end`,
-`retry-notice`, `fill-stderr`, `long-line`, `stall` (no event), `stall-after-start`, `flood` (deltas
+`fill-stderr`, `long-line`, `stall` (no event), `stall-after-start`, `flood` (deltas
 without end), `a while` (0.3 s). Every query is noted in `queries` in the same directory.
 """
 
@@ -64,8 +64,6 @@ def answer(text: str) -> None:
         print("noise " * 200_000, file=sys.stderr, flush=True)
     if "long-line" in text:
         put("x" * 50_000_000)
-    if "retry-notice" in text:
-        put({"type": "system", "subtype": "api_retry", "attempt": 1, "error_status": 529})
     if "stall-after-start" not in text and "stall" in text:
         time.sleep(60)
     if "error-result" in text:

@@ -6,8 +6,7 @@ import itertools
 import json
 from typing import Any
 
-from hypothesis import HealthCheck, example, find, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, example, find, given, settings, strategies as st
 
 import cc2api
 
