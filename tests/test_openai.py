@@ -178,10 +178,32 @@ def test_parameters_are_translated(fields: JsonObject, sent: JsonObject) -> None
     assert turn.extra_body == sent
 
 
+def test_allowed_tools_leave_these_alone() -> None:
+    named = [{"type": "function", "function": {"name": "g"}}]
+    for mode, kind in (("required", "any"), ("auto", "auto"), (None, "auto")):
+        allowed = {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": named}}
+        turn, _ = parse(tools=TOOLS, tool_choice=allowed)
+        assert [tool["name"] for tool in turn.tools] == ["g"]
+        assert turn.extra_body["tool_choice"] == {"type": kind}
+
+
+def test_a_custom_tool_tells_the_model_its_grammar() -> None:
+    grammar = {"syntax": "lark", "definition": 'start: "x"'}
+    custom = {**TOOLS[2]["custom"], "format": {"type": "grammar", "grammar": grammar}}  # type: ignore[dict-item]
+    (sent,) = parse(tools=[{"type": "custom", "custom": custom}])[0].tools
+    assert sent["description"].endswith('lark grammar:\nstart: "x"')
+
+
+def test_calls_of_others_than_the_assistant_are_ignored() -> None:
+    got = messages_of({"role": "user", "content": "hi", "tool_calls": [CALL]})
+    assert got == [("user", [{"type": "text", "text": "hi"}])]
+
+
 def test_reasoning_effort_is_effort() -> None:
     efforts = ("none", "minimal", "low", "medium", "high", "xhigh", "max", None)
     seen = [parse(reasoning_effort=effort)[0].effort for effort in efforts]
     assert seen == [None, "low", "low", "medium", "high", "xhigh", "max", None]
+    assert parse(reasoning_effort="ultra")[0].effort == "max"
 
 
 def test_json_object_asks_for_bare_json() -> None:
@@ -207,9 +229,16 @@ MISTAKES: list[tuple[JsonObject, str | None]] = [
         "messages[0].content[0].file.file_data",
     ),
     ({"messages": [{"role": "tool", "tool_call_id": "x", "content": "r"}]}, "messages[0]"),
+    ({"tools": TOOLS, "tool_choice": {"type": "web_search"}}, "tool_choice.type"),
+    ({"tools": [TOOLS[0], TOOLS[0]]}, "tools[1].function.name"),
     (
-        {"tools": TOOLS, "tool_choice": {"type": "allowed_tools", "allowed_tools": {}}},
-        "tool_choice.function",
+        {
+            "messages": [
+                {"role": "assistant", "tool_calls": [CALL]},
+                {"role": "tool", "tool_call_id": "call_1", "content": [{"type": "input_audio"}]},
+            ]
+        },
+        "messages[1].content[0].type",
     ),
     (
         {

@@ -385,6 +385,7 @@ FIELDS_REFUSED: list[tuple[JsonObject, str]] = [
     ({"tools": [{"type": "namespace", "tools": []}]}, "tools[0].name"),
     ({"tools": [{**SPACE, "tools": [{"type": "mcp"}]}]}, "tools[0].tools[0].type"),
     ({"tools": [SPACE, {**F, "name": "ns__f"}]}, "tools[1].name"),
+    ({"tools": [F, {**F, "description": "another"}]}, "tools[1].name"),
     ({"tools": [F], "tool_choice": {"type": "web_search"}}, "tool_choice.type"),
     ({"tools": [F], "tool_choice": {"type": "function"}}, "tool_choice.name"),
 ]
