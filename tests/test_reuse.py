@@ -528,6 +528,18 @@ def test_a_cli_that_refuses_for_good_gets_a_process_for_each_conversation(
         assert "takes a process of its own" in said, "as --check says"
 
 
+def test_a_refused_hold_is_none_and_its_process_is_ended(
+    tmp_path: Path, api: ScriptedApi, claude: str
+) -> None:
+    """Three settings are those of the rehearsal, then come a request's own and its hold."""
+    word = marker()
+    api.on(word, text_reply("cut", stop_reason="max_tokens"))
+    with between(tmp_path, api, claude, "refuse apply_flag_settings 5", processes=2) as gateway:
+        wait_until(lambda: len(gateway.now.spare) == 1)
+        assert gateway.ask(word).json["stop_reason"] == "max_tokens"
+        assert gateway.now.idle == []
+
+
 # ---- which session, on the fake CLI
 
 
