@@ -2771,10 +2771,10 @@ class Service:
     def answer(
         self, turn: Turn, caller: Caller, tick: Callable[[], None], record: Record
     ) -> Generator[list[Event], None, None]:
-        """Yield the answer's events, in batches of those that were ready together.
+        """Yield the answer's events, in batches of those that were ready together, to message_stop.
 
-        The last event is always message_stop. `tick` is called at least every TICK_S and may raise
-        ClientGone. Raises ApiError; closing the generator early ends the turn at once.
+        Raises ApiError, and what `tick` does, which is called at least every TICK_S. Closing it early
+        ends the turn at once.
         """
         demand = self._demand(turn, caller, tick)
         last: list[Event] = []
@@ -3350,8 +3350,8 @@ class Handler(BaseRequestHandler):
         """Run a route; whatever it raises is answered here and nowhere else. Raises ClientGone."""
         path = re.sub(r"\A(/v1)+(?=/)", "", head.path)
         path = "/models/" if path.startswith("/models/") else path
-        is_page = path == "/" and "text/html" in head.get("accept")
-        route = PAGE_ROUTE if is_page else ROUTES.get(path, NO_ROUTE)
+        path = "page" if path == "/" and "text/html" in head.get("accept") else path
+        route = ROUTES.get(path, NO_ROUTE)
         client, service = str(self.client_address[0]), self._service
         self._record = Record(service.metrics, route.name, client, head.method, head.path)
         ids = dict.fromkeys(("request-id", "x-request-id"), self._record.request_id)
@@ -3516,6 +3516,7 @@ class Route(NamedTuple):
 # Without their /v1: a base URL is configured with it or without, and some clients add one.
 ROUTES: Final = {
     "/": Route("GET", "status", Handler.status),
+    "page": Route("GET", "status", Handler.page, needs_key=False),  # the same, for browsers
     "/healthz": Route("GET", "healthz", Handler.healthz, needs_key=False),
     "/metrics": Route("GET", "metrics", Handler.metrics),
     "/api/hello": Route("GET", "hello", Handler.healthz),  # Claude Code's own probe
@@ -3527,7 +3528,6 @@ ROUTES: Final = {
     "/models": Route("GET", "models", Handler.models),
     "/models/": Route("GET", "model", Handler.models),
 }
-PAGE_ROUTE: Final = Route("GET", "status", Handler.page, needs_key=False)
 NO_ROUTE: Final = Route("GET", "none", Handler.healthz, needs_key=False)
 
 
