@@ -2773,8 +2773,8 @@ class Service:
     ) -> Generator[list[Event], None, None]:
         """Yield the answer's events, in batches of those that were ready together, to message_stop.
 
-        Raises ApiError, and what `tick` does, which is called at least every TICK_S. Closing it early
-        ends the turn at once.
+        Raises ApiError, and what `tick` does, which is called at least every TICK_S. To close it
+        early ends the turn at once.
         """
         demand = self._demand(turn, caller, tick)
         last: list[Event] = []
@@ -3255,9 +3255,8 @@ class Server(ThreadingHTTPServer):
 
 
 # ======================================================================= Routes
-# Which path does what, who may call it, and the one place where errors become answers. One thread
-# for each connection. A new route is a row in ROUTES and a function of a Handler; a new API that
-# asks a model is a Dialect.
+# Which path does what, who may call it, and the one place where errors become answers. A new route
+# is a row in ROUTES and a function of a Handler; a new API that asks a model is a Dialect.
 
 # Localhost and IP addresses: no name in the DNS has one of these forms.
 _OWN_NAME: Final = re.compile(r"localhost|[0-9.]+|\[[0-9a-f:.]+\]")
@@ -3321,7 +3320,7 @@ def keep_pages_out(head: Head, settings: Settings) -> None:
 
 
 class Handler(BaseRequestHandler):
-    """One connection: reads requests one after the other and routes each."""
+    """One connection, with a thread of its own: reads request after request and routes each."""
 
     server: Server
     request: socket.socket
