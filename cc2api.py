@@ -2940,10 +2940,11 @@ PAGE: Final = """<!doctype html>
 <style>
  :root { color-scheme: light dark }
  body { font: 16px/1.5 system-ui, sans-serif; max-width: 50em; margin: 2em auto; padding: 0 1em }
- pre { white-space: pre-wrap; overflow-wrap: anywhere }
- #status { white-space: pre; overflow-x: auto; font-size: 85%; background: #8881; padding: .6em }
+ pre { white-space: pre-wrap; overflow-wrap: anywhere; background: #8881; padding: .6em }
+ #status { white-space: pre; overflow-x: auto; font-size: 85% } pre:empty { display: none }
  textarea, input, select, button { font: inherit; padding: .5em; max-width: 100% }
  textarea { width: 100%; box-sizing: border-box }
+ #send { background: #a84a28; color: white } :disabled { opacity: .5 }
 </style>
 <h1>cc2api</h1>
 <p><textarea id="prompt" rows="3" placeholder="Try a prompt; Ctrl-Enter sends it"></textarea>
