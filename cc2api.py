@@ -1944,6 +1944,8 @@ class ItemReader:
         if kind not in _READERS:
             hint = _HINTS.get(kind, "this type is not supported by this gateway")
             raise InvalidRequest(f"{path}.type: {kind}: {hint}")
+        if item.get("execution") == "server":  # a search that OpenAI ran
+            raise InvalidRequest(f"{path}.execution: Input should be 'client'")
         _READERS[kind](self, path, item)
 
     def _add(self, role: str, path: str, blocks: list[JsonObject]) -> None:

@@ -350,7 +350,7 @@ ITEMS_REFUSED: list[tuple[tuple[JsonObject, ...], str]] = [
     (({"type": ["message"]}, HI), "input[0].type"),
     (
         ({"type": "tool_search_call", "execution": "server", "arguments": {}}, HI),
-        "input[0].call_id",
+        "input[0].execution",
     ),
     (({"type": "tool_search_call", "call_id": "x", "arguments": "{}"}, HI), "input[0].arguments"),
     *(
