@@ -11,7 +11,7 @@ back through it and go out as they arrive. Nothing here talks to Anthropic or se
 Any process serves any next request of its caller: it is cut back to the common prefix of what it
 holds and what the request says, and the rest is appended (Conversation). The pool lends the session
 in which that costs least, and keeps one blank process ready: initialised, and warmed up by a query
-that was held back from upstream. The keeper is the one thread that forks, and waits for their end.
+that was held back from upstream. The keeper is the one thread that starts them, and reaps them.
 
     starting ──prime──> spare (pool) ──acquire──> busy (request) ──give_back──> idle (pool)
                                                        ^─────────acquire──────────┘
@@ -107,7 +107,7 @@ BLANK_DISTANCE: Final = 25  # messages that replay while a spare's first turn ta
 MAX_TOOL_RESULT_CHARS: Final = 100_000  # through the tool channel; the CLI saves large ones to disk
 MAX_TOOL_ERROR_CHARS: Final = 5_000  # the CLI cuts errors at 10,000
 KEEPER_TICK_S: Final = 5.0  # how soon a dead or stale spare is noticed without a request
-REAP_TICK_S: Final = 0.02  # a killed process is gone within this
+POLL_S: Final = 0.02  # between two looks at what is quick; a killed process is gone within this
 EXIT_STATUS_S: Final = 1.0  # from a closed stdout to the exit status; a dying process needs 0.01 s
 EXIT_GRACE_S: Final = 5.0  # from EOF on stdin to SIGKILL; the CLI needs 0.04 s
 LONGEST_RETRY_S: Final = 60  # what SDKs wait for without seeming to hang
@@ -490,8 +490,8 @@ def check_block(path: str, block: JsonObject) -> None:
         raise InvalidRequest(f"{path}: text content blocks must be non-empty")
     if kind == "image":
         check_image(f"{inside}.source", require(block, "source", dict, inside))
-    if kind in ("tool_use", "server_tool_use"):
-        require(block, "id", str, inside), require(block, "name", str, inside)
+    for name in ("id", "name") if kind in ("tool_use", "server_tool_use") else ():
+        require(block, name, str, inside)
     if kind == "tool_result" and not isinstance(block.get("content"), str):
         for place, part in objects(block, "content", inside):
             check_block(place, part)
@@ -554,7 +554,8 @@ def unmarked(block: JsonObject, marks: list[Mark]) -> JsonObject:
     """Return a block or tool without breakpoints; `marks` gets those, as on the outermost."""
     kept, found = dict(block), list[Mark]()
     if kept.get("type") == "tool_result" and isinstance(kept.get("content"), list):
-        kept["content"] = [unmarked(part, found) for part in kept["content"]]
+        parts = kept["content"]
+        kept["content"] = [unmarked(p, found) if isinstance(p, dict) else p for p in parts]
     if _object(kept.get("cache_control")).get("type") == "ephemeral":
         found.append((kept, kept.pop("cache_control").get("ttl")))
     marks += [(kept, ttl) for _, ttl in found]
@@ -867,7 +868,7 @@ class AnswerWriter:
                 content[-1]["input"] = {}  # also where it was cut short
                 with contextlib.suppress(ValueError, RecursionError):
                     given = json.loads(said)
-                    json.dumps([[[[[[given]]]]]])  # can it be written, as deep as in an answer?
+                    json.dumps([[[[[[given]]]]]], allow_nan=False)  # as deep as in an answer
                     content[-1]["input"] = given
         elif kind == "message_delta":
             extra = {"context_management": event.get("context_management")}
@@ -1028,18 +1029,17 @@ os.execv(sys.argv[2], sys.argv[2:])
 """
 
 
-def process_command(cli: Cli, *, bare: bool, setting_sources: str) -> list[str]:
-    """Return the argument list of a process; nothing of a request is ever in it."""
+def process_start(
+    cli: Cli, settings: Settings, environ: Mapping[str, str], temp_dir: str
+) -> tuple[list[str], dict[str, str]]:
+    """Return a process's arguments, with nothing of a request, and its predictable environment."""
+    command = [cli.path, *PROCESS_FLAGS, "--setting-sources", settings.setting_sources]
+    command += ["--bare"] if wants_bare(settings.bare, environ) else []
     shim = [sys.executable, "-I", "-S", "-c", _DIE_WITH_PARENT, str(os.getpid())]
-    command = [cli.path, *PROCESS_FLAGS, "--setting-sources", setting_sources, *["--bare"] * bare]
-    return shim * (sys.platform == "linux") + command
-
-
-def process_environment(environ: Mapping[str, str], temp_dir: str) -> dict[str, str]:
-    """Return a process's environment: the gateway's, with what makes the CLI predictable."""
     kept = {name: value for name, value in environ.items() if name not in DROPPED_VARIABLES}
     # the CLI leaves sockets, probe files and notes on its tool servers: they go where we clean up
-    return {**kept, **PROCESS_VARIABLES, "TMPDIR": temp_dir, "XDG_CACHE_HOME": temp_dir}
+    kept |= {**PROCESS_VARIABLES, "TMPDIR": temp_dir, "XDG_CACHE_HOME": temp_dir}
+    return [*(shim if sys.platform == "linux" else ()), *command], kept
 
 
 # ====================================================================== Process
@@ -1121,7 +1121,7 @@ class Process:
             self._read_stdout()
 
     def has_lines(self) -> bool:
-        """Say whether it has printed a line already. Raises ProcessDied, CliFailed."""
+        """Say whether there is a line, after one look. Raises ProcessDied, CliFailed."""
         if not self.lines:
             self._read_stdout()
         return bool(self.lines)
@@ -1221,8 +1221,8 @@ class Channel:
             self._is_listed = self._is_listed or method == "tools/list"
             replies = {"initialize": SERVER_INFO, "tools/list": {"tools": self._tools}}
             self._reply(line, replies.get(method, {}))
-        elif self.applying and response.get("request_id") == self.applying:
-            self.applying = self.applying if response.get("subtype") != "success" else ""
+        elif response.get("request_id") == self.applying and response.get("subtype") == "success":
+            self.applying = ""
         elif line.get("type") == "result":
             self.results_due -= 1
             if isinstance(cost := line.get("total_cost_usd"), (int, float)):
@@ -1457,11 +1457,12 @@ class Session:
         differs = (turn.system, turn.tools) != (told.system, self._channel.tools)
         if not may_cut and (lost or differs):
             return None
-        # with a login the lost weigh double, as a cached prefix is lost with them
-        return len(turn.messages) - kept + lost * (lost > is_loose) * (2 if turn.is_login else 1)
+        lost = lost if lost > is_loose else 0  # a query without its answer is no loss
+        # with a login they weigh double, as a cached prefix is lost with them
+        return len(turn.messages) - kept + lost * (2 if turn.is_login else 1)
 
     def take_cost(self) -> float:
-        """Return the dollars that the process has newly told of. Does not wait, nor raise."""
+        """Return the dollars that the process has newly told of. Does not raise."""
         with contextlib.suppress(ProcessDied, CliFailed):
             while self.process.has_lines():
                 self._channel.next()
@@ -1530,7 +1531,7 @@ class Session:
             if {tool.get("name") for tool in usage.get("mcpTools") or []} == names:
                 self._turn = demand.turn
                 return usage
-            time.sleep(REAP_TICK_S)
+            time.sleep(POLL_S)
         raise CliFailed("claude did not take the tools that are to be counted")
 
     def _tell(self, turn: Turn, told: Turn | None, patience: Patience) -> None:
@@ -1569,10 +1570,10 @@ class Session:
                 batch = []
             try:
                 line = self._channel.next(patience)
-                if line.get("status") == "requesting" and not reader.is_called:
-                    self._channel.apply(HOLD_CALLS)
                 with upstream_protocol():
                     batch += reader.feed(line)
+                if reader.is_called and self._channel.settings is not HOLD_CALLS:
+                    self._channel.apply(HOLD_CALLS)
             except ApiError:
                 yield batch  # what came just before it
                 raise
@@ -1587,8 +1588,7 @@ class Session:
     def rest(self) -> bool:
         """Come to rest after a turn, however it ended; say whether the session can be used again.
 
-        It can where nothing of this turn can reach upstream any more; not where this raises. Takes
-        up to LEAVE_S.
+        It can where nothing of this turn can reach upstream any more. Raises; takes up to LEAVE_S.
         """
         channel, conversation, reader = self._channel, self._conversation, self.reader
         if self._turn is None or not all(held.is_place for held in conversation.held[:1]):
@@ -1599,7 +1599,8 @@ class Session:
             return reader.has_failed or (reader.is_called and channel.interrupt())
         names = set(map(to_name, channel.tools))
         if not (reader.can_go_on and names.issuperset(reader.calls.values())):
-            return not channel.applying  # it would ask again: certain not to, or killed
+            # it would ask again: certain not to, or killed
+            return channel.settings is HOLD_CALLS and not channel.applying
         conversation.add_answer(reader)
         # not while calls wait: when its stdin ends the CLI lets them fail, and asks upstream
         if not (channel.applying or conversation.calls_due):
@@ -1652,8 +1653,10 @@ class Fleet:
 
     def end(self, session: Session) -> None:
         """Let an idle process end by itself, one that may be in mid-turn at once."""
-        is_idle, process = session in self.all("spare", "idle"), session.process
-        (process.finish if is_idle else process.kill)()
+        if session in self.all("spare", "idle"):
+            session.process.finish()
+        else:
+            session.process.kill()
         self.put(session, "ending")
 
     def tidy(self, *, incoming: bool = False) -> None:
@@ -1745,7 +1748,7 @@ class Pool:
             return pids, len(self._waiters)
 
     def close(self) -> None:
-        """End every process, lent ones too, and wait until the last is reaped."""
+        """End every process, lent ones too, and wait for that, up to EXIT_GRACE_S and a little."""
         with self._changed:
             self._closed = True
             for session in self._fleet.all("spare", "idle"):
@@ -1757,20 +1760,21 @@ class Pool:
             self._changed.notify_all()
         self._keeper.join(EXIT_GRACE_S + 1)
 
-    # ---- these two hold the lock; the keeper's, which follow, take it by themselves
+    # ---- these two hold the lock; those that follow take it by themselves
 
     def _serve_waiters(self) -> None:
         """Lend what is idle to those who wait, in order, each what costs it least."""
         self._fleet.tidy()
-        for waiter in list(self._waiters):
-            session = self._fleet.nearest(waiter, may_cut=not self.refusal)
-            if session is None or self._fleet.room() <= 0:
+        for waiter in list(self._waiters)[: self._fleet.room()]:  # who is passed over has its place
+            if (session := self._fleet.nearest(waiter, may_cut=not self.refusal)) is None:
                 continue
             if session.base is None:  # its replacement starts when the call is likely to have left
                 self._spare_at = max(self._spare_at, time.monotonic() + SPARE_DELAY_S)
                 self._changed.notify_all()
             self._fleet.put(session, "busy")
             self._waiters.pop(waiter).set_result(session)
+        if self._waiters and self._fleet.room():  # they need a process that the keeper starts
+            self._changed.notify_all()
 
     def _note_failure(self, problem: str) -> None:
         if problem != self.failure:
@@ -1786,7 +1790,7 @@ class Pool:
                 is_over = self._keep_once()
             except Exception:  # without this thread nothing works any more
                 log.exception("the keeper goes on")
-                time.sleep(REAP_TICK_S)
+                time.sleep(POLL_S)
 
     def _keep_once(self) -> bool:
         """Do what is due, or wait for it; say whether all is over."""
@@ -1801,10 +1805,11 @@ class Pool:
             fleet.tidy(incoming=is_for_waiter)
             spare_in_s = self._spare_at - time.monotonic()
             lacks_spare = not fleet.all("starting", "spare")
-            lacks_spare &= fleet.settings.processes >= (2 if fleet.all("busy", "idle") else 1)
+            kept = fleet.settings.processes >= (2 if fleet.all("busy", "idle") else 1)
+            lacks_spare &= kept or bool(self.failure)  # a start that succeeds tells of the cure
             is_due = is_for_waiter or (spare_in_s <= 0 and not self._closed and lacks_spare)
             if not is_due and not gone:
-                tick_s = REAP_TICK_S if fleet.all("ending") else KEEPER_TICK_S
+                tick_s = POLL_S if fleet.all("ending") else KEEPER_TICK_S
                 self._changed.wait(min(tick_s, spare_in_s) if spare_in_s > 0 else tick_s)
         for session in gone:
             with contextlib.closing(session.process):
@@ -2227,7 +2232,7 @@ def parse_chat_request(body: JsonObject) -> tuple[Turn, ChatWriter]:
 
 
 def _unwrapped(owner: JsonObject, path: str) -> Placed:
-    """Return a tool, a call or a choice of one, flat: less the object named by its type."""
+    """Return a tool or a call flat: what stands in it under the name of its type."""
     kind = "function" if owner.get("custom") is None else "custom"
     flat = {**require(owner, kind, dict, path), "type": kind, "namespace": None}
     return f"{path}.{kind}", flat
@@ -2258,6 +2263,7 @@ class ChatWriter(AnswerWriter):
     def __init__(self, calls: Mapping[str, JsonObject], *, include_usage: bool = False) -> None:
         super().__init__(calls)
         self._created, self._include_usage = int(time.time()), include_usage
+        self._custom = [n for n, call in self.calls.items() if call["type"] == "custom_tool_call"]
 
     def feed(self, event: Event) -> list[JsonObject]:
         super().feed(event)
@@ -2298,13 +2304,10 @@ class ChatWriter(AnswerWriter):
             "choices": [{"index": 0, **said, "logprobs": None, "finish_reason": finish}],
         }
 
-    def _is_custom(self, block: JsonObject) -> bool:
-        return _object(self.calls.get(block["name"])).get("type") == "custom_tool_call"
-
     def _to_call(self, block: JsonObject, arguments: str | None = None) -> JsonObject:
         whole = json.dumps(block["input"]) if arguments is None else arguments
         kind, said = "function", {"arguments": whole}
-        if self._is_custom(block):
+        if block["name"] in self._custom:
             kind, said = "custom", {"input": to_raw_input(block["input"])}
         return {"id": block["id"], "type": kind, kind: {"name": block["name"], **said}}
 
@@ -2319,7 +2322,7 @@ class ChatWriter(AnswerWriter):
         block = content[-1] if content else {}
         if block.get("type") != "tool_use":
             return None
-        is_custom = self._is_custom(block)  # its input is inside JSON: told whole
+        is_custom = block["name"] in self._custom  # its input is inside JSON: told whole
         is_end, arguments = kind == "content_block_stop", delta.get("partial_json")
         if kind == ("content_block_stop" if is_custom else "content_block_start"):
             call = self._to_call(block, "")
@@ -2544,7 +2547,8 @@ class ResponseWriter(AnswerWriter):
         kinds = {"text": "message", "thinking": "reasoning", "redacted_thinking": "reasoning"}
         kind = call.get("type") or kinds.get(kind, kind)
         is_left_out = kind not in _FORMS  # what upstream's own tools do, which ends no text
-        if not (self._item and self._item.kind == "message" and (is_left_out or kind == "message")):
+        was_message = self._item and self._item.kind == "message"
+        if not (was_message and (is_left_out or kind == "message")):
             yield from self._end()
         if is_left_out:
             return
@@ -2568,10 +2572,9 @@ class ResponseWriter(AnswerWriter):
             yield from self._start({"type": "refusal", "text": refusal})
             yield from self._end()
         usage = to_openai_usage(self.message["usage"], "input", "output")
-        reason = {"reason": "max_output_tokens"} if is_cut else None
-        at = None if is_cut else int(time.time())
-        status = "incomplete" if is_cut else "completed"
-        yield self._tell(status, usage=usage, incomplete_details=reason, completed_at=at)
+        end: JsonObject = {"completed_at": int(time.time())}
+        end = {"incomplete_details": {"reason": "max_output_tokens"}} if is_cut else end
+        yield self._tell("incomplete" if is_cut else "completed", usage=usage, **end)
 
     def _tell(self, status: str, *, name: str = "", **said: Any) -> JsonObject:
         """Return an event with the response as it is now."""
@@ -2756,8 +2759,7 @@ class Service:
         (work_dir / ".claude").mkdir(parents=True)
         (work_dir / ".claude" / ".git").touch()
         temp_dir.mkdir()
-        sources, environment = settings.setting_sources, process_environment(environ, str(temp_dir))
-        command = process_command(cli, bare=not self.is_login, setting_sources=sources)
+        command, environment = process_start(cli, settings, environ, str(temp_dir))
 
         def start() -> Session:
             os.stat(cli.path)  # raises the OSError that a shim around the CLI would hide
@@ -2775,8 +2777,7 @@ class Service:
     ) -> Generator[list[Event], None, None]:
         """Yield the answer's events, in batches of those that were ready together, to message_stop.
 
-        Raises ApiError, and what `tick` does, which is called at least every TICK_S. To close it
-        early ends the turn at once.
+        Raises ApiError, and what `tick` does, at least every TICK_S. To close it ends the turn.
         """
         demand = self._demand(turn, caller, tick)
         last: list[Event] = []
@@ -2913,12 +2914,12 @@ def with_reset(error: ApiError, limits: Mapping[str, str]) -> ApiError:
 def status_text(service: Service, url: str) -> str:
     """Return in plain text how things are; `url` is where the client sees the gateway."""
     pool, sign_in, metrics = service.pool, service.sign_in(), service.metrics
-    missing = sign_in * sign_in.startswith(NOT_SIGNED_IN)
+    missing = sign_in if sign_in.startswith(NOT_SIGNED_IN) else ""
     (pids, waiting), asked, failed = pool.snapshot(), 0.0, 0.0
     for labels, count in metrics.series("cc2api_requests_total"):
         if labels["route"] in ("messages", "chat_completions", "responses"):
             asked += count
-            failed += count * (labels["status"] >= "400")
+            failed += count * ("499" != labels["status"] >= "400")
     tokens = dict.fromkeys(_TOKEN_KINDS.values(), 0.0)
     for labels, count in metrics.series("cc2api_tokens_total"):
         tokens[labels["kind"]] += count
@@ -3003,7 +3004,7 @@ send.onclick = async () => {
   clearInterval(timer)
   send.disabled = false
 }
-prompt.onkeydown = key => { if (key.key == "Enter" && (key.ctrlKey || key.metaKey)) send.click() }
+prompt.onkeydown = on => { if (on.key == "Enter" && (on.ctrlKey || on.metaKey)) send.click() }
 key.value = sessionStorage.apiKey ?? ""
 key.oninput = () => { sessionStorage.apiKey = key.value; list() }
 refresh()
@@ -3344,7 +3345,7 @@ class Handler(BaseRequestHandler):
                         break
                     idle_s = IDLE_CONNECTION_S
             except InvalidRequest as error:
-                if error.status != 408:  # to a connection that stayed silent nothing is said
+                if error.status != 408:  # to who has not sent a whole head nothing is said
                     self._answer(Head("-", "-", True, {}), error)
         self._stream.linger()
 
@@ -3381,8 +3382,8 @@ class Handler(BaseRequestHandler):
         error = with_reset(error, self._service.rate_limits)
         self._record.note(error=error.kind)
         if error.status != 400:  # its message may quote the prompt
-            self._record.note(msg=json.dumps(str(error)[:200], ensure_ascii=False))
-        self._record.debug("error", str(error).encode())
+            self._record.note(msg=json.dumps(str(error)[:200]))
+        self._record.debug("error", str(error).encode("utf-8", "replace"))
         status, body = self._route.dialect.to_error(error)
         if self._route.dialect is ANTHROPIC:
             body["request_id"] = self._record.request_id
@@ -3391,9 +3392,9 @@ class Handler(BaseRequestHandler):
         should_retry = False if (error.status, status) == (402, 429) else error.should_retry
         told = without_nulls({"retry-after": error.retry_after_s, "x-should-retry": should_retry})
         self._out.add_headers({name: str(value).lower() for name, value in told.items()})
-        writer, was_paid = self._writer, error.status in (502, 504)
+        writer, may_be_paid = self._writer, error.status in (502, 504)
         with contextlib.suppress(ClientGone):
-            if writer and (self._out.status or (writer.fails_in_stream and was_paid)):
+            if writer and (self._out.status or (writer.fails_in_stream and may_be_paid)):
                 self._out.write_chunk(to_frames(*writer.fail(error, body)), is_last=True)
             else:
                 self._out.send(status, body)
@@ -3425,9 +3426,8 @@ class Handler(BaseRequestHandler):
 
     def status(self) -> None:
         # it stands in a command that people copy: nothing that a shell would act on
-        host = re.sub(r"[^A-Za-z0-9.:\[\]-]", "_", self._head.get("host"))
-        text = status_text(self._service, f"http://{host}")
-        self._out.send(200, text, "text/plain; charset=utf-8")
+        url = "http://" + re.sub(r"[^A-Za-z0-9.:\[\]-]", "_", self._head.get("host"))
+        self._out.send(200, status_text(self._service, url), "text/plain; charset=utf-8")
 
     def page(self) -> None:
         policy = "default-src 'self' 'unsafe-inline'; img-src data:"
@@ -3653,7 +3653,7 @@ class LogFormatter(logging.Formatter):
 
 
 def check_keys(settings: Settings) -> str:
-    """Say who may call. Raises CliUnusable where nobody could, or everybody."""
+    """Say who may call. Raises CliUnusable where nobody could, or a named file is missing."""
     keys = KeyFile(settings)
     if keys.load() is None:
         raise CliUnusable(keys.who)
@@ -3683,16 +3683,16 @@ def listen(settings: Settings) -> Server:
 
 def check_upstream(environ: Mapping[str, str], port: int) -> str:
     """Say which API the CLI will call. Raises CliUnusable where that is this gateway."""
-    url = environ.get("ANTHROPIC_BASE_URL", "")
+    url = upstream_url(environ)
     with contextlib.suppress(OSError, ValueError):
         parts = urllib.parse.urlsplit(url)
         default = 443 if parts.scheme == "https" else 80
         if (host := parts.hostname) and (parts.port or default) == port:
             family = socket.AF_INET6 if ":" in host else socket.AF_INET
             with socket.create_server((host, 0), family=family):  # goes on this machine alone
-                problem = f"ANTHROPIC_BASE_URL={url} is this gateway, which would call itself"
-                raise CliUnusable(f"{problem}: set it for the clients only")
-    return upstream_url(environ) or "the CLI's own choice"
+                said = f"ANTHROPIC_BASE_URL={url} is this gateway, which would call itself"
+                raise CliUnusable(f"{said}: set it for the clients only")
+    return url or "the CLI's own choice"
 
 
 def try_start(settings: Settings, cli: Cli, environ: Mapping[str, str]) -> str:
@@ -3701,7 +3701,7 @@ def try_start(settings: Settings, cli: Cli, environ: Mapping[str, str]) -> str:
     with contextlib.closing(Service(alone, cli, environ)) as service:
         pool = service.pool
         while not (pool.failure or pool.refusal or pool.snapshot()[0]["spare"]):
-            time.sleep(REAP_TICK_S)
+            time.sleep(POLL_S)
         if refusal := pool.refusal:
             return f"claude starts, but each new conversation takes a process of its own: {refusal}"
         if pool.failure:
@@ -3753,7 +3753,8 @@ def serve(settings: Settings, environ: Mapping[str, str]) -> int:
     check_upstream(environ, server.server_port)
     signals: list[int] = []
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda number, frame: signals.append(number))
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has it
+            signal.signal(number, lambda number, frame: signals.append(number))
     service = Service(settings, cli, environ)
     server.serve(service)
     host = f"[{settings.host}]" if ":" in settings.host else settings.host

@@ -123,7 +123,8 @@ def test_bare_is_for_keys_and_providers(
 
 def test_a_process_inherits_the_environment_less_what_requests_set() -> None:
     environ = {"PATH": "/bin", "HTTPS_PROXY": "p", "CLAUDECODE": "1", "MAX_THINKING_TOKENS": "9"}
-    given = cc2api.process_environment(environ, "/tmp/x")
+    cli = cc2api.Cli("claude", "2.1.300")
+    _, given = cc2api.process_start(cli, cc2api.Settings(), environ, "/tmp/x")
     assert given == {
         "PATH": "/bin",
         "HTTPS_PROXY": "p",
