@@ -423,7 +423,8 @@ def to_turn(
     tools = [unmarked(tool, marks) for _, tool in objects(body, "tools")]
     merged = _merge(said, marks)
     if merged[-1].role == "assistant" and not is_count:
-        raise InvalidRequest("messages: This gateway does not support assistant message prefill.")
+        problem = "This gateway does not support assistant message prefill."
+        raise InvalidRequest(f"messages: {problem} The conversation must end with a user message.")
     # The API takes four breakpoints, and the CLI sets three: on two system blocks and the last of
     # the messages (seen, 2.1.330). The fourth is the client's latest.
     last = merged[-1].content[-1]
@@ -492,8 +493,10 @@ def check_block(path: str, block: JsonObject) -> None:
         check_image(f"{inside}.source", require(block, "source", dict, inside))
     for name in ("id", "name") if kind in ("tool_use", "server_tool_use") else ():
         require(block, name, str, inside)
-    if kind == "tool_result" and not isinstance(block.get("content"), str):
-        for place, part in objects(block, "content", inside):
+    if kind == "tool_result":
+        require(block, "tool_use_id", str, inside)
+        parts = {} if isinstance(block.get("content"), str) else block
+        for place, part in objects(parts, "content", inside):
             check_block(place, part)
             if block.get("is_error") and part["type"] != "text":  # the CLI would drop it
                 raise InvalidRequest(f"{place}: all content must be type `text` in an error")
@@ -532,17 +535,19 @@ def _merge(said: Iterable[Said], marks: list[Mark]) -> list[Message]:
 def _check_tool_pairs(said: list[Said], due: dict[str, str], seen: set[str]) -> dict[str, str]:
     """Return a message's calls. Refuses a call or result alone: the CLI would silently mend it."""
     calls: dict[str, str] = {}
+    results = {str(block.get("tool_use_id")) for _, _, block in said}  # of servers' tools, too
     for _, path, block in said:
         kind, call = block["type"], str(block.get("id"))
-        result_of = str(block.get("tool_use_id", ""))  # of tools that servers run, too
-        if due.pop(result_of, None) is None and kind == "tool_result":
+        if kind == "tool_result" and due.pop(block["tool_use_id"], None) is None:
             problem = "unexpected `tool_use_id` found in `tool_result` blocks"
-            raise InvalidRequest(f"{path}: {problem}: {result_of}")
-        if kind in ("tool_use", "server_tool_use"):
+            raise InvalidRequest(f"{path}: {problem}: {block['tool_use_id']}")
+        if kind == "tool_use":
             if call in seen:
                 raise InvalidRequest(f"{path}: `tool_use` ids must be unique")
             seen.add(call)
-            (calls if kind == "tool_use" else due)[call] = path  # a server's result comes at once
+            calls[call] = path
+        if kind == "server_tool_use" and call not in results:
+            due[call] = path
     if due:
         problem = "`tool_use` ids were found without `tool_result` blocks immediately after"
         path = next(iter(due.values())).rpartition(".content.")[0]
@@ -554,8 +559,7 @@ def unmarked(block: JsonObject, marks: list[Mark]) -> JsonObject:
     """Return a block or tool without breakpoints; `marks` gets those, as on the outermost."""
     kept, found = dict(block), list[Mark]()
     if kept.get("type") == "tool_result" and isinstance(kept.get("content"), list):
-        parts = kept["content"]
-        kept["content"] = [unmarked(p, found) if isinstance(p, dict) else p for p in parts]
+        kept["content"] = [unmarked(_object(part), found) for part in kept["content"]]
     if _object(kept.get("cache_control")).get("type") == "ephemeral":
         found.append((kept, kept.pop("cache_control").get("ttl")))
     marks += [(kept, ttl) for _, ttl in found]
@@ -766,7 +770,7 @@ class AnswerReader:
             self.rate_limits = to_rate_limit_headers(line.get("rate_limit_info"))
         elif kind == "assistant":
             self._cli_error = line.get("error") or self._cli_error
-            self.content += map(dict, line["message"]["content"])
+            self.content += map(dict, _object(line.get("message")).get("content") or ())
         return []
 
     def _feed_event(self, event: Event) -> list[Event]:
@@ -803,9 +807,10 @@ def to_rate_limit_headers(info: Any) -> dict[str, str]:
 
 def read_error(result: JsonObject, cli_error: str | None = None) -> ApiError:
     """Return upstream's error by a `result` line, else one by the CLI's word for it, else 502."""
-    said = result.get("result") if result.get("is_error") else None  # else what the model said
-    text = str(said or f"claude gave no answer: {result.get('errors')}")
+    text = str(result.get("result") or f"claude gave no answer: {result.get('errors')}")
     kind, status = str(result.get("api_error_type")), result.get("api_error_status")
+    if not result.get("is_error"):  # the text is then the model's
+        return CliFailed("claude ended its turn without an answer")
     if text.startswith(("Not logged in", "Invalid API key")):
         problem = "claude is not signed in on the gateway's machine, or its sign-in was refused"
         return ApiError(f"{problem}: run `claude auth login` there", status=401)
@@ -850,7 +855,7 @@ class AnswerWriter:
         kind, delta = event["type"], _object(event.get("delta"))
         content = self.message.get("content", [])
         if kind == "message_start":
-            usage = dict(event["message"]["usage"])
+            usage = dict(event["message"].get("usage") or {})
             self.message = {**event["message"], "content": [], "usage": usage}
         elif kind == "content_block_start":
             content.append(dict(event["content_block"]))
@@ -998,7 +1003,8 @@ def ask_sign_in(cli: Cli, environ: Mapping[str, str], *, bare: bool) -> str:
         method = "ANTHROPIC_AUTH_TOKEN"
     text = _PAYERS.get(method, UNKNOWN).format_map(status)
     without = {name: value for name, value in environ.items() if name not in others}
-    if others and method != "claude.ai" and ask(without)["authMethod"] == "claude.ai":
+    wins = others and method in _PAYERS and method != "claude.ai"
+    if wins and ask(without)["authMethod"] == "claude.ai":
         text += "; WINS OVER the claude.ai login that is there too"
     return text
 
@@ -1692,7 +1698,7 @@ class Pool:
         self, start: Callable[[], Session], fleet: Fleet, ended: Callable[[Session], None]
     ) -> None:
         """`start` may raise anything; `ended` is called with each session that was given up."""
-        self.failure = ""  # why no process starts; "" once one has answered, or stayed
+        self.failure = ""  # why none starts, until one does: a spare is tried for that in any case
         self.refusal = ""  # why the CLI's processes cannot be used again; no spares meanwhile
         self._start, self._fleet, self._ended = start, fleet, ended
         # Guarded by _changed: all fields, those above too where they are written.
@@ -1767,14 +1773,13 @@ class Pool:
         self._fleet.tidy()
         for waiter in list(self._waiters)[: self._fleet.room()]:  # who is passed over has its place
             if (session := self._fleet.nearest(waiter, may_cut=not self.refusal)) is None:
+                self._changed.notify_all()  # the keeper has to start one
                 continue
             if session.base is None:  # its replacement starts when the call is likely to have left
                 self._spare_at = max(self._spare_at, time.monotonic() + SPARE_DELAY_S)
                 self._changed.notify_all()
             self._fleet.put(session, "busy")
             self._waiters.pop(waiter).set_result(session)
-        if self._waiters and self._fleet.room():  # they need a process that the keeper starts
-            self._changed.notify_all()
 
     def _note_failure(self, problem: str) -> None:
         if problem != self.failure:
@@ -1804,9 +1809,8 @@ class Pool:
             is_for_waiter = lacks_new and fleet.room() > 0
             fleet.tidy(incoming=is_for_waiter)
             spare_in_s = self._spare_at - time.monotonic()
-            lacks_spare = not fleet.all("starting", "spare")
             kept = fleet.settings.processes >= (2 if fleet.all("busy", "idle") else 1)
-            lacks_spare &= kept or bool(self.failure)  # a start that succeeds tells of the cure
+            lacks_spare = (kept or bool(self.failure)) and not fleet.all("starting", "spare")
             is_due = is_for_waiter or (spare_in_s <= 0 and not self._closed and lacks_spare)
             if not is_due and not gone:
                 tick_s = POLL_S if fleet.all("ending") else KEEPER_TICK_S
@@ -2087,21 +2091,15 @@ def _to_tools(placed: Iterable[Placed]) -> tuple[list[JsonObject], dict[str, Jso
     return list(tools.values()), calls
 
 
-def _flat(owner: Any) -> JsonObject:
-    """Return an object without the one that chat completions put under the name of its type."""
-    given = _object(owner)
-    return {**given, **_object(given.get(str(given.get("type"))))}
-
-
 def _to_tool_choice(
     body: JsonObject, tools: list[JsonObject]
 ) -> tuple[JsonObject, list[JsonObject]]:
     """Return tool_choice and parallel_tool_calls in Anthropic's form, and the tools they leave."""
     choice: Any = body.get("tool_choice") or "auto"
-    named = _flat(choice)
+    named = _object(choice)
     if (kind := named.get("type")) == "allowed_tools":
         allowed = objects(named, "tools", "tool_choice")
-        names = [_upstream_name(_flat(tool), path) for path, tool in allowed]
+        names = [_upstream_name(tool, path) for path, tool in allowed]
         tools, choice = [tool for tool in tools if tool["name"] in names], named.get("mode")
     translated: JsonObject = {"type": "any" if choice == "required" else choice or "auto"}
     if kind in ("function", "custom"):
@@ -2218,7 +2216,9 @@ def parse_chat_request(body: JsonObject) -> tuple[Turn, ChatWriter]:
         inner = require(form, "json_schema", dict, "response_format")
         form = {**inner, "type": "json_schema"}
     tools = [_unwrapped(tool, path) for path, tool in objects(body, "tools")]
-    fields, calls = to_fields(body, items, tools, form)
+    if isinstance(choice := body.get("tool_choice"), dict):
+        _, choice = _unwrapped(choice, "tool_choice")
+    fields, calls = to_fields({**body, "tool_choice": choice}, items, tools, form)
     stop = body.get("stop")
     stops = [stop] if isinstance(stop, str) else optional(body, "stop", list) or []
     fields |= {
@@ -3605,7 +3605,7 @@ def parse_args(argv: Sequence[str] | None, environ: Mapping[str, str]) -> Settin
         elif option.default not in (None, ""):
             text += f" (default: {option.default})".replace(".0)", ")")
         parser.add_argument(flag, action=action, default=None, help=text)
-    said: dict[str, Any] = {name: text for name, text in environ.items() if text}
+    said: dict[str, Any] = {k: v for k, v in environ.items() if v and k.startswith("CC2API_")}
     flags = vars(parser.parse_args(argv)).items()  # they win
     said |= {"--" + name.replace("_", "-"): value for name, value in flags if value is not None}
     chosen = {}
@@ -3615,7 +3615,7 @@ def parse_args(argv: Sequence[str] | None, environ: Mapping[str, str]) -> Settin
                 chosen[options[said_by].name] = _to_setting(value, options[said_by])
             except ValueError as exc:
                 parser.error(f"{said_by}: {exc}")
-        elif said_by.startswith("CC2API_"):
+        else:
             parser.error(f"{said_by}: there is no such option")
     return Settings(**chosen)
 
@@ -3628,13 +3628,13 @@ def _to_setting(said: Any, option: dataclasses.Field[Any]) -> Any:
         switches = {"1": True, "true": True, "0": False, "false": False}
         value, wanted = switches.get(str(said).lower()), "1 or 0"
     elif kind in ("int", "float"):
-        value, wanted = None, f"a number from {told['low']:g} to {told['high']:g}"
+        value, wanted = None, f"a number from {told['low']:g} to {told['high']:.0f}"
         with contextlib.suppress(ValueError):
             number = int(said) if kind == "int" else float(said)
             value = number if told["low"] <= number <= told["high"] else None
     elif "tuple" in kind:
         parts = said if isinstance(said, list) else said.split(",")
-        value = tuple(filter(None, (part.strip().rstrip("/") for part in parts)))
+        value = tuple(filter(None, (part.strip().removesuffix("/") for part in parts)))
         value = value if all(re.fullmatch(told["form"], part) for part in value) else None
     if value is None:
         raise ValueError(f"{said!r} does not fit: {wanted}")

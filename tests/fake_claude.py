@@ -4,9 +4,10 @@
 Orders for the next process are files in the directory FAKE_CLAUDE_ORDERS, removed when taken:
 `die-at-start`, `die-at-initialize`, `mute` (answers no control request), `ignore-eof`;
 `always-die` and `always-leave` (with status 0) stay. Orders for an answer are words in the last
-user message: `die-before-answer`, `die-mid-answer`, `garbage`, `error-result`, `silent-end`,
-`fill-stderr`, `long-line`, `stall` (no event), `stall-after-start`, `flood` (deltas
-without end), `a while` (0.3 s). Every query is noted in `queries` in the same directory.
+user message: `die-before-answer`, `die-mid-answer`, `garbage`, `error-result`, `odd-error-result`
+(half an emoji), `silent-end`, `cut-short` (by max_tokens), `unannounced` (without `requesting`),
+`fill-stderr`, `long-line`, `stall` (no event), `stall-after-start`, `flood` (deltas without end),
+`a while` (0.3 s), `for long` (1.5 s). Every query is noted in `queries` in the same directory.
 """
 
 from __future__ import annotations
@@ -56,8 +57,9 @@ def answer(text: str) -> None:
     """Play one answer, as the words in `text` order."""
     with (ORDERS / "queries").open("a") as log:
         log.write(json.dumps(text) + "\n")
-    put({"type": "system", "subtype": "status", "status": "requesting"})
-    time.sleep(0.3 if "a while" in text else 0)
+    if "unannounced" not in text:
+        put({"type": "system", "subtype": "status", "status": "requesting"})
+    time.sleep(0.3 if "a while" in text else 1.5 if "for long" in text else 0)
     if "die-before-answer" in text:
         die("gone before the answer")
     if "fill-stderr" in text:
@@ -67,7 +69,8 @@ def answer(text: str) -> None:
     if "stall-after-start" not in text and "stall" in text:
         time.sleep(60)
     if "error-result" in text:
-        put({**DONE, "is_error": True, "result": "API Error: 400 no good", "api_error_status": 400})
+        said = "API Error: 400 no good" + " \ud83d" * ("odd-error-result" in text)
+        put({**DONE, "is_error": True, "result": said, "api_error_status": 400})
         return
     if "silent-end" in text:
         put(DONE)
@@ -87,7 +90,8 @@ def answer(text: str) -> None:
         die("gone in the middle")
     put({"type": "assistant", "message": {"content": [{"type": "text", "text": "from the fake"}]}})
     event("content_block_stop", index=0)
-    event("message_delta", delta={"stop_reason": "end_turn"}, usage={"output_tokens": 4})
+    reason = "max_tokens" if "cut-short" in text else "end_turn"
+    event("message_delta", delta={"stop_reason": reason}, usage={"output_tokens": 4})
     event("message_stop")
     put(DONE)
 

@@ -176,4 +176,4 @@ def test_deep_tool_input_can_be_answered(depth: int) -> None:
 
 def test_an_event_that_lacks_what_it_should_hold_is_upstreams_failure() -> None:
     with pytest.raises(cc2api.CliFailed, match="broke the protocol"), cc2api.upstream_protocol():
-        assemble([{"type": "message_start", "message": {}}])
+        assemble([{"type": "message_start"}])

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from running import InProcessGateway, Snapshot, children_of, wait_until
+from running import FAKE_CLAUDE, InProcessGateway, Snapshot, children_of, wait_until
 
 import cc2api
 
@@ -91,6 +91,32 @@ def test_garbage_on_stdout_is_skipped(start_fake: Any) -> None:
     gateway = start_fake()
     answer = gateway.ask("garbage")
     assert answer.json["content"][0]["text"] == "from the fake"
+
+
+def test_half_an_emoji_in_an_error_does_not_hide_it(start_fake: Any) -> None:
+    answer = start_fake().ask("odd-error-result")
+    assert (answer.status, answer.json["error"]["message"]) == (400, "no good \ud83d")
+
+
+def test_a_process_that_did_not_announce_its_call_is_not_taken_for_held(tmp_path: Path) -> None:
+    with InProcessGateway(tmp_path, processes=2) as gateway:
+        assert gateway.ask("cut-short, unannounced").json["stop_reason"] == "max_tokens"
+        assert gateway.now.idle == []
+
+
+def test_healthz_recovers_without_a_request_also_where_no_process_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cc2api, "KEEPER_TICK_S", 0.1)
+    script, away = tmp_path / "claude", tmp_path / "away"
+    script.write_bytes(FAKE_CLAUDE.read_bytes())
+    script.chmod(0o755)
+    with InProcessGateway(tmp_path, claude=str(script), processes=0) as gateway:
+        script.rename(away)
+        assert gateway.ask("hello").status == 503
+        assert gateway.request("GET", "/healthz").status == 503
+        away.rename(script)
+        wait_until(lambda: gateway.request("GET", "/healthz").status == 200)
 
 
 def test_garbage_is_not_taken_for_a_line_that_is_there() -> None:

@@ -127,6 +127,13 @@ def free_port() -> int:
         return server.server_port
 
 
+def test_no_password_of_an_upstream_is_told(free_port: int) -> None:
+    environ = {"ANTHROPIC_BASE_URL": f"http://me:secret@127.0.0.1:{free_port}"}
+    with pytest.raises(cc2api.CliUnusable, match="is this gateway") as caught:
+        cc2api.check_upstream(environ, free_port)
+    assert "secret" not in str(caught.value)
+
+
 def test_another_upstream_on_this_machine_is_none_of_our_business() -> None:
     assert cc2api.check_upstream({}, 80) == "the CLI's own choice"
     for url in (

@@ -119,6 +119,29 @@ def test_beyond_the_queue_it_is_529_and_the_queue_is_in_order(tmp_path: Path) ->
     assert re.findall("stall|second|third", asked) == ["stall", "second", "third"]
 
 
+def test_who_needs_a_new_process_keeps_its_place_and_is_not_slept_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cc2api, "KEEPER_TICK_S", 60.0)
+
+    def ask(text: str, key: str) -> int:
+        message = {"role": "user", "content": text}
+        return gateway.post({"messages": [message]}, {"x-api-key": key}).status
+
+    with (
+        InProcessGateway(tmp_path, processes=1, max_concurrency=1) as gateway,
+        concurrent.futures.ThreadPoolExecutor() as threads,
+    ):
+        answers = [threads.submit(ask, "first, for long", "a")]
+        wait_until(lambda: len(gateway.now.busy) == 1)
+        for number, (text, key) in enumerate((("second", "b"), ("third", "a")), 1):
+            answers.append(threads.submit(ask, text, key))
+            wait_until(lambda number=number: gateway.now.waiting == number)  # type: ignore[misc]
+        assert [answer.result() for answer in answers] == [200] * 3
+    asked = (tmp_path / "queries").read_text()
+    assert re.findall("first|second|third", asked) == ["first", "second", "third"]
+
+
 def test_a_waiting_client_that_leaves_gives_up_its_place(tmp_path: Path) -> None:
     with (
         InProcessGateway(tmp_path, max_concurrency=1, max_queue=1) as gateway,
@@ -228,6 +251,17 @@ def test_a_client_that_stops_reading_is_dropped(tmp_path: Path) -> None:
 
 
 # ---- the end
+
+
+def test_a_hangup_that_nohup_has_shut_off_ends_nothing(start_fake: Any) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # which the gateway inherits
+    try:
+        gateway = start_fake()
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    gateway.process.send_signal(signal.SIGHUP)
+    assert gateway.ask("hello").status == 200
+    assert gateway.stop() == 0
 
 
 def test_sigterm_lets_running_answers_finish(start: Any, api: ScriptedApi) -> None:

@@ -178,15 +178,6 @@ def test_parameters_are_translated(fields: JsonObject, sent: JsonObject) -> None
     assert turn.extra_body == sent
 
 
-def test_allowed_tools_leave_these_alone() -> None:
-    named = [{"type": "function", "function": {"name": "g"}}]
-    for mode, kind in (("required", "any"), ("auto", "auto"), (None, "auto")):
-        allowed = {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": named}}
-        turn, _ = parse(tools=TOOLS, tool_choice=allowed)
-        assert [tool["name"] for tool in turn.tools] == ["g"]
-        assert turn.extra_body["tool_choice"] == {"type": kind}
-
-
 def test_a_custom_tool_tells_the_model_its_grammar() -> None:
     grammar = {"syntax": "lark", "definition": 'start: "x"'}
     custom = {**TOOLS[2]["custom"], "format": {"type": "grammar", "grammar": grammar}}  # type: ignore[dict-item]
@@ -229,7 +220,8 @@ MISTAKES: list[tuple[JsonObject, str | None]] = [
         "messages[0].content[0].file.file_data",
     ),
     ({"messages": [{"role": "tool", "tool_call_id": "x", "content": "r"}]}, "messages[0]"),
-    ({"tools": TOOLS, "tool_choice": {"type": "web_search"}}, "tool_choice.type"),
+    ({"tools": TOOLS, "tool_choice": {"type": "web_search"}}, "tool_choice.function"),
+    ({"tools": TOOLS, "tool_choice": {"type": "allowed_tools"}}, "tool_choice.function"),
     ({"tools": [TOOLS[0], TOOLS[0]]}, "tools[1].function.name"),
     (
         {

@@ -167,6 +167,11 @@ def test_every_assistant_block_passes_verbatim(blocks: list[JsonObject]) -> None
     assert turn.messages[:-1] == (cc2api.Message("assistant", blocks),)
 
 
+def test_what_only_looks_like_a_result_goes_upstream() -> None:
+    odd = {"type": "tool_result", "content": [5]}
+    assert parse(tools=[odd], **odd).tools == [{"type": "tool_result", "content": [{}]}]
+
+
 def test_null_is_the_same_as_absent() -> None:
     names = ("system", "stream", "tools", "thinking", "output_config", "output_format", "effort")
     others = ("metadata", "cache_control", "temperature", "top_p", "stop_sequences", "brand_new")

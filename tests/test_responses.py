@@ -296,6 +296,8 @@ def test_allowed_tools_leave_these_alone() -> None:
     turn, _ = parse(tools=[F, F | {"name": "g"}], tool_choice=choice)
     assert [sent["name"] for sent in turn.tools] == ["g"]
     assert turn.extra_body["tool_choice"] == {"type": "any"}
+    turn, _ = parse(tools=[F], tool_choice={**choice, "mode": None})
+    assert turn.extra_body == {}, "no tool is left"
 
 
 def test_effort_is_the_nearest() -> None:
