@@ -118,6 +118,7 @@ MAX_HEADERS: Final = 100  # http.server's own limit
 MAX_HEAD_BYTES: Final = 64 * 1024  # request line and headers together
 HEAD_TIMEOUT_S: Final = 15.0  # for a whole head: half-open connections go
 BODY_TIMEOUT_S: Final = 120.0  # for a whole body: 32 MB at 2 Mbit/s
+MIN_NAMED_KEY: Final = 12  # characters; of a shorter key its last four would tell too much
 KEYS_GONE_S: Final = 2.0  # a key file that is written anew is empty or gone for a moment
 IDLE_CONNECTION_S: Final = 120.0  # longer than proxies keep theirs (60 s)
 LINGER_S: Final = 2.0  # reading on after an early answer, or a reset would destroy it on its way
@@ -264,7 +265,7 @@ class KeyFile:
                 return self._last
         for line in text.split("\n"):
             key, *words = line.split() or ["#"]
-            tail = key[-4:] if len(key) >= 12 else ""  # of a shorter key four would tell too much
+            tail = key[-4:] if len(key) >= MIN_NAMED_KEY else ""
             if not key.startswith("#"):
                 keys[key] = re.sub(r"[^\w.@-]+", "_", " ".join(words)) or f"…{tail}"
         self._last, self._gone_at = keys, None
@@ -2000,7 +2001,7 @@ class ItemReader:
 
     def output(self, path: str, item: JsonObject) -> None:
         call_id = require(item, "call_id", str, path)
-        said = "content" if "content" in item else "output"  # chat completions' or responses'
+        said = "output" if item.get("content") is None else "content"  # which is chat completions'
         require(item, said, object, path)
         if call_id not in self._calls:
             problem = f"No tool call found for function call output with call_id {call_id}."
@@ -2510,8 +2511,7 @@ class ResponseWriter(AnswerWriter):
         if kind == "content_block_start":
             return self._numbered(self._start(self.message["content"][-1]))
         if kind == "content_block_delta" and self._item:
-            said = event["delta"].get(self._item.form.source) or ""
-            return self._numbered(self._item.say(said))
+            return self._numbered(self._item.say(event["delta"].get(self._item.form.source) or ""))
         return self._numbered(self._finish() if kind == "message_stop" else ())
 
     def whole(self) -> JsonObject:

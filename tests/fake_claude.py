@@ -7,7 +7,8 @@ Orders for the next process are files in the directory FAKE_CLAUDE_ORDERS, remov
 user message: `die-before-answer`, `die-mid-answer`, `garbage`, `error-result`, `odd-error-result`
 (half an emoji), `silent-end`, `cut-short` (by max_tokens), `unannounced` (without `requesting`),
 `fill-stderr`, `long-line`, `stall` (no event), `stall-after-start`, `flood` (deltas without end),
-`a while` (0.3 s), `for long` (1.5 s). Every query is noted in `queries` in the same directory.
+`a while` (0.3 s), `until told` (until there is a file `told`). Every query is noted in `queries`
+in the same directory.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ def answer(text: str) -> None:
         log.write(json.dumps(text) + "\n")
     if "unannounced" not in text:
         put({"type": "system", "subtype": "status", "status": "requesting"})
-    time.sleep(0.3 if "a while" in text else 1.5 if "for long" in text else 0)
+    time.sleep(0.3 if "a while" in text else 0)
     if "die-before-answer" in text:
         die("gone before the answer")
     if "fill-stderr" in text:
@@ -98,6 +99,8 @@ def answer(text: str) -> None:
 
 def take(text: str) -> None:
     """Answer a query, but for those whose calls are held back."""
+    while "until told" in text and not ordered("told"):
+        time.sleep(0.01)
     if REHEARSAL in text:
         put({**DONE, "is_error": True, "result": "Prompt is too long"})
     else:

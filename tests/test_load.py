@@ -132,11 +132,12 @@ def test_who_needs_a_new_process_keeps_its_place_and_is_not_slept_over(
         InProcessGateway(tmp_path, processes=1, max_concurrency=1) as gateway,
         concurrent.futures.ThreadPoolExecutor() as threads,
     ):
-        answers = [threads.submit(ask, "first, for long", "a")]
+        answers = [threads.submit(ask, "first, until told", "a")]
         wait_until(lambda: len(gateway.now.busy) == 1)
         for number, (text, key) in enumerate((("second", "b"), ("third", "a")), 1):
             answers.append(threads.submit(ask, text, key))
             wait_until(lambda number=number: gateway.now.waiting == number)  # type: ignore[misc]
+        (tmp_path / "told").touch()
         assert [answer.result() for answer in answers] == [200] * 3
     asked = (tmp_path / "queries").read_text()
     assert re.findall("first|second|third", asked) == ["first", "second", "third"]

@@ -462,6 +462,10 @@ def test_any_json_is_a_valid_turn_or_a_400(fields: JsonObject) -> None:
     json.dumps(writer.whole())
 
 
+def test_a_null_beside_an_output_is_as_absent() -> None:
+    assert messages_of(CALL, {**OUTPUT, "content": None}) == messages_of(CALL, OUTPUT)
+
+
 def test_what_other_providers_tools_did_is_left_out() -> None:
     got = messages_of(HI, {"type": "web_search_call", "id": "ws_1", "status": "completed"}, HI)
     assert got == [("user", [text("hi"), text("hi")])]
