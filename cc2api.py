@@ -56,6 +56,7 @@ import select
 import shutil
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import tempfile
@@ -88,6 +89,7 @@ MAX_BODY_BYTES: Final = 32 * 1024 * 1024  # the Messages API's own limit
 MAX_JSON_DEPTH: Final = 128  # deep enough for any schema; far from both languages' stack limits
 MAX_LINE_BYTES: Final = 16 * 1024 * 1024  # of the CLI's output; 128k tokens are about 1 MB
 READ_BYTES: Final = 64 * 1024  # a Linux pipe's capacity
+MAX_LOG_LINE_BYTES: Final = 64 * 1024  # of the CLI's log; upstream's errors are far shorter
 STDERR_TAIL_BYTES: Final = 2000  # enough for a stack trace's first lines in an error message
 
 CONTROL_TIMEOUT_S: Final = 15.0  # of a CLI that answers within 0.1 s, and starting in 1 s
@@ -186,6 +188,7 @@ class ApiError(Exception):
     details: JsonObject | None = None
     retry_after_s: int | None = None
     should_retry: bool | None = None  # False: SDKs would only pay for the same again
+    is_for_operator: bool = False  # the message says what to do on the gateway's machine
 
     def __post_init__(self) -> None:
         super().__init__(self.message)
@@ -311,7 +314,6 @@ class Turn:
     messages: tuple[Message, ...]  # roles alternating; the last one is the user's
     digests: tuple[bytes, ...]  # one a message, alike where the model is told the same
     tools: list[JsonObject]
-    effort: str | None
     extra_body: JsonObject  # merged by the CLI into the top level of its request
     betas: tuple[str, ...]
     marked: JsonObject | None  # the very block or tool that goes with a cache breakpoint
@@ -321,6 +323,13 @@ class Turn:
 
 _KIND_NAMES: Final = {str: "string", bool: "boolean", dict: "dictionary", list: "list"}
 EFFORTS: Final = ("low", "medium", "high", "xhigh", "max")
+# Models for which the CLI takes `effort` out of the body (read, 2.1.300 and 2.1.332); the API
+# refuses it for them.
+_LACKS_EFFORT: Final = re.compile(
+    r"claude-(3-|opus-4-[01]\b|opus-4-20|sonnet-4-[05]\b|sonnet-4-20|haiku-4-5\b)"
+)
+# How the block begins in which Claude Code says who it is (code.claude.com: llm-gateway-protocol).
+ATTRIBUTION_START: Final = "x-anthropic-billing-header:"
 # Top-level fields that do not travel in CLAUDE_CODE_EXTRA_BODY: they have a way of their own, are
 # the CLI's to say (metadata), or what it does anyway (a breakpoint on the last block).
 _OURS: Final = ("model", "messages", "system", "stream", "tools", "metadata", "cache_control")
@@ -403,19 +412,14 @@ def to_turn(
     """Return the Turn of a body and its placed messages; one to count may end with an answer."""
     if not require(body, "model", str).strip():
         raise InvalidRequest("model: String should have at least 1 character")
-    given = without_nulls(optional(body, "output_config", dict) or {})
-    output_config = {"format": body.get("output_format"), **given}  # the first is an older form
-    effort = output_config.pop("effort", None) or body.get("effort")
-    if effort not in (None, *EFFORTS):  # the CLI would leave it out
-        raise InvalidRequest(f"effort: Input should be {' or '.join(map(repr, EFFORTS))}")
-    thinking = optional(body, "thinking", dict)
-    if thinking is None or thinking.get("type") == "disabled":
-        # With thinking off the CLI sends temperature 1 (seen, 2.1.330), and upstream refuses that
-        # with top_p. Off by way of the body, it sends none.
-        is_alone = body.get("top_p") is not None and body.get("temperature") is None
-        thinking = {"type": "disabled"} if is_alone else None
-    passed = {**body, **dict.fromkeys(_OURS), "output_format": None, "effort": None}
-    passed |= {"thinking": thinking, "output_config": without_nulls(output_config) or None}
+    passed = {
+        **body,
+        **dict.fromkeys(_OURS),
+        "output_format": None,
+        "effort": None,
+        "output_config": _parse_output_config(body),
+        "thinking": _parse_thinking(body),
+    }
     parts, said = _parse_system(body), list(_parse_messages(messages))
     system = "\n\n".join(part["text"] for part in parts)
     if is_count and system:  # the CLI would count it as a message of its own
@@ -439,7 +443,6 @@ def to_turn(
         messages=tuple(merged),
         digests=tuple(map(digest_message, merged)),
         tools=tools,
-        effort=effort,
         extra_body=without_nulls(passed),
         betas=tuple(dict.fromkeys(filter(_BETA.match, map(str.strip, betas.split(","))))),
         marked=marked,
@@ -450,22 +453,55 @@ def to_turn(
 
 def for_login(turn: Turn) -> Turn:
     """Return a turn for a CLI on a claude.ai login, whose breakpoints are 1h (seen, 2.1.330)."""
-    marked = turn.marked
-    if len(turn.messages) > 1:
-        # its reminders move with the last user message: the block before keeps the history cached
-        before = turn.messages[-2].content
-        marked = [block for block in before if "thinking" not in block["type"]][-1]
-    return dataclasses.replace(turn, marked=marked, cache_ttl="1h", is_login=True)
+    return dataclasses.replace(turn, cache_ttl="1h", is_login=True)
+
+
+def _parse_output_config(body: JsonObject) -> JsonObject | None:
+    """Return `output_config`, with what older forms say of it; None where nothing is said."""
+    output_config = {"format": body.get("output_format"), "effort": body.get("effort")}
+    if output_config["effort"] not in (None, *EFFORTS):
+        raise InvalidRequest(f"effort: Input should be {' or '.join(map(repr, EFFORTS))}")
+
+    given = without_nulls(optional(body, "output_config", dict) or {})
+    if "effort" in given and _LACKS_EFFORT.match(body["model"]):
+        # The CLI leaves it out for these models, by a list of names of its own.
+        raise InvalidRequest("This model does not support the effort parameter.")
+    output_config.update(given)
+    return without_nulls(output_config) or None
+
+
+def _parse_thinking(body: JsonObject) -> JsonObject | None:
+    """Return `thinking` as it goes upstream; None where the client said nothing of it."""
+    thinking = optional(body, "thinking", dict)
+    if thinking is None and _is_top_p_alone(body):
+        # Said for the client, which changes nothing: models that take top_p do not think by
+        # default. See `to_flag_settings`, which has to let the CLI believe that it thinks.
+        thinking = {"type": "disabled"}
+    return thinking
+
+
+def _is_top_p_alone(fields: JsonObject) -> bool:
+    """Return whether a request sets top_p and leaves temperature to the API."""
+    return fields.get("top_p") is not None and fields.get("temperature") is None
 
 
 def _parse_system(body: JsonObject) -> list[JsonObject]:
-    """Return the system prompt's text blocks; none for a blank string."""
+    """Return the system prompt's text blocks; none for a blank string.
+
+    The attribution block of a Claude Code that is the client is left out: the CLI sends its own,
+    and upstream drops a block that begins so whole, with the prompt that was joined to it.
+    """
     if isinstance(body.get("system"), str):
         return as_blocks(body["system"]) if body["system"].strip() else []
-    placed = list(objects(body, "system"))
-    if not all(require(block, "text", str, path).strip() for path, block in placed):
-        raise InvalidRequest("system: text content blocks must be non-empty")
-    return [block for _, block in placed]
+
+    blocks = []
+    for path, block in objects(body, "system"):
+        text = require(block, "text", str, path)
+        if not text.strip():
+            raise InvalidRequest("system: text content blocks must be non-empty")
+        if not text.startswith(ATTRIBUTION_START):
+            blocks.append(block)
+    return blocks
 
 
 def _parse_messages(messages: Iterable[Placed]) -> Iterator[Said]:
@@ -474,7 +510,10 @@ def _parse_messages(messages: Iterable[Placed]) -> Iterator[Said]:
         if (role := message.get("role")) not in ("user", "assistant", "system"):
             raise InvalidRequest(f"{path}.role: Input should be 'user' or 'assistant'")
         given = {"content": as_blocks(message.get("content"))}
-        if not require(given, "content", list, path):
+        content = require(given, "content", list, path)
+        if not content and role == "system" and "output_config" in message:
+            continue  # Claude Code's own note of the effort from here on; the request says it too
+        if not content:
             raise InvalidRequest(f"{path}: all messages must have non-empty content")
         for place, block in objects(given, "content", path):
             check_block(place, block)
@@ -596,6 +635,7 @@ TOOL_SERVER: Final = "t"  # the MCP server under which a request's tools are reg
 CALL_LIMIT: Final = "CLAUDE_CODE_BLOCKING_LIMIT_OVERRIDE"
 # What the CLI, as JavaScript, takes for text that is not blank, and for text without blank ends.
 _SAID: Final = re.compile(r"[^\s\ufeff](?:.*[^\s\ufeff])?", re.DOTALL)
+_RESULT_KEYS: Final = frozenset(("type", "tool_use_id", "content", "is_error"))
 
 
 def _marked(turn: Turn, items: Iterable[JsonObject]) -> list[JsonObject]:
@@ -609,16 +649,40 @@ def to_flag_settings(turn: Turn, model: str) -> JsonObject:
     # `model` is no alias: with one a later change of the system prompt is refused;
     # the CLI goes on sending tools that were taken off its list, so every body says which
     body = {**turn.extra_body, "tools": _marked(turn, turn.tools)}
+    # With thinking off the CLI sends `temperature: 1` to models that take one, and upstream
+    # refuses that beside top_p. With thinking on it sends `thinking`, which the body overrides.
+    is_thinking_off = _object(body.get("thinking")).get("type", "disabled") == "disabled"
+    is_thinking_told_by_cli = not is_thinking_off or _is_top_p_alone(body)
+    has_effort = "effort" in _object(body.get("output_config"))
     variables = {
         "CLAUDE_CODE_EXTRA_BODY": json.dumps(body),
         "ANTHROPIC_BETAS": ",".join(turn.betas),
         "CLAUDE_CODE_PROMPT_CACHE_TTL": turn.cache_ttl,
+        "CLAUDE_CODE_DISABLE_THINKING": "" if is_thinking_told_by_cli else "1",
+        # "unset" keeps the CLI's own effort out of the body; empty leaves it to the CLI.
+        "CLAUDE_CODE_EFFORT_LEVEL": "unset" if has_effort else "",
         # the body's max_tokens is in extra_body; this is for the CLI's own sums
         "CLAUDE_CODE_MAX_OUTPUT_TOKENS": str(turn.extra_body.get("max_tokens", "")),
         "MCP_TOOL_TIMEOUT": "100000000",  # ms; tool calls wait as long as they must
         CALL_LIMIT: "1000000000",  # what is too long is upstream's to say
     }
-    return {"env": variables, "model": model, "effortLevel": turn.effort}
+    return {"env": variables, "model": model}
+
+
+LOG_LINE: Final = "cc2api_log"  # the type of a line that stands for a message of the CLI's log
+_LOG_LINE: Final = re.compile(rb"\d{4}-\d\d-\d\dT[\d:.]+Z \[(?:DEBUG|ERROR)\] (.*)", re.DOTALL)
+
+
+def read_log_line(raw: bytes) -> str | None:
+    """Return the message of a line of the CLI's log; None for anything else on stderr."""
+    found = _LOG_LINE.fullmatch(raw.rstrip())
+    if found is None:
+        return None
+    text = found[1].decode("utf-8", "replace")
+    if text.startswith('"'):  # what has several lines is written as one JSON string
+        with contextlib.suppress(ValueError):
+            text = str(json.loads(text))
+    return text
 
 
 def to_name(tool: JsonObject) -> str:
@@ -649,6 +713,8 @@ def to_tool_results(query: Message, asked: Sequence[str]) -> list[JsonObject] | 
         return None
     results, size = [], 0
     for block in query.content:
+        if not block.keys() <= _RESULT_KEYS:
+            return None  # the channel has no place for what is newer than this file
         parts = as_blocks(block.get("content") or [])
         texts = [part.get("text") for part in parts]
         is_plain = bool(parts) and parts == [{"type": "text", "text": text} for text in texts]
@@ -711,6 +777,10 @@ _STATUS_BY_CLI_ERROR: Final = {
     **{"authentication_failed": 401, "billing_error": 402, "oauth_org_not_allowed": 403},
     **{"invalid_request": 400, "max_output_tokens": 400, "model_not_found": 404, "rate_limit": 429},
 }
+# How the messages of the CLI's log begin that PROCESS_FLAGS ask for (seen, 2.1.300 and 2.1.332).
+_CALL_LEAVES: Final = "[API:timing] dispatching to "
+_CALL_FAILED: Final = "API error (attempt "
+MAX_FOREIGN_ERROR_CHARS: Final = 1000  # of a proxy's page of HTML
 # What the CLI puts around upstream's message (seen, 2.1.330 and 2.1.248).
 _DECORATION: Final = re.compile(
     r"(?s)\A(?:Failed to authenticate\. |Please run /login · )?API Error: "
@@ -734,6 +804,9 @@ class AnswerReader:
     def __init__(self) -> None:
         self.is_called = False  # the CLI's call to upstream is on its way
         self.done = False
+        self.has_left = False  # that call has left: its body and headers are made
+        self.refusal: ApiError | None = None  # upstream's, as the CLI's log has it
+        self.asks_again = False  # the CLI has gone on after a refusal
         self.has_failed = False  # the CLI has ended its turn without an answer
         self.content: list[JsonObject] = []  # the finished blocks, as the CLI remembers them
         self.rate_limits: dict[str, str] = {}  # the plan's state as headers, where it was told
@@ -762,9 +835,13 @@ class AnswerReader:
             return []
         if kind == "stream_event":
             return self._feed_event(line["event"])
+        if kind == LOG_LINE:
+            self._note_log(line["text"])
+            return []
         if kind == "result":
             self.has_failed = True
-            raise read_error(line, self._cli_error)
+            error = read_error(line, self._cli_error)
+            raise self.refusal if self.refusal and not error.is_for_operator else error
         if line.get("status") == "requesting":
             self.is_called = True
         elif kind == "rate_limit_event":
@@ -774,6 +851,22 @@ class AnswerReader:
             self.content += map(dict, _object(line.get("message")).get("content") or ())
         return []
 
+    def _note_log(self, text: str) -> None:
+        """Take a message of the CLI's log: a call leaves, or has failed.
+
+        Some refusals the CLI mends by itself, and calls again without what was refused (images,
+        signatures of thinking, effort, a stream: seen on 2.1.300 and 2.1.332). Then a second call
+        leaves, or fails, after the refusal.
+        """
+        is_call = text.startswith(_CALL_LEAVES)
+        is_failure = text.startswith(_CALL_FAILED)
+        if self.refusal and (is_call or is_failure):
+            self.asks_again = True
+        elif is_call:
+            self.has_left = True
+        elif is_failure:
+            self.refusal = read_refusal(text)
+
     def _feed_event(self, event: Event) -> list[Event]:
         kind, reason = event["type"], _object(event.get("delta")).get("stop_reason")
         # After a failure come closing events of the CLI's own making, without a stop reason, and
@@ -781,7 +874,7 @@ class AnswerReader:
         if (self._cli_error and not reason) or self._started == (kind == "message_start"):
             return []
         if kind == "message_start":
-            self._started = self.is_called = True
+            self._started = self.is_called = self.has_left = True
         elif kind == "message_delta" and isinstance(reason, str):
             self._stop_reason, self.done = reason, True
             # it always follows; made here, the process can be stopped before it goes on
@@ -791,6 +884,29 @@ class AnswerReader:
             # about to ask for the rest by a second call (seen, 2.1.330)
             raise CliFailed("upstream's stream ended before its answer was complete")
         return [event]
+
+
+def read_refusal(text: str) -> ApiError | None:
+    """Return upstream's own error, by the CLI's log line of a call that failed.
+
+    The line reads `API error (attempt 1/1): 400 400 {"type":"error","error":{...}}`: the status,
+    and the SDK's message, which is the status and the body (seen, 2.1.300 and 2.1.332). None where
+    there is no status: the call did not reach upstream, and the `result` line says why.
+    """
+    found = re.match(r"API error \([^)]*\): ([45]\d\d)(?: \1)? (.*)", text, re.DOTALL)
+    if found is None:
+        return None
+
+    status, said = int(found[1]), found[2]
+    body: object = None
+    with contextlib.suppress(ValueError, RecursionError):
+        body = json.loads(said)
+    error = _object(_object(body).get("error"))
+    message = error.get("message")
+    if not isinstance(message, str):  # of something between the CLI and upstream
+        return ApiError(said[:MAX_FOREIGN_ERROR_CHARS], status)
+    details = _object(error.get("details")) or None
+    return ApiError(message, status, str(error.get("type") or ""), details)
 
 
 def to_rate_limit_headers(info: Any) -> dict[str, str]:
@@ -814,7 +930,8 @@ def read_error(result: JsonObject, cli_error: str | None = None) -> ApiError:
         return CliFailed("claude ended its turn without an answer")
     if text.startswith(("Not logged in", "Invalid API key")):
         problem = "claude is not signed in on the gateway's machine, or its sign-in was refused"
-        return ApiError(f"{problem}: run `claude auth login` there", status=401)
+        hint = f"{problem}: run `claude auth login` there"
+        return ApiError(hint, status=401, is_for_operator=True)
     if result.get("terminal_reason") == "blocking_limit":  # by HOLD_CALLS, too early
         return CliFailed("claude held its call back; nothing was sent upstream", status=503)
     if text.startswith("Prompt is too long"):
@@ -898,6 +1015,8 @@ PROCESS_FLAGS: Final = (
     *("--settings", '{"hooks":{},"mcpServers":{},"disableAllHooks":true}'),
     *("--system-prompt", DEFAULT_SYSTEM_PROMPT),
     *("--allowedTools", "mcp__t", "--permission-mode", "dontAsk"),  # of the TOOL_SERVER
+    # Its log to stderr, of these categories only: that a call leaves, and the failure of one.
+    *("--debug-to-stderr", "--debug=api:timing,api error (attempt 1/1)"),
 )
 PROCESS_VARIABLES: Final = {
     **{"CLAUDE_CODE_DISABLE_AUTO_MEMORY": "1", "ENABLE_CLAUDEAI_MCP_SERVERS": "false"},
@@ -918,6 +1037,8 @@ PROCESS_VARIABLES: Final = {
     "CLAUDE_CODE_MAX_MCP_DESCRIPTION_LENGTH": "1000000",
     "CLAUDE_CODE_MAX_TOOL_USE_CONCURRENCY": "1000",
     "CLAUDE_CODE_TOTAL_TOKENS_REMINDER": "off",  # in tool steps on a login (seen, 2.1.330)
+    "CLAUDE_CODE_DISABLE_LEGACY_MODEL_REMAP": "1",  # else opus-5-5 answers for opus-4-0 and 4-1
+    "DISABLE_INTERLEAVED_THINKING": "1",  # a beta that the client did not ask for
 }
 # Not handed down: what each request sets, and the marks of a Claude Code session around us.
 DROPPED_VARIABLES: Final = (
@@ -1049,6 +1170,46 @@ def process_start(
     return [*(shim if sys.platform == "linux" else ()), *command], kept
 
 
+class Workplace:
+    """The directories of a gateway's processes: the one they run in, and one for their files.
+
+    With a login the model is told the name of the first: so that name tells nothing, and is the
+    same after a restart, or every conversation would miss the API's prompt cache. All gateways of
+    one user share it. The second is this gateway's own, and goes with it.
+    """
+
+    def __init__(self, parent: Path) -> None:
+        self._root = parent / f"cc-{os.getuid()}"
+        self.work_dir = self._root / "work"
+        self.temp_dir = self._root / f"tmp-{uuid.uuid4().hex[:8]}"
+
+    def prepare(self) -> None:
+        """Make what is missing: a cleaner may have removed it. Raises OSError."""
+        for path in (self._root, self.work_dir, self.temp_dir):
+            _make_private(path)
+        # Of its own the CLI runs git at every apply_flag_settings, to see whether the directory's
+        # settings are tracked there; with this file it takes them to be (seen: 7 ms, then 4.5).
+        config_dir = self.work_dir / ".claude"
+        config_dir.mkdir(exist_ok=True)
+        (config_dir / ".git").touch()
+
+    def clean_up(self) -> None:
+        shutil.rmtree(self.temp_dir, ignore_errors=True)
+
+
+def _make_private(path: Path) -> None:
+    """Make a directory of this user's alone, if it is not there. Raises OSError if it is another's.
+
+    Its name can be foreseen: where others may write, somebody could have made it first.
+    """
+    with contextlib.suppress(FileExistsError):
+        path.mkdir(mode=0o700)
+    found = path.lstat()
+    is_own = stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid()
+    if not is_own or stat.S_IMODE(found.st_mode) & 0o077:
+        raise OSError(f"{path} must be a directory that is yours alone: remove it, or set TMPDIR")
+
+
 # ====================================================================== Process
 # One running `claude`: pipes, whole lines, its end; and its control protocol. Used by one thread at
 # a time (the pool hands it over); that thread moves all of its pipes while it waits for a line, so
@@ -1103,6 +1264,7 @@ class Process:
         self._sources = [self._stdout, self._stderr]  # that are not at their end
         self._outbox = bytearray()
         self._partial = bytearray()  # the start of a line not yet whole
+        self._partial_log = b""  # the same of stderr
         self.lines: collections.deque[JsonObject] = collections.deque()  # read and not yet taken
         self._last_words = b""
 
@@ -1124,13 +1286,12 @@ class Process:
                 poll.register(self._stdin, select.POLLOUT)
             poll.poll(patience.slice_s() * 1000)
             self._write_some()
-            self._read_stderr()
-            self._read_stdout()
+            self._read_output()
 
     def has_lines(self) -> bool:
         """Say whether there is a line, after one look. Raises ProcessDied, CliFailed."""
         if not self.lines:
-            self._read_stdout()
+            self._read_output()
         return bool(self.lines)
 
     def kill(self) -> None:
@@ -1155,8 +1316,10 @@ class Process:
         except (OSError, ValueError):  # it has closed its stdin, or `finish` has
             self._outbox.clear()  # what it still prints tells why
 
-    def _read_stdout(self) -> None:
+    def _read_output(self) -> None:
+        """Take what both pipes hold, so that no log line comes behind what was said after it."""
         chunk: bytes | None = self._stdout.read(READ_BYTES)
+        self._read_stderr()
         if chunk == b"":
             raise ProcessDied(self._explain_death())
         first, *rest = (chunk or b"").split(b"\n")
@@ -1171,9 +1334,15 @@ class Process:
 
     def _read_stderr(self) -> None:
         chunk: bytes | None = self._stderr.read(READ_BYTES)
-        self._last_words = (self._last_words + (chunk or b""))[-STDERR_TAIL_BYTES:]
         if chunk == b"":
             self._sources = [self._stdout]
+        *whole, partial = (self._partial_log + (chunk or b"")).split(b"\n")
+        for raw in whole:
+            if (text := read_log_line(raw)) is not None:
+                self.lines.append({"type": LOG_LINE, "text": text})
+            else:
+                self._last_words = (self._last_words + raw + b"\n")[-STDERR_TAIL_BYTES:]
+        self._partial_log = partial[-MAX_LOG_LINE_BYTES:]
 
     def _explain_death(self) -> str:
         """Describe how it ended; waits a moment for its exit status."""
@@ -1182,7 +1351,8 @@ class Process:
             how = f"claude ended with status {self._popen.wait(EXIT_STATUS_S)}"
         self._read_stderr()  # what it said last may still be in the pipe
         # on one line, and nothing in it that could pass for a line of its own
-        words = " ".join(self._last_words.decode("ascii", "replace").split())
+        last_words = self._last_words + self._partial_log[-STDERR_TAIL_BYTES:]
+        words = " ".join(last_words.decode("ascii", "replace").split())
         return f"{how}: {words}" if words else how
 
 
@@ -1193,10 +1363,13 @@ SERVER_INFO: Final[JsonObject] = {
 }
 # Requests that a used process depends on, and that a later CLI may not know.
 _CHANGES: Final = ("rewind_conversation", "set_model", "mcp_message")
-# Settings for when a call is on its way: after some answers the CLI would by itself ask for more.
-# By its own limit of size, now 1 token, that ends as "Prompt is too long" before it is made: from
-# the acknowledgement on for certain; before, only a kill at message_delta can prevent it.
-HOLD_CALLS: Final[JsonObject] = {"env": {CALL_LIMIT: "1"}}
+# Settings for when a call has left, so that the process makes no other one, whatever comes back.
+# The limit of size, now 1 token, ends a turn that would go on after its answer ("Prompt is too
+# long"). What calls again below that, after a refusal, gets a header that no HTTP client sends: it
+# fails inside the CLI. From the acknowledgement on that is certain; before, only a kill helps.
+HOLD_CALLS: Final[JsonObject] = {
+    "env": {CALL_LIMIT: "1", "CLAUDE_CODE_EXTRA_BODY": json.dumps({"betas": ["held\nback"]})}
+}
 
 
 class Channel:
@@ -1258,6 +1431,11 @@ class Channel:
     def apply(self, settings: JsonObject) -> None:
         """Change settings. Does not wait: what comes next does."""
         self.applying = self._ask("apply_flag_settings", settings=settings)
+
+    @property
+    def is_held(self) -> bool:
+        """Whether the CLI has acknowledged HOLD_CALLS: it makes no call any more."""
+        return self.settings is HOLD_CALLS and not self.applying
 
     def interrupt(self) -> bool:
         """End the turn whose answer nobody wants any more; say whether nothing is left of it."""
@@ -1510,10 +1688,17 @@ class Session:
         # in each turn they would soon be over the four that the API takes.
         turn = dataclasses.replace(turn, marked=None) if kept else turn
         self._tell(turn, told, patience)
-        for index in range(kept, len(turn.messages) - (not demand.is_count)):
-            self._append(turn, index)
-            # user lines are queued but assistant lines applied at once: wait, or order is lost
-            channel.come_to_rest(patience)
+        end = len(turn.messages) if demand.is_count else len(turn.messages) - 1
+        takes_additions = turn.is_login and kept == 0 and not demand.is_count
+        for index in range(kept, end):
+            if takes_additions and turn.messages[index].role == "user":
+                self._append_held(turn, index, patience)
+                takes_additions = False
+            else:
+                self._append(turn, index)
+                # User lines are queued but assistant lines applied at once: wait, or the order
+                # is lost.
+                channel.come_to_rest(patience)
         self._turn = turn
 
     def ask(self, patience: Patience) -> None:
@@ -1554,33 +1739,51 @@ class Session:
             prompt = turn.system or DEFAULT_SYSTEM_PROMPT
             change = {"model": model, "system_prompt": prompt, "only_if_model_is_current": True}
             channel.request("set_model", patience, **change)
-        thinks = bool(turn.extra_body.get("thinking"))
-        if told is None or thinks != bool(told.extra_body.get("thinking")):
-            # null leaves it to the extra body; 0 turns it off where the model can be without
-            tokens = None if thinks else 0
-            channel.request("set_max_thinking_tokens", patience, max_thinking_tokens=tokens)
 
     def _append(self, turn: Turn, index: int, *, is_query: bool = False) -> None:
         line = to_line(turn, index, self._settings["model"], is_query=is_query)
         self._conversation.add(turn, index, line)
         self._channel.send(line)
 
+    def _append_held(self, turn: Turn, index: int, patience: Patience) -> None:
+        """Append a message by a query that is held back from upstream.
+
+        With a login the CLI adds its reminders (environment, model, date) to the message that is
+        queried first, for good. That has to be the first message of the user's in any process:
+        another one would change the bytes that upstream has cached, and the text of tool results.
+        """
+        channel = self._channel
+        channel.apply(HOLD_CALLS)
+        channel.come_to_rest(patience)
+        self._append(turn, index, is_query=True)
+        while channel.results_due:
+            line = channel.next(patience)
+            if line.get("type") == "stream_event":
+                raise CliRefused("claude does not hold its calls back")
+        channel.request("apply_flag_settings", patience, settings=self._settings)
+
     def read(self, patience: Patience) -> Generator[list[Event], None, list[Event]]:
         """Yield the answer's events in batches of those that were ready together.
 
         Returns the last batch. Raises ApiError; ProcessDied only while nothing went upstream.
         """
-        reader, batch = self.reader, list[Event]()
+        reader = self.reader
+        channel = self._channel
+        batch: list[Event] = []
         while not reader.done:
             if batch and not self.process.lines:
                 yield batch
                 batch = []
             try:
-                line = self._channel.next(patience)
+                line = channel.next(patience)
                 with upstream_protocol():
                     batch += reader.feed(line)
-                if reader.is_called and self._channel.settings is not HOLD_CALLS:
-                    self._channel.apply(HOLD_CALLS)
+                if reader.has_left and channel.settings is not HOLD_CALLS:
+                    channel.apply(HOLD_CALLS)
+                if reader.refusal:
+                    if not channel.is_held:
+                        raise reader.refusal  # at once, for `rest` has to end the process
+                    patience = patience.at_most(LEAVE_S, reader.refusal)
             except ApiError:
                 yield batch  # what came just before it
                 raise
@@ -1602,12 +1805,15 @@ class Session:
             return False  # told in part, or nothing that could be cut to
         if not conversation.is_loose:
             return True  # it was asked nothing
+        if reader.refusal:
+            # Where the CLI has gone on it remembers what it left out, and leaves it out for good.
+            return reader.has_failed and not reader.asks_again
         if not reader.done:
             return reader.has_failed or (reader.is_called and channel.interrupt())
         names = set(map(to_name, channel.tools))
         if not (reader.can_go_on and names.issuperset(reader.calls.values())):
             # it would ask again: certain not to, or killed
-            return channel.settings is HOLD_CALLS and not channel.applying
+            return channel.is_held
         conversation.add_answer(reader)
         # not while calls wait: when its stdin ends the CLI lets them fail, and asks upstream
         if not (channel.applying or conversation.calls_due):
@@ -2751,26 +2957,21 @@ class Service:
         self._models: list[JsonObject] = []  # the CLI's, as the last process told them
         self._model_map = dict(pair.split("=", 1) for pair in settings.model_map)
         self._padding: dict[str, int] = {}  # tokens of a padding tool, by model
-        self._temp = tempfile.TemporaryDirectory(prefix="cc-", ignore_cleanup_errors=True)
-        # With a login the model is told this directory's name, so it says nothing.
-        work_dir, temp_dir = Path(self._temp.name, "work"), Path(self._temp.name, "tmp")
-        # Of its own the CLI runs git at every apply_flag_settings, to see whether the directory's
-        # settings are tracked there; with this file it takes them to be (seen: 7 ms, then 4.5).
-        (work_dir / ".claude").mkdir(parents=True)
-        (work_dir / ".claude" / ".git").touch()
-        temp_dir.mkdir()
-        command, environment = process_start(cli, settings, environ, str(temp_dir))
+        self._workplace = Workplace(Path(tempfile.gettempdir()))
+        temp_dir = str(self._workplace.temp_dir)
+        command, environment = process_start(cli, settings, environ, temp_dir)
 
         def start() -> Session:
             os.stat(cli.path)  # raises the OSError that a shim around the CLI would hide
-            return Session(Process(command, environment, str(work_dir)))
+            self._workplace.prepare()
+            return Session(Process(command, environment, str(self._workplace.work_dir)))
 
         self.pool = Pool(start, Fleet(settings), self._note_cost)
 
     def close(self) -> None:
-        """End all processes and remove the temporary directory."""
+        """End all processes and remove their temporary directory."""
         self.pool.close()
-        self._temp.cleanup()
+        self._workplace.clean_up()
 
     def answer(
         self, turn: Turn, caller: Caller, tick: Callable[[], None], record: Record

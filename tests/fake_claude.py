@@ -60,6 +60,8 @@ def answer(text: str) -> None:
         log.write(json.dumps(text) + "\n")
     if "unannounced" not in text:
         put({"type": "system", "subtype": "status", "status": "requesting"})
+        leaves = "2026-01-01T00:00:00.000Z [DEBUG] [API:timing] dispatching to firstParty"
+        print(leaves, file=sys.stderr, flush=True)
     time.sleep(0.3 if "a while" in text else 0)
     if "die-before-answer" in text:
         die("gone before the answer")

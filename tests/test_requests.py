@@ -62,7 +62,7 @@ BAD: list[tuple[JsonObject, str]] = [
     ({"system": [{"type": "text"}]}, "system.0.text: Field required"),
     ({"system": [{"type": "text", "text": " "}]}, "system: text content blocks must be non-empty"),
     ({"effort": "extreme"}, "effort: Input should be 'low' or"),
-    ({"output_config": {"effort": "none"}}, "effort: "),
+    ({"model": "claude-haiku-4-5", "output_config": {"effort": "low"}}, "This model does not"),
     ({"tools": {}}, "tools: Input should be a valid list"),
     ({"tools": ["f"]}, "tools.0: "),
     ({"messages": None}, "messages: Field required"),

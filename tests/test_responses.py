@@ -302,7 +302,8 @@ def test_allowed_tools_leave_these_alone() -> None:
 
 def test_effort_is_the_nearest() -> None:
     efforts = ("none", "minimal", "low", "medium", "high", "xhigh", "max", "ultra", None)
-    seen = [parse(reasoning={"effort": effort})[0].effort for effort in efforts]
+    turns = [parse(reasoning={"effort": effort})[0] for effort in efforts]
+    seen = [turn.extra_body.get("output_config", {}).get("effort") for turn in turns]
     assert seen == [None, "low", "low", "medium", "high", "xhigh", "max", "max", None]
 
 
