@@ -238,7 +238,7 @@ class InProcessGateway(Client):
         """Start it; `orders` are files for the fake CLI, made before the first one starts."""
         for order in orders.split():
             (tmp_path / order).touch()
-        more = {"FAKE_CLAUDE_ORDERS": str(tmp_path), **API_KEY, **(env or {})}
+        more = {"FAKE_CLAUDE_ORDERS": str(tmp_path), **(API_KEY if env is None else env)}
         self.environ = clean_environment(tmp_path, base_url, **more)
         self.cli = cc2api.find_cli(claude, self.environ)
         keys = str(tmp_path / "apikeys.txt")

@@ -62,6 +62,8 @@ class Reply:
     gap_s: float = 0.0
     delay_s: float = 0.0  # before the first byte; a model never answers at once
     left: threading.Event = field(default_factory=threading.Event)  # set when the CLI hung up
+    raw_input: str | None = None  # what a tool call's input says, in place of its JSON
+    raw_body: str | None = None  # of an error, in place of the API's own
     repeat: int = 0  # times an extra text_delta is sent, for long streams
 
     def events(self, model: str) -> Iterator[JsonObject]:
@@ -87,6 +89,8 @@ class Reply:
         yield {"type": "message_start", "message": message}
         for index, block in enumerate(self.blocks):
             start, deltas = _opened(block)
+            if self.raw_input is not None:
+                deltas = [{"type": "input_json_delta", "partial_json": self.raw_input}]
             yield {"type": "content_block_start", "index": index, "content_block": start}
             for delta in deltas:
                 yield {"type": "content_block_delta", "index": index, "delta": delta}
@@ -280,11 +284,17 @@ class _Handler(BaseHTTPRequestHandler):
         time.sleep(reply.delay_s or (0 if is_plain else self.server.api.thinking_s))
         if reply.status != 200:
             message = reply.message or f"scripted {reply.status}"
+            if reply.raw_body is not None:
+                return self._send(
+                    reply.status, reply.raw_body.encode(), {"content-type": "text/html"}
+                )
             return self._json(reply.status, _error(reply.status, message), reply.headers)
         return self._stream(reply, body.get("model", ""))
 
     def _json(self, status: int, body: JsonObject, headers: dict[str, str]) -> None:
-        data = json.dumps(body).encode()
+        self._send(status, json.dumps(body).encode(), headers)
+
+    def _send(self, status: int, data: bytes, headers: dict[str, str]) -> None:
         self.send_response(status)
         all_headers = {
             "content-type": "application/json",

@@ -15,6 +15,7 @@ from typing import Any
 from uuid import uuid4
 
 import pytest
+from additions import split_additions
 from running import API_KEY, LOGIN, Answer, RunningGateway, wait_until
 from scripted_api import DEFAULT_TEXT, Call, Reply, ScriptedApi, text_reply
 
@@ -432,24 +433,38 @@ def test_a_one_hour_breakpoint_makes_all_of_them_last_an_hour(
     assert marks(only_call(api, word).body) == [hour] * 4
 
 
-def test_with_a_login_the_history_before_the_query_is_cached(
-    login_gateway: RunningGateway, api: ScriptedApi
+@pytest.mark.parametrize("model", ["claude-sonnet-4-6", "claude-sonnet-5-5"])
+def test_with_a_login_the_additions_stand_with_the_first_message_alone(
+    login_gateway: RunningGateway, api: ScriptedApi, model: str
 ) -> None:
+    """By whatever process a conversation is served, and whatever message is asked."""
     word = marker()
-    thinking = {"type": "thinking", "thinking": "hm", "signature": "c2ln"}
-    request = [
-        user(text("a", cache_control=EPHEMERAL)),
-        assistant(text("b"), thinking),
-        user(text(word)),
-    ]
-    assert login_gateway.post({"messages": request}).status == 200
-    body = only_call(api, word).body
-    hour = {"type": "ephemeral", "ttl": "1h"}
-    assert body["messages"][:-1] == [
-        user(text("a")),
-        assistant(text("b", cache_control=hour), thinking),
-    ]
-    assert marks(body) == [hour] * 4, "a 5m breakpoint before a 1h one is refused by the API"
+    tools = [{"name": "look", "input_schema": {"type": "object"}}]
+    call = {"type": "tool_use", "id": f"toolu_{word}", "name": "look", "input": {}}
+    result = {"type": "tool_result", "tool_use_id": call["id"], "content": [text("found")]}
+    messages = [user(text(f"first {word}")), assistant(text("b"), call), user(result)]
+    seen = []
+    for last in (text("and"), text("or")):  # a replay, then another branch of it
+        asked = [*messages[:-1], user(result, last)]
+        answer = login_gateway.post({"model": model, "messages": asked, "tools": tools})
+        assert answer.status == 200
+        body = api.calls_with(word)[-1].body
+        sent, added = split_additions(less_marks(body["messages"]))
+        assert sent == asked
+        assert all(part in "".join(added) for part in ("# Environment", "date is", model))
+        seen.append(added)
+        assert len(marks(body)) <= 4
+        assert {mark.get("ttl") for mark in marks(body)} == {"1h"}
+    assert seen[0] == seen[1]
+
+
+def less_marks(node: Any) -> Any:
+    """Return JSON without its cache breakpoints."""
+    if isinstance(node, list):
+        return [less_marks(item) for item in node]
+    if not isinstance(node, dict):
+        return node
+    return {name: less_marks(value) for name, value in node.items() if name != "cache_control"}
 
 
 def test_with_a_login_nothing_of_the_machine_shows_but_a_neutral_directory(

@@ -268,9 +268,16 @@ FIELDS: list[tuple[JsonObject, JsonObject]] = [
         {"output_config": {"format": {"type": "json_schema", "schema": {}}}},
     ),
     ({"text": {"format": {"type": "text"}, "verbosity": "low"}}, {}),
-    *(
-        ({"reasoning": reasoning}, {"thinking": {"type": "adaptive", "display": "summarized"}})
-        for reasoning in ({"summary": "auto", "effort": "low"}, {"generate_summary": "concise"})
+    (
+        {"reasoning": {"summary": "auto", "effort": "low"}},
+        {
+            "thinking": {"type": "adaptive", "display": "summarized"},
+            "output_config": {"effort": "low"},
+        },
+    ),
+    (
+        {"reasoning": {"generate_summary": "concise"}},
+        {"thinking": {"type": "adaptive", "display": "summarized"}},
     ),
     ({"reasoning": {"summary": "auto", "effort": "none"}}, {}),
     (

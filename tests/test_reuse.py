@@ -393,6 +393,50 @@ def test_with_a_login_a_tool_step_is_sent_as_it_is_and_each_conversation_is_remi
         assert json.dumps(body["messages"]).count("# Environment") == 1
 
 
+CHANGES_AT_A_STEP: list[JsonObject] = [
+    {"thinking": {"type": "adaptive"}, "max_tokens": 3000},
+    {"thinking": {"type": "enabled", "budget_tokens": 1024}, "max_tokens": 3000},
+    {"thinking": {"type": "disabled"}},
+    {"top_p": 0.5},
+    {"temperature": 0.5},
+    {"top_k": 5},
+    {"max_tokens": 51},
+    {"stop_sequences": ["X"]},
+    {"tool_choice": {"type": "any"}},
+    {"service_tier": "standard_only"},
+    {"effort": "low"},
+    {"output_config": {"format": {"type": "json_schema", "schema": {"type": "object"}}}},
+    {"system": "Be brief."},
+    {"tools": TOOLS[:1]},
+    {"model": "claude-opus-4-6"},
+    {"next_year": 1},
+]
+
+
+@pytest.mark.parametrize("sign_in", ["gateway", "login_gateway"])
+@pytest.mark.parametrize("change", CHANGES_AT_A_STEP, ids=str)
+@pytest.mark.parametrize("comes", [True, False], ids=["comes", "goes"])
+def test_a_step_with_other_parameters_is_sent_as_by_a_fresh_process(
+    request: pytest.FixtureRequest, api: ScriptedApi, change: JsonObject, comes: bool, sign_in: str
+) -> None:
+    """What a turn began with must not live on in the results of its calls."""
+    gateway: RunningGateway = request.getfixturevalue(sign_in)
+    before, after = ({}, change) if comes else (change, {})
+    talk = Talk(gateway, api, tools=TOOLS)
+    step = tool_use(a=1)
+    reply = Reply(blocks=[{"type": "text", "text": "hm"}, step], stop_reason="tool_use")
+    talk.say("use a tool", reply, **before)
+    kept = talk.say([tool_result(step, "result")], **after)
+
+    # The same conversation under another key is served by another process, which replays it.
+    talk.messages.pop()
+    headers = {"x-api-key": marker()}
+    body = {"messages": talk.messages, **talk.fields, **after}
+    assert gateway.post(body, headers).status == 200
+    fresh = said(api.calls[-1])
+    assert kept == fresh
+
+
 def test_a_users_setting_cannot_time_a_waiting_call_out(
     start: Any, api: ScriptedApi, tmp_path: Path
 ) -> None:
@@ -464,7 +508,7 @@ REFUSALS = [
 def between(
     tmp_path: Path, api: ScriptedApi, claude: str, order: str, **settings: Any
 ) -> InProcessGateway:
-    environ = {"BETWEEN_ORDER": order, "BETWEEN_CLAUDE": claude}
+    environ = {**API_KEY, "BETWEEN_ORDER": order, "BETWEEN_CLAUDE": claude}
     return InProcessGateway(
         tmp_path, claude=str(BETWEEN), base_url=api.url, env=environ, **settings
     )

@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import hypothesis
+import pytest
+from additions import split_additions
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -24,8 +26,8 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from running import InProcessGateway, wait_until
-from scripted_api import Reply, ScriptedApi, text_reply
+from running import API_KEY, LOGIN, InProcessGateway, wait_until
+from scripted_api import Call, Reply, ScriptedApi, text_reply
 from test_reuse import TOOLS, JsonObject, calls_for, marker, said, tool_result, tool_use
 
 PROCESSES, AT_ONCE = 3, 2  # fewer than conversations
@@ -41,7 +43,7 @@ TEXT = st.sampled_from(
     ]
 )
 START = st.fixed_dictionaries(
-    {"model": st.sampled_from(["claude-sonnet-4-6", "claude-opus-4-6"])},
+    {"model": st.sampled_from(["claude-sonnet-4-6", "claude-opus-4-6", "claude-sonnet-5-5"])},
     optional={
         "system": st.sampled_from(["Be brief.", "Be long.", "\u00dc " * 300]),
         "tools": st.sampled_from([TOOLS, TOOLS[:1], [*TOOLS, {"name": "z", "input_schema": {}}]]),
@@ -52,10 +54,22 @@ PARAMETERS = st.fixed_dictionaries(
     {},
     optional={
         "temperature": st.sampled_from([0, 0.5]),
+        "top_p": st.sampled_from([0.5, 0.9]),
         "max_tokens": st.sampled_from([50, 4096]),
         "stop_sequences": st.just(["STOP"]),
-        "thinking": st.just({"type": "enabled", "budget_tokens": 1024}),
-        "output_config": st.just({"effort": "low"}),
+        "thinking": st.sampled_from(
+            [
+                {"type": "enabled", "budget_tokens": 1024},
+                {"type": "adaptive"},
+                {"type": "adaptive", "display": "omitted"},
+                {"type": "disabled"},
+            ]
+        ),
+        "output_config": st.sampled_from(
+            [{"effort": "low"}, {"format": {"type": "json_schema", "schema": {"type": "object"}}}]
+        ),
+        "tool_choice": st.sampled_from([{"type": "auto"}, {"type": "none"}]),
+        "service_tier": st.just("standard_only"),
         "beta": st.sampled_from(["foo-2025-01-01", "bar-2025-01-01"]),
     },
 )
@@ -73,6 +87,7 @@ RESULTS: dict[str, JsonObject] = {
     "nothing": {},
     "image": {"content": [{"type": "image", "source": PIXEL}]},
     "large": {"content": "x" * 150_000},
+    "a key of next year": {"content": "result", "next_year": 1},
 }
 
 
@@ -80,6 +95,7 @@ class Conversations(RuleBasedStateMachine):
     """Each step is taken on a gateway that uses its processes again and on one that does not."""
 
     api: ClassVar[ScriptedApi]
+    is_login: ClassVar[bool]
     kept: ClassVar[InProcessGateway]
     plain: ClassVar[InProcessGateway]
 
@@ -193,8 +209,8 @@ class Conversations(RuleBasedStateMachine):
             content = [*content[:-1], {**content[-1], "text": content[-1]["text"] + word}]
         else:  # the marker must not change what kind of result it is
             word = content[-1]["tool_use_id"]
-        if "thinking" in parameters:
-            parameters = {k: v for k, v in parameters.items() if k != "temperature"}
+        if parameters.get("thinking", {}).get("type", "disabled") != "disabled":
+            parameters = {k: v for k, v in parameters.items() if k not in ("temperature", "top_p")}
             parameters["max_tokens"] = 4096
         self.api.on(word, REPLIES[answer]())
         before = copy.deepcopy(talk["messages"])
@@ -210,6 +226,10 @@ class Conversations(RuleBasedStateMachine):
         assert len(calls) == 2, [c.body["messages"][-3:] for c in calls]
         kept, plain = map(said, calls)
         assert kept == plain
+        sent = Call("", {}, copy.deepcopy({"messages": request["messages"]}))
+        messages, added = split_additions(kept["messages"])
+        assert messages == said(sent)["messages"]
+        assert bool(added) == self.is_login
         for other in self.talks:
             assert other["marker"] == talk["marker"] or other["marker"] not in json.dumps(kept)
         if answer == "error":
@@ -256,18 +276,25 @@ REPLIES: Any = {
 }
 
 
+@pytest.mark.parametrize("sign_in", [API_KEY, LOGIN], ids=["key", "login"])
 def test_upstream_is_sent_the_same_whatever_the_processes_have_served_before(
-    api: ScriptedApi, claude: str, tmp_path: Path
+    api: ScriptedApi, claude: str, tmp_path: Path, sign_in: dict[str, str]
 ) -> None:
     with ExitStack() as stack:
         for name, processes in (("kept", PROCESSES), ("plain", 0)):
             home = tmp_path / name
             home.mkdir()
             gateway = InProcessGateway(
-                home, claude=claude, base_url=api.url, processes=processes, max_concurrency=AT_ONCE
+                home,
+                claude=claude,
+                base_url=api.url,
+                env=sign_in,
+                processes=processes,
+                max_concurrency=AT_ONCE,
             )
             setattr(Conversations, name, stack.enter_context(gateway))
         Conversations.api = api
+        Conversations.is_login = sign_in is LOGIN
         run_state_machine_as_test(
             Conversations,
             settings=hypothesis.settings(
