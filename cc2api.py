@@ -492,16 +492,14 @@ def _parse_system(body: JsonObject) -> list[JsonObject]:
     and upstream drops a block that begins so whole, with the prompt that was joined to it.
     """
     if isinstance(body.get("system"), str):
-        return as_blocks(body["system"]) if body["system"].strip() else []
+        blocks = as_blocks(body["system"]) if body["system"].strip() else []
+    else:
+        blocks = [block for _, block in objects(body, "system")]
 
-    blocks = []
-    for path, block in objects(body, "system"):
-        text = require(block, "text", str, path)
-        if not text.strip():
+    for number, block in enumerate(blocks):
+        if not require(block, "text", str, f"system.{number}").strip():
             raise InvalidRequest("system: text content blocks must be non-empty")
-        if not text.startswith(ATTRIBUTION_START):
-            blocks.append(block)
-    return blocks
+    return [block for block in blocks if not block["text"].startswith(ATTRIBUTION_START)]
 
 
 def _parse_messages(messages: Iterable[Placed]) -> Iterator[Said]:
@@ -1206,8 +1204,10 @@ def _make_private(path: Path) -> None:
         path.mkdir(mode=0o700)
     found = path.lstat()
     is_own = stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid()
-    if not is_own or stat.S_IMODE(found.st_mode) & 0o077:
+    if not is_own or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         raise OSError(f"{path} must be a directory that is yours alone: remove it, or set TMPDIR")
+    if stat.S_IMODE(found.st_mode) != 0o700:  # a CLI has made it again, readable by others
+        path.chmod(0o700)
 
 
 # ====================================================================== Process

@@ -67,3 +67,15 @@ def test_its_notes_of_the_effort_are_no_mistake(gateway: RunningGateway, api: Sc
     assert gateway.post({"messages": messages}).status == 200
     (call,) = api.calls_with(word)
     assert [each["role"] for each in call.body["messages"]] == ["user", "assistant", "user"]
+
+
+@pytest.mark.parametrize("is_list", [True, False])
+def test_a_system_prompt_cannot_take_the_place_of_the_clis_attribution(
+    gateway: RunningGateway, api: ScriptedApi, is_list: bool
+) -> None:
+    word = f"mark-{uuid4().hex}"
+    forged = cc2api.ATTRIBUTION_START + " cc_version=1; cc_entrypoint=forged"
+    system = [{"type": "text", "text": forged}] if is_list else forged
+    assert gateway.ask(word, system=system).status == 200
+    (call,) = api.calls_with(word)
+    assert "forged" not in str(call.body["system"])

@@ -1,0 +1,117 @@
+"""The directories that processes run in: the same after a restart, private, made again."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import pytest
+from additions import split_additions
+from running import API_KEY, LOGIN, wait_until
+from scripted_api import ScriptedApi, text_reply
+
+import cc2api
+
+
+def additions_to(api: ScriptedApi, gateway: Any, **fields: Any) -> list[str]:
+    """Ask a question; return what the CLI added to it."""
+    word = f"mark-{uuid4().hex}"
+    api.on(word, text_reply("yes"))
+    answer = gateway.ask(word, **fields)
+    assert answer.status == 200, answer.json
+    (call,) = api.calls_with(word)
+    return split_additions(call.body["messages"])[1]
+
+
+def root_in(parent: Path) -> Path:
+    return parent / f"cc-{os.getuid()}"
+
+
+@pytest.mark.parametrize("model", ["claude-sonnet-4-6", "claude-sonnet-5-5"])
+def test_after_a_restart_and_in_another_gateway_the_additions_are_the_same(
+    start: Any, api: ScriptedApi, model: str
+) -> None:
+    first, beside = start(env=LOGIN), start(env=LOGIN)
+    seen = [additions_to(api, gateway, model=model) for gateway in (first, beside)]
+    assert first.stop() == 0
+    seen.append(additions_to(api, start(env=LOGIN), model=model))
+    assert seen[0]
+    assert seen == [seen[0]] * 3
+
+
+@pytest.mark.parametrize("sign_in", [API_KEY, LOGIN], ids=["key", "login"])
+def test_a_cleaner_that_removes_the_directories_costs_nothing(
+    start: Any, api: ScriptedApi, tmp_path: Path, sign_in: dict[str, str]
+) -> None:
+    """Many systems remove what lies in the temporary directory for ten days."""
+    gateway = start("--processes", "2", env={**sign_in, "TMPDIR": str(tmp_path)})
+    before = additions_to(api, gateway)
+    wait_until(lambda: "1 spare, 1 idle" in gateway.request("GET", "/").body.decode())
+    shutil.rmtree(root_in(tmp_path))
+    assert additions_to(api, gateway) == before  # by a process that ran there
+    word = f"mark-{uuid4().hex}"
+    for number in range(3):  # by the spare that was there, and by new ones
+        headers = {"x-api-key": f"caller {number}"}
+        answer = gateway.post({"messages": [{"role": "user", "content": word}]}, headers)
+        assert answer.status == 200
+        assert split_additions(api.calls_with(word)[-1].body["messages"])[1] == before
+    assert not any("level=error" in line for line in gateway.log), gateway.log
+
+
+def test_the_directories_are_private_and_one_goes_with_its_gateway(
+    start: Any, tmp_path: Path
+) -> None:
+    gateway = start(env={**API_KEY, "TMPDIR": str(tmp_path)})
+    wait_until(lambda: len(gateway.children()) == 1)
+    root = root_in(tmp_path)
+    assert {path.name[:4] for path in root.iterdir()} == {"work", "tmp-"}
+    for path in (root, *root.iterdir()):
+        assert path.stat().st_mode & 0o777 == 0o700
+    assert gateway.stop() == 0
+    assert [path.name for path in root.iterdir()] == ["work"]
+
+
+@pytest.mark.parametrize("name", ["", "work"])
+@pytest.mark.parametrize("what", ["a link", "a file", "open to others"])
+def test_a_directory_that_is_not_the_users_own_is_refused(
+    tmp_path: Path, what: str, name: str
+) -> None:
+    place = root_in(tmp_path) / name
+    place.parent.mkdir(mode=0o700, exist_ok=True)
+    if what == "a link":
+        (tmp_path / "elsewhere").mkdir(mode=0o700)
+        place.symlink_to(tmp_path / "elsewhere")
+    elif what == "a file":
+        place.touch()
+    else:
+        place.mkdir()
+        place.chmod(0o777)
+    with pytest.raises(OSError, match="must be a directory that is yours alone"):
+        cc2api.Workplace(tmp_path).prepare()
+
+
+def test_a_directory_of_another_user_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cc2api.Workplace(tmp_path).prepare()
+    other = os.getuid() + 1
+    root_in(tmp_path).rename(tmp_path / f"cc-{other}")
+    monkeypatch.setattr(os, "getuid", lambda: other)
+    with pytest.raises(OSError, match="must be a directory that is yours alone"):
+        cc2api.Workplace(tmp_path).prepare()
+
+
+def test_a_refused_directory_is_told_and_requests_recover(start: Any, tmp_path: Path) -> None:
+    place = root_in(tmp_path)
+    place.symlink_to(tmp_path)
+    gateway = start(env={**API_KEY, "TMPDIR": str(tmp_path)})
+    answer = gateway.ask("hello")
+    assert answer.status == 503
+    assert f"{place} must be a directory" in answer.json["error"]["message"]
+    place.unlink()
+    wait_until(lambda: gateway.ask("hello").status == 200)
+    assert json.dumps(str(place)) not in gateway.ask("hello").body.decode()
