@@ -1005,45 +1005,122 @@ INSTALL_HINT: Final = (
     "Install it from https://claude.com/claude-code, or `pip install claude-agent-sdk`, which"
     " carries it; update an old one with `claude update`; name its path with --claude."
 )
-PROCESS_FLAGS: Final = (
-    *("-p", "--input-format", "stream-json", "--output-format", "stream-json"),
-    *("--verbose", "--include-partial-messages"),
-    *("--tools", "", "--disable-slash-commands", "--strict-mcp-config"),
-    "--no-session-persistence",  # no transcript on disk
-    *("--settings", '{"hooks":{},"mcpServers":{},"disableAllHooks":true}'),
-    *("--system-prompt", DEFAULT_SYSTEM_PROMPT),
-    *("--allowedTools", "mcp__t", "--permission-mode", "dontAsk"),  # of the TOOL_SERVER
-    # Its log to stderr, of these categories only: that a call leaves, and the failure of one.
-    *("--debug-to-stderr", "--debug=api:timing,api error (attempt 1/1)"),
-)
-PROCESS_VARIABLES: Final = {
-    **{"CLAUDE_CODE_DISABLE_AUTO_MEMORY": "1", "ENABLE_CLAUDEAI_MCP_SERVERS": "false"},
-    "CLAUDE_CODE_MAX_RETRIES": "0",  # the client decides about retries
-    "CLAUDE_CODE_DISABLE_NONSTREAMING_FALLBACK": "1",  # of a broken stream: a second paid call
-    # Betas come from the client alone. With its own the CLI asks again without some after a 400,
-    # adds effort entries to messages and context edits to thinking requests (all seen, 2.1.330).
-    "CLAUDE_CODE_DISABLE_EXPERIMENTAL_BETAS": "1",
-    "CLAUDE_CODE_THINKING_DISPLAY_UPDATES": "0",  # else no `display` is "updates" (seen, 2.1.330)
-    # No other model answers in place of the one that was asked. Its beta, once sent, would stay on
-    # in the process, and a 400 be asked again without it (seen, 2.1.300 and 2.1.331).
+# Variables of the CLI with the value that every process has, whatever the user has. They bear on
+# how often upstream is called, on the body and headers of a call, and on when its events come.
+# Empty means the CLI's default. tests/VARIABLES.md says of each what it does.
+PINNED_VARIABLES: Final = {
+    # One request is one call: the client decides about retries, and no other model answers.
+    "CLAUDE_CODE_MAX_RETRIES": "0",
+    "CLAUDE_CODE_RETRY_WATCHDOG": "",
+    "CLAUDE_CODE_OVERLOADED_RETRY_MAX_WAIT_MS": "",
+    "CLAUDE_CODE_OVERLOADED_RETRY_BASE_DELAY_MS": "",
+    "CLAUDE_CODE_OVERLOADED_RETRY_MAX_DELAY_MS": "",
+    "CLAUDE_CODE_NONSTREAMING_TIMEOUT_RETRIES": "",
+    "CLAUDE_CODE_DISABLE_NONSTREAMING_FALLBACK": "1",
+    "CLAUDE_CODE_DISABLE_REFUSAL_RETRY": "1",
     "CLAUDE_CODE_DISABLE_REFUSAL_FALLBACK": "1",
-    "CLAUDE_CODE_DISABLE_REFUSAL_RETRY": "1",  # a refusal would be asked again: a second paid call
-    **{"DISABLE_AUTO_COMPACT": "1", "DISABLE_COMPACT": "1"},  # no summarising call unasked
-    "DISABLE_AUTOUPDATER": "1",  # when to update is the user's to say
+    "CLAUDE_CODE_NO_MODEL_FALLBACK": "1",
+    "CLAUDE_CODE_DISABLE_LEGACY_MODEL_REMAP": "1",
+    "FALLBACK_FOR_ALL_PRIMARY_MODELS": "",
+    "CLAUDE_CODE_MAX_TURNS": "",
+    "CLAUDE_CODE_EMIT_TOOL_USE_SUMMARIES": "",
+    "DISABLE_AUTO_COMPACT": "1",
+    "DISABLE_COMPACT": "1",
+    "CLAUDE_CODE_EXIT_AFTER_STOP_DELAY": "",
+    "CLAUDE_CODE_SUBPROCESS_ENV_SCRUB": "",
+    # What runs is what is tested: nothing is fetched that could change prompts.
+    "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1",
+    "DISABLE_AUTOUPDATER": "1",
+    # The client's betas, thinking and effort, and none of the CLI's own.
+    "CLAUDE_CODE_DISABLE_EXPERIMENTAL_BETAS": "1",
+    "DISABLE_INTERLEAVED_THINKING": "1",
+    "CLAUDE_CODE_THINKING_DISPLAY_UPDATES": "0",
+    "CLAUDE_CODE_DISABLE_THINKING": "",
+    "CLAUDE_CODE_DISABLE_ADAPTIVE_THINKING": "",
+    "MAX_THINKING_TOKENS": "",
+    "CLAUDE_CODE_EFFORT_LEVEL": "",
+    "CLAUDE_CODE_ALWAYS_ENABLE_EFFORT": "",
+    "CLAUDE_CODE_MAX_EFFORT_REMINDER": "",
+    # Cache breakpoints as they are told with each request.
+    "DISABLE_PROMPT_CACHING": "",
+    "DISABLE_PROMPT_CACHING_FABLE": "",
+    "DISABLE_PROMPT_CACHING_HAIKU": "",
+    "DISABLE_PROMPT_CACHING_OPUS": "",
+    "DISABLE_PROMPT_CACHING_SONNET": "",
+    "CLAUDE_CODE_MESSAGES_PROMPT_CACHE_TTL": "",
+    "ENABLE_PROMPT_CACHING_1H": "",
+    "FORCE_PROMPT_CACHING_5M": "",
+    # No texts of the CLI's or the user's own in prompt and messages.
+    "CLAUDE_CODE_DISABLE_AUTO_MEMORY": "1",
+    "CLAUDE_CODE_DISABLE_CLAUDE_MDS": "1",
+    "CLAUDE_CODE_DISABLE_GIT_INSTRUCTIONS": "1",
+    "CLAUDE_AGENT_SDK_DISABLE_BUILTIN_AGENTS": "1",
+    "CLAUDE_CODE_TOTAL_TOKENS_REMINDER": "off",
+    "CLAUDE_CODE_TOTAL_TOKENS_REMINDER_AFTER_USER_TURN": "",
+    "CLAUDE_CODE_ENABLE_TOKEN_USAGE_ATTACHMENT": "",
+    "CLAUDE_CODE_FORCE_MID_CONVERSATION_SYSTEM": "",
+    "CLAUDE_CODE_WEBSEARCH_CITATIONS": "",
+    "CLAUDE_CODE_TOASTY_THIMBLE": "0",
+    "CLAUDE_CODE_GENTLE_PARASOL": "0",
+    "CLAUDE_CODE_DISABLE_ATTACHMENTS": "",
+    # Headers and metadata as the CLI itself sends them.
+    "CLAUDE_CODE_ATTRIBUTION_HEADER": "",
+    "CLAUDE_CODE_EXTRA_METADATA": "",
+    "CLAUDE_CODE_SIMULATE_PROXY_USAGE": "",
+    "CLAUDE_CODE_GATEWAY_HINT_HEADERS": "",
+    "CLAUDE_CODE_ADDITIONAL_PROTECTION": "",
+    "CLAUDE_AGENT_SDK_CLIENT_APP": "",
+    "CLAUDE_AGENT_SDK_VERSION": "",
+    # The CLI's own time-outs: a stream is silent as long as the model thinks.
+    "API_TIMEOUT_MS": "",
+    "CLAUDE_STREAM_IDLE_TIMEOUT_MS": "",
+    "CLAUDE_STREAM_FIRST_BYTE_TIMEOUT_MS": "",
+    "CLAUDE_BYTE_STREAM_IDLE_TIMEOUT_MS": "",
+    "CLAUDE_ENABLE_STREAM_WATCHDOG": "",
+    "CLAUDE_ENABLE_BYTE_WATCHDOG": "",
     # The tools' names and descriptions as given, all of them, and any number called at once.
-    **{"CLAUDE_AGENT_SDK_MCP_NO_PREFIX": "1", "ENABLE_TOOL_SEARCH": "false"},
+    "ENABLE_CLAUDEAI_MCP_SERVERS": "false",
+    "CLAUDE_AGENT_SDK_MCP_NO_PREFIX": "1",
+    "ENABLE_TOOL_SEARCH": "false",
     "CLAUDE_CODE_MAX_MCP_DESCRIPTION_LENGTH": "1000000",
     "CLAUDE_CODE_MAX_TOOL_USE_CONCURRENCY": "1000",
-    "CLAUDE_CODE_TOTAL_TOKENS_REMINDER": "off",  # in tool steps on a login (seen, 2.1.330)
-    "CLAUDE_CODE_DISABLE_LEGACY_MODEL_REMAP": "1",  # else opus-5-5 answers for opus-4-0 and 4-1
-    "DISABLE_INTERLEAVED_THINKING": "1",  # a beta that the client did not ask for
 }
-# Not handed down: what each request sets, and the marks of a Claude Code session around us.
-DROPPED_VARIABLES: Final = (
-    *("ANTHROPIC_BETAS", "CLAUDE_CODE_EXTRA_BODY", "CLAUDE_CODE_MAX_OUTPUT_TOKENS"),
-    *("CLAUDE_CODE_EFFORT_LEVEL", "CLAUDE_CODE_PROMPT_CACHE_TTL", "ENABLE_PROMPT_CACHING_1H"),
-    *("FORCE_PROMPT_CACHING_5M", "MAX_THINKING_TOKENS", "CLAUDECODE", "CLAUDE_CODE_ENTRYPOINT"),
+# On the command line, since they win there over the user's own settings files, which
+# --setting-sources may load, and those over the environment.
+PINNED_SETTINGS: Final[JsonObject] = {
+    "hooks": {},
+    "mcpServers": {},
+    "disableAllHooks": True,
+    "fallbackModel": [],
+    "language": "",
+    "outputStyle": "default",
+    "attribution": {"commit": "", "pr": ""},
+    "env": PINNED_VARIABLES,
+}
+PROCESS_FLAGS: Final = (
+    "-p", "--input-format", "stream-json", "--output-format", "stream-json",
+    "--verbose", "--include-partial-messages",
+    "--tools", "", "--disable-slash-commands", "--strict-mcp-config",
+    "--no-session-persistence",  # no transcript on disk
+    "--settings", json.dumps(PINNED_SETTINGS),
+    "--system-prompt", DEFAULT_SYSTEM_PROMPT,
+    "--allowedTools", "mcp__t", "--permission-mode", "dontAsk",  # of the TOOL_SERVER
+    # Its log to stderr, of these categories only: that a call leaves, and the failure of one.
+    "--debug-to-stderr", "--debug=api:timing,api error (attempt 1/1)",
+)  # fmt: skip
+# Of the variables that start with CLAUDE those alone are handed down that say who signs in, by
+# which provider, and how it is reached. The rest are the CLI's own switches, some of which no
+# settings win over (STREAM_EVENT_HOLD_MS, REMOTE, ENTRYPOINT: seen, 2.1.300 and 2.1.332).
+_HANDED_DOWN: Final = re.compile(
+    r"CLAUDE_CONFIG_DIR|CLAUDE_SECURESTORAGE_CONFIG_DIR"
+    r"|CLAUDE_CODE_OAUTH_\w+|CLAUDE_CODE_API_KEY_HELPER_TTL_MS|CLAUDE_CODE_ORGANIZATION_UUID"
+    r"|CLAUDE_CODE_USE_(BEDROCK|VERTEX|FOUNDRY|MANTLE|GATEWAY|ANTHROPIC_\w+)"
+    r"|CLAUDE_CODE_SKIP_\w+_AUTH"
+    r"|CLAUDE_CODE_CLIENT_(CERT|KEY|KEY_PASSPHRASE)|CLAUDE_CODE_CERT_STORE"
+    r"|CLAUDE_CODE_(HTTPS?_PROXY|PROXY_\w+|ENABLE_PROXY_AUTH_HELPER)"
 )
+# The same for what is told with each request.
+_PER_REQUEST: Final = ("ANTHROPIC_BETAS",)
 
 
 class CliUnusable(Exception):
@@ -1162,9 +1239,16 @@ def process_start(
     command = [cli.path, *PROCESS_FLAGS, "--setting-sources", settings.setting_sources]
     command += ["--bare"] if wants_bare(settings.bare, environ) else []
     shim = [sys.executable, "-I", "-S", "-c", _DIE_WITH_PARENT, str(os.getpid())]
-    kept = {name: value for name, value in environ.items() if name not in DROPPED_VARIABLES}
-    # the CLI leaves sockets, probe files and notes on its tool servers: they go where we clean up
-    kept |= {**PROCESS_VARIABLES, "TMPDIR": temp_dir, "XDG_CACHE_HOME": temp_dir}
+    kept = {
+        name: value
+        for name, value in environ.items()
+        if name not in _PER_REQUEST
+        and (not name.startswith("CLAUDE") or _HANDED_DOWN.fullmatch(name))
+    }
+    kept.update(PINNED_VARIABLES)
+    kept["SHELL"] = "/bin/sh"  # with a login the model is told of it
+    # The CLI leaves sockets, probe files and notes on its tool servers: they go where we clean up.
+    kept["TMPDIR"] = kept["XDG_CACHE_HOME"] = temp_dir
     return [*(shim if sys.platform == "linux" else ()), *command], kept
 
 

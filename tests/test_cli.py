@@ -121,15 +121,26 @@ def test_bare_is_for_keys_and_providers(
     assert cc2api.wants_bare(choice, environ) is bare
 
 
-def test_a_process_inherits_the_environment_less_what_requests_set() -> None:
-    environ = {"PATH": "/bin", "HTTPS_PROXY": "p", "CLAUDECODE": "1", "MAX_THINKING_TOKENS": "9"}
-    cli = cc2api.Cli("claude", "2.1.300")
-    _, given = cc2api.process_start(cli, cc2api.Settings(), environ, "/tmp/x")
-    assert given == {
+def test_a_process_inherits_the_environment_less_the_clis_own_switches() -> None:
+    handed_down = {
         "PATH": "/bin",
         "HTTPS_PROXY": "p",
+        "ANTHROPIC_API_KEY": "k",
+        "CLAUDE_CODE_OAUTH_TOKEN": "t",
+        "CLAUDE_CONFIG_DIR": "/c",
+        "CLAUDE_CODE_USE_BEDROCK": "1",
+        "CLAUDE_CODE_SKIP_BEDROCK_AUTH": "1",
+        "CLAUDE_CODE_CLIENT_KEY_PASSPHRASE": "x",
+    }
+    dropped = {"CLAUDECODE": "1", "MAX_THINKING_TOKENS": "9", "CLAUDE_NEXT_YEAR": "1"}
+    cli = cc2api.Cli("claude", "2.1.300")
+    environ = {**handed_down, **dropped}
+    _, given = cc2api.process_start(cli, cc2api.Settings(), environ, "/tmp/x")
+    assert given == {
+        **handed_down,
         **dict.fromkeys(("TMPDIR", "XDG_CACHE_HOME"), "/tmp/x"),
-        **cc2api.PROCESS_VARIABLES,
+        **cc2api.PINNED_VARIABLES,
+        "SHELL": "/bin/sh",
     }
 
 
