@@ -1063,6 +1063,7 @@ PINNED_VARIABLES: Final = {
     "CLAUDE_CODE_TOASTY_THIMBLE": "0",
     "CLAUDE_CODE_GENTLE_PARASOL": "0",
     "CLAUDE_CODE_DISABLE_ATTACHMENTS": "",
+    "CLAUDE_CODE_OVERRIDE_DATE": "",
     # Headers and metadata as the CLI itself sends them.
     "CLAUDE_CODE_ATTRIBUTION_HEADER": "",
     "CLAUDE_CODE_EXTRA_METADATA": "",
@@ -1742,8 +1743,7 @@ class Session:
         """Warm up a new process by a held query, and prove that it can be used again and again."""
         first, second = (Demand(turn, (NOBODY, ()), patience) for turn in REHEARSALS)
         self.bring(first)
-        self._channel.apply(HOLD_CALLS)
-        self._channel.come_to_rest(patience)
+        self._channel.request("apply_flag_settings", patience, settings=HOLD_CALLS)
         self.ask(patience)
         while self._channel.results_due:
             if self._channel.next(patience).get("type") == "stream_event":
@@ -1837,8 +1837,7 @@ class Session:
         another one would change the bytes that upstream has cached, and the text of tool results.
         """
         channel = self._channel
-        channel.apply(HOLD_CALLS)
-        channel.come_to_rest(patience)
+        channel.request("apply_flag_settings", patience, settings=HOLD_CALLS)
         self._append(turn, index, is_query=True)
         while channel.results_due:
             line = channel.next(patience)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from running import API_KEY, FAKE_CLAUDE, LOGIN, RunningGateway, real_claude
+from running import API_KEY, FAKE_CLAUDE, LOGIN, Client, RunningGateway, real_claude, wait_until
 from scripted_api import ScriptedApi
 
 import cc2api
@@ -57,6 +57,23 @@ def login_gateway(api: ScriptedApi, claude: str) -> Iterator[RunningGateway]:
 def _quick_farewells(monkeypatch: pytest.MonkeyPatch) -> None:
     """Give the fake CLI, which cannot be interrupted while it sleeps, less time to end its turn."""
     monkeypatch.setattr(cc2api, "LEAVE_S", 0.2)
+
+
+@pytest.fixture(autouse=True)
+def _one_call_for_one_request(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Fail any test in which more calls reached the scripted API than gateways had requests."""
+    if "api" not in request.fixturenames or request.node.get_closest_marker("uncounted"):
+        yield
+        return
+
+    api: ScriptedApi = request.getfixturevalue("api")
+
+    def calls_too_many() -> int:
+        return len(api.calls) - sum(gateway.answered() for gateway in Client.started)
+
+    before = calls_too_many()
+    yield
+    wait_until(lambda: calls_too_many() <= before, "one call upstream for one request")
 
 
 Starter = Callable[..., RunningGateway]

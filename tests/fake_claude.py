@@ -2,7 +2,8 @@
 """A stand-in for the CLI that misbehaves on order, for what the real one cannot be made to do.
 
 Orders for the next process are files in the directory FAKE_CLAUDE_ORDERS, removed when taken:
-`die-at-start`, `die-at-initialize`, `mute` (answers no control request), `ignore-eof`;
+`die-at-start`, `die-at-initialize`, `die-when-held`, `stall-when-held` (in a query that is held
+back), `mute` (answers no control request), `ignore-eof`;
 `always-die` and `always-leave` (with status 0) stay. Orders for an answer are words in the last
 user message: `die-before-answer`, `die-mid-answer`, `garbage`, `error-result`, `odd-error-result`
 (half an emoji), `silent-end`, `cut-short` (by max_tokens), `unannounced` (without `requesting`),
@@ -21,7 +22,8 @@ from pathlib import Path
 from typing import Any
 
 ORDERS = Path(os.environ.get("FAKE_CLAUDE_ORDERS", "/nonexistent"))
-REHEARSAL = '"text": "rehearsal"'
+HOLD = "CLAUDE_CODE_BLOCKING_LIMIT_OVERRIDE"
+held = False  # from upstream, by the settings that were applied last
 DONE = {"type": "result", "subtype": "success", "is_error": False, "result": ""}
 
 
@@ -103,7 +105,11 @@ def take(text: str) -> None:
     """Answer a query, but for those whose calls are held back."""
     while "until told" in text and not ordered("told"):
         time.sleep(0.01)
-    if REHEARSAL in text:
+    if held:
+        if ordered("die-when-held"):
+            die("gone in a held query")
+        if ordered("stall-when-held"):
+            time.sleep(60)
         put({**DONE, "is_error": True, "result": "Prompt is too long"})
     else:
         answer(text)
@@ -111,7 +117,10 @@ def take(text: str) -> None:
 
 def respond(line: Any) -> None:
     """Answer a control request as the CLI does."""
+    global held
     request, response = line["request"], {}
+    if request["subtype"] == "apply_flag_settings":
+        held = request["settings"]["env"].get(HOLD) == "1"
     if request["subtype"] == "rewind_conversation":
         response = {"rewound": True}
     put(

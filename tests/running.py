@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import cc2api
 
@@ -83,10 +83,20 @@ class Answer:
         return events
 
 
+# Routes on which one request is one call upstream, and a log line of one.
+ASKING = ("messages", "chat_completions", "responses")
+_ASKED = re.compile(r'event=done .*path="?[\w/]*/(messages|chat/completions|responses)"? ')
+
+
 class Client:
     """What can be asked of a gateway that listens on a port of this machine."""
 
     port: int
+    started: ClassVar[list[Client]] = []  # all of this process, with those that have ended
+
+    def answered(self) -> int:
+        """Return how many requests to ASKING routes it has answered, whatever the answer."""
+        raise NotImplementedError
 
     def connect(self) -> http.client.HTTPConnection:
         return http.client.HTTPConnection("127.0.0.1", self.port, timeout=WAIT_S)
@@ -132,6 +142,7 @@ class RunningGateway(Client):
         base_url: str = "http://127.0.0.1:9",
         env: dict[str, str] | None = None,
     ) -> None:
+        self.started.append(self)
         self._dir = tempfile.TemporaryDirectory(prefix="gateway-test-")
         self.dir = Path(self._dir.name)
         command = [sys.executable, str(GATEWAY), "--port", "0", *args]
@@ -147,6 +158,7 @@ class RunningGateway(Client):
             text=True,
         )
         self.log: list[str] = []
+        self._answered = 0
         self._log_grew = threading.Condition()
         self._reader = threading.Thread(target=self._read_log, daemon=True)
         self._reader.start()
@@ -172,6 +184,7 @@ class RunningGateway(Client):
         for line in self.process.stderr:
             with self._log_grew:
                 self.log.append(line.rstrip("\n"))
+                self._answered += bool(_ASKED.search(line))
                 self._log_grew.notify_all()
 
     def __enter__(self) -> RunningGateway:
@@ -206,6 +219,9 @@ class RunningGateway(Client):
                 self._log_grew.wait(left)
         return hits[-1]
 
+    def answered(self) -> int:
+        return self._answered
+
     def children(self) -> list[int]:
         """Return the pids of the gateway's children that are not zombies."""
         return children_of(self.process.pid)
@@ -236,6 +252,7 @@ class InProcessGateway(Client):
         **settings: Any,
     ) -> None:
         """Start it; `orders` are files for the fake CLI, made before the first one starts."""
+        self.started.append(self)
         for order in orders.split():
             (tmp_path / order).touch()
         more = {"FAKE_CLAUDE_ORDERS": str(tmp_path), **(API_KEY if env is None else env)}
@@ -247,6 +264,10 @@ class InProcessGateway(Client):
         self.gateway = cc2api.Service(self.settings, self.cli, self.environ)
         self.server.serve(self.gateway)
         self.port = self.server.server_port
+
+    def answered(self) -> int:
+        counts = self.gateway.metrics.series("cc2api_requests_total")
+        return int(sum(count for labels, count in counts if labels["route"] in ASKING))
 
     @property
     def now(self) -> Snapshot:

@@ -293,7 +293,7 @@ def test_interleaved_requests_show_nothing_of_each_other(start: Any, api: Script
         return word
 
     with concurrent.futures.ThreadPoolExecutor(6) as threads:
-        words = list(threads.map(ask, range(12)))
+        words = list(threads.map(ask, range(8)))
     for word in words:
         seen = [call for call in api.calls if word in json.dumps(call.body)]
         assert len(seen) == 1, "in its own request and in no other"

@@ -28,8 +28,9 @@ def run_claude_code(claude: str, gateway: RunningGateway, home: Path, model: str
     return done.stdout
 
 
-@pytest.mark.parametrize("model", ["claude-sonnet-4-6", "claude-sonnet-5-5"])
-@pytest.mark.parametrize("sign_in", ["gateway", "login_gateway"])
+@pytest.mark.parametrize(
+    ("model", "sign_in"), [("claude-sonnet-4-6", "gateway"), ("claude-sonnet-5-5", "login_gateway")]
+)
 def test_its_prompt_reaches_upstream_and_its_attribution_does_not(
     request: pytest.FixtureRequest,
     api: ScriptedApi,

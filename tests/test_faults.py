@@ -230,8 +230,12 @@ def test_a_stop_ends_processes_and_removes_the_temporary_directory(start_fake: A
     children = gateway.children()
     work_dir = Path(os.readlink(f"/proc/{children[0]}/cwd"))
     assert [path.name for path in work_dir.rglob("*")] == [".claude", ".git"]
+    before = set(work_dir.parent.iterdir())
+    environment = Path(f"/proc/{children[0]}/environ").read_bytes().split(b"\0")
+    (temp_dir,) = (each[7:].decode() for each in environment if each.startswith(b"TMPDIR="))
+    assert Path(temp_dir) in before
     assert gateway.stop() == 0
-    assert not work_dir.parent.exists()
+    assert not Path(temp_dir).exists()
     assert not any(Path(f"/proc/{pid}").exists() for pid in children)
 
 

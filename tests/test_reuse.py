@@ -413,9 +413,10 @@ CHANGES_AT_A_STEP: list[JsonObject] = [
 ]
 
 
-@pytest.mark.parametrize("sign_in", ["gateway", "login_gateway"])
 @pytest.mark.parametrize("change", CHANGES_AT_A_STEP, ids=str)
-@pytest.mark.parametrize("comes", [True, False], ids=["comes", "goes"])
+@pytest.mark.parametrize(
+    ("comes", "sign_in"), [(True, "login_gateway"), (False, "gateway")], ids=["comes", "goes"]
+)
 def test_a_step_with_other_parameters_is_sent_as_by_a_fresh_process(
     request: pytest.FixtureRequest, api: ScriptedApi, change: JsonObject, comes: bool, sign_in: str
 ) -> None:
@@ -428,13 +429,13 @@ def test_a_step_with_other_parameters_is_sent_as_by_a_fresh_process(
     talk.say("use a tool", reply, **before)
     kept = talk.say([tool_result(step, "result")], **after)
 
-    # The same conversation under another key is served by another process, which replays it.
+    # Asked again it has to be replayed: a message of tool results is no place to cut at.
     talk.messages.pop()
-    headers = {"x-api-key": marker()}
+    word = talk.messages[-1]["content"][0]["content"].split()[-1]
     body = {"messages": talk.messages, **talk.fields, **after}
-    assert gateway.post(body, headers).status == 200
-    fresh = said(api.calls[-1])
-    assert kept == fresh
+    assert gateway.post(body).status == 200
+    _, replayed = calls_for(api, word)
+    assert kept == said(replayed)
 
 
 def test_a_users_setting_cannot_time_a_waiting_call_out(
@@ -557,8 +558,8 @@ def test_a_cli_that_refuses_for_good_gets_a_process_for_each_conversation(
     order = f"{mode} {subtype} 1"
     with between(tmp_path, api, claude, order, processes=3) as gateway:
         wait_until(lambda: bool(gateway.gateway.pool.refusal))
-        talks = [Talk(gateway, api, system=f"prompt {number}") for number in range(3)]
-        for _ in range(3):
+        talks = [Talk(gateway, api, system=f"prompt {number}") for number in range(2)]
+        for _ in range(2):
             for number, talk in enumerate(talks):
                 body = talk.say("next")
                 assert body["messages"] == talk.replayed()

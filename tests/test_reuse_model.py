@@ -1,6 +1,6 @@
 """Random conversations on few processes, and with a process each: upstream is sent the same.
 
-On the real CLI. CC2API_TEST_STEPS=300 runs it longer than the suite does.
+On the real CLI. CC2API_TEST_STEPS=300 takes more turns than the suite does.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ from test_reuse import TOOLS, JsonObject, calls_for, marker, said, tool_result, 
 
 PROCESSES, AT_ONCE = 3, 2  # fewer than conversations
 DELAY_S = 0.1  # no model is quicker; two gateways, an API and the test share one interpreter here
-STEPS = int(os.environ.get("CC2API_TEST_STEPS", "45"))
+STEPS = int(os.environ.get("CC2API_TEST_STEPS", "6"))  # turns of conversations, at least
+STEPS_AT_ONCE = 8  # of one example; few and short ones vary more than one long one
 TEXT = st.sampled_from(
     [
         "plain",
@@ -96,6 +97,7 @@ class Conversations(RuleBasedStateMachine):
 
     api: ClassVar[ScriptedApi]
     is_login: ClassVar[bool]
+    turns: ClassVar[int]  # that were taken, in all conversations
     kept: ClassVar[InProcessGateway]
     plain: ClassVar[InProcessGateway]
 
@@ -190,6 +192,7 @@ class Conversations(RuleBasedStateMachine):
         connection.close()
         assert reply.left.wait(10)
 
+    @precondition(lambda self: self.talks)
     @rule()
     def kill_one(self) -> None:
         for pid in self.kept.now.idle[-1:]:
@@ -202,6 +205,7 @@ class Conversations(RuleBasedStateMachine):
 
     def ask(self, talk: JsonObject, content: Any, answer: str, parameters: JsonObject) -> None:
         """Take one turn on both gateways, compare what went upstream, and take the answer over."""
+        Conversations.turns += 1
         word = marker()
         if isinstance(content, str):
             content = f"{content} {talk['marker']} {word}"
@@ -295,13 +299,16 @@ def test_upstream_is_sent_the_same_whatever_the_processes_have_served_before(
             setattr(Conversations, name, stack.enter_context(gateway))
         Conversations.api = api
         Conversations.is_login = sign_in is LOGIN
-        run_state_machine_as_test(
-            Conversations,
-            settings=hypothesis.settings(
-                max_examples=max(1, STEPS // 50),
-                stateful_step_count=min(STEPS, 50),
-                deadline=None,
-                phases=[hypothesis.Phase.generate],  # a step is too slow to try again and again
-                suppress_health_check=list(hypothesis.HealthCheck),
-            ),
-        )
+        Conversations.turns = 0
+        # The first example that hypothesis draws is the simplest, and holds hardly a turn.
+        while Conversations.turns < STEPS:
+            run_state_machine_as_test(
+                Conversations,
+                settings=hypothesis.settings(
+                    max_examples=2 if STEPS < STEPS_AT_ONCE else 5,
+                    stateful_step_count=STEPS_AT_ONCE,
+                    deadline=None,
+                    phases=[hypothesis.Phase.generate],  # a step is too slow to try again and again
+                    suppress_health_check=list(hypothesis.HealthCheck),
+                ),
+            )

@@ -9,7 +9,6 @@ import json
 import re
 import threading
 from collections.abc import Iterator
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -90,6 +89,8 @@ def pair(
     request: pytest.FixtureRequest,
     api: ScriptedApi,
     claude: str,
+    gateway: RunningGateway,
+    login_gateway: RunningGateway,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[tuple[RunningGateway, RunningGateway]]:
     """A gateway of a user with everything against it, and one of a user with nothing."""
@@ -99,19 +100,11 @@ def pair(
     (config_dir / "settings.json").write_text(json.dumps(settings))
     (config_dir / "CLAUDE.md").write_text("hostile words")
     hostile = {**hostile_variables(), **FROM_THE_START, "CLAUDE_CONFIG_DIR": str(config_dir)}
-    with ExitStack() as stack:
-        yield (
-            stack.enter_context(
-                RunningGateway(
-                    "--setting-sources",
-                    "user",
-                    claude=claude,
-                    base_url=api.url,
-                    env={**hostile, "SHELL": "/bin/zsh", **sign_in},
-                )
-            ),
-            stack.enter_context(RunningGateway(claude=claude, base_url=api.url, env=sign_in)),
-        )
+    hostile |= {"SHELL": "/bin/zsh", **sign_in}
+    with RunningGateway(
+        "--setting-sources", "user", claude=claude, base_url=api.url, env=hostile
+    ) as running:
+        yield running, gateway if request.param == "key" else login_gateway
 
 
 Pair = tuple[RunningGateway, RunningGateway]
