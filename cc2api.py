@@ -20,16 +20,20 @@ Rules that hold throughout:
  2. A process serves one caller for life, and nothing that was cut is ever sent again. A CLI that
     does not cut, or does not take another system prompt, gets a process for each conversation.
  3. Exactly one call is made upstream for one request. The CLI would make another by itself after
-    some answers: it is held back from it, and where that is not certain it is ended.
+    some answers and after many refusals: from the moment a call has left the process is held back
+    from any other (HOLD_CALLS), and where that is not certain it is ended.
  4. Prompts and keys go through pipes only: never into argv, files, an environment or the log.
- 5. A stream's 200 goes out with its first event, so that a failure keeps its true status, or after
+ 5. Upstream gets what the client sent, in the same bytes by whatever process. With a login the CLI
+    adds reminders of its own, which stay with the first message (Session._append_held). No
+    variable or setting of the user's changes how upstream is asked (PINNED_VARIABLES).
+ 6. A stream's 200 goes out with its first event, so that a failure keeps its true status, or after
     KEEPALIVE_S of silence.
 
 A streamed request passes HTTP (read_head) > Routes (Handler) > HTTP (read_body) > Requests >
 Service (answer) > Pool (acquire) > Conversation (Session: bring, ask) > Lines > Process (Channel)
 and back Process > Conversation (read) > Events (feed) > Service > Routes (ask) > HTTP (Response).
 
-Facts about the CLI were seen on 2.1.300 to 2.1.331 talking to a scripted API; each one relied on is
+Facts about the CLI were seen on 2.1.300 to 2.1.332 talking to a scripted API; each one relied on is
 pinned by a test in tests/. Sections, each using only what stands above it: Settings, Errors, API
 keys, Requests, Lines, Events, The CLI, Process, Conversation, Pool, OpenAI, Chat completions,
 Responses, Metrics, Service, Status, HTTP, Routes, Demo, Command line.

@@ -83,9 +83,14 @@ Starter = Callable[..., RunningGateway]
 def start(api: ScriptedApi, claude: str) -> Iterator[Starter]:
     """Start further gateways on the real CLI; they are stopped after the test."""
     with ExitStack() as stack:
-        yield lambda *args, **more: stack.enter_context(
-            RunningGateway(*args, **{"claude": claude, "base_url": api.url, **more})
-        )
+
+        def start_one(*args: str, **more: Any) -> RunningGateway:
+            # A spare beside a used process would take half a second of a processor each time.
+            frugal = () if "--processes" in args else ("--processes", "1")
+            given = {"claude": claude, "base_url": api.url, **more}
+            return stack.enter_context(RunningGateway(*args, *frugal, **given))
+
+        yield start_one
 
 
 @pytest.fixture

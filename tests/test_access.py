@@ -12,7 +12,7 @@ from typing import Any
 from uuid import uuid4
 
 import pytest
-from running import LOGIN, InProcessGateway, RunningGateway, wait_until
+from running import API_KEY, LOGIN, InProcessGateway, RunningGateway, wait_until
 from scripted_api import ScriptedApi, text_reply
 
 import cc2api
@@ -191,7 +191,8 @@ def files_holding(word: bytes, *roots: Path) -> list[Path]:
 def test_nothing_of_a_request_is_in_argv_environment_files_or_log(
     start: Any, api: ScriptedApi, sign_in: str
 ) -> None:
-    gateway: RunningGateway = start(**({} if sign_in == "key" else {"env": LOGIN}))
+    env = API_KEY if sign_in == "key" else LOGIN
+    gateway: RunningGateway = start("--processes", "2", env=env)
     (gateway.dir / "apikeys.txt").write_text("sk-gateway-secret-1234\n")
     word = f"mark-{uuid4().hex}"
     gate = threading.Event()

@@ -382,6 +382,31 @@ def test_effort_of_both_forms_reaches_upstream(
     assert only_call(api, new).body["output_config"] == {"effort": effort, "format": schema}
 
 
+EFFORTS = {
+    "claude-opus-4-7": "xhigh",
+    "claude-sonnet-5-5": "medium",
+    "claude-opus-5-5": "medium",
+    "claude-sonnet-4-6": "high",
+    "claude-sonnet-5": "high",
+    "claude-fable-5-1": "high",
+    "claude-of-next-year": "high",
+    "claude-sonnet-4-5": None,
+    "claude-haiku-4-5": None,
+    "claude-opus-4-1": None,
+}
+
+
+@pytest.mark.parametrize("model", EFFORTS)
+def test_without_an_effort_the_clis_default_goes_upstream(
+    gateway: RunningGateway, api: ScriptedApi, model: str
+) -> None:
+    word = marker()
+    assert gateway.ask(word, model=model).status == 200
+    body = only_call(api, word).body
+    assert body["model"] == model
+    assert body.get("output_config", {}).get("effort") == EFFORTS[model]
+
+
 def test_the_older_output_format_and_passed_fields(
     gateway: RunningGateway, api: ScriptedApi
 ) -> None:
@@ -456,6 +481,23 @@ def test_with_a_login_the_additions_stand_with_the_first_message_alone(
         assert len(marks(body)) <= 4
         assert {mark.get("ttl") for mark in marks(body)} == {"1h"}
     assert seen[0] == seen[1]
+
+
+@pytest.mark.parametrize("model", ["claude-sonnet-4-6", "claude-sonnet-5-5"])
+def test_a_conversation_that_begins_with_a_result_has_the_additions_there(
+    login_gateway: RunningGateway, api: ScriptedApi, model: str
+) -> None:
+    word = marker()
+    tools = [{"name": "look", "input_schema": {"type": "object"}}]
+    call = {"type": "tool_use", "id": f"toolu_{word}", "name": "look", "input": {}}
+    result = {"type": "tool_result", "tool_use_id": call["id"], "content": [text("found")]}
+    messages = [assistant(call), user(result), assistant(text("yes")), user(text(word))]
+    answer = login_gateway.post({"model": model, "messages": messages, "tools": tools})
+    assert answer.status == 200
+    sent = less_marks(only_call(api, word).body["messages"])
+    assert json.dumps(sent).count("# Environment") == 1
+    assert sent[-2:] == messages[-2:]
+    assert "# Environment" in json.dumps(sent[1:3])
 
 
 def less_marks(node: Any) -> Any:

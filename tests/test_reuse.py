@@ -194,8 +194,9 @@ def test_an_edit_a_regenerated_answer_and_a_branch_keep_what_is_before_them(
     assert len({process_of(call) for call in api.calls[before:]}) == 1
 
 
-@pytest.mark.parametrize("stream", [True, False])
-@pytest.mark.parametrize("is_kept", [True, False], ids=["kept", "fresh"])
+@pytest.mark.parametrize(
+    ("is_kept", "stream"), [(True, False), (False, True)], ids=["kept", "fresh, streamed"]
+)
 def test_after_any_end_of_an_answer_its_process_serves_the_next_request(
     alone: RunningGateway, api: ScriptedApi, stream: bool, is_kept: bool
 ) -> None:
