@@ -1,18 +1,88 @@
-"""With a login: what goes wrong in the held query that puts the CLI's additions in their place."""
+"""With a login: upstream gets what was sent, and the CLI's additions with the first message alone.
+
+CC2API_TEST_REQUESTS=300 sends more random requests than the suite does.
+"""
 
 from __future__ import annotations
 
 import json
+import os
+import random
 from pathlib import Path
 from typing import Any
 
 import pytest
 from additions import split_additions
 from running import LOGIN, InProcessGateway, wait_until
-from scripted_api import ScriptedApi
-from test_reuse import BETWEEN, marker
+from scripted_api import Call, ScriptedApi
+from test_refusals import IMAGE
+from test_reuse import BETWEEN, TOOLS, marker, said, tool_result, tool_use
 
 JsonObject = dict[str, Any]
+
+
+REQUESTS = int(os.environ.get("CC2API_TEST_REQUESTS", "12"))
+MODELS = ("claude-sonnet-4-6", "claude-opus-4-6", "claude-sonnet-5-5", "claude-fable-5-1")
+TEXTS = (
+    "plain",
+    "  spaces \n",
+    "/compact now",
+    "@/etc/hosts ok",
+    "\u2028 é \U0001f469",
+    "x" * 3000,
+)
+
+
+def random_messages(dice: random.Random, word: str) -> list[JsonObject]:
+    """Return a conversation of one to nine messages, with everything that may stand in one."""
+    messages: list[JsonObject] = []
+    calls: list[JsonObject] = []
+    for turn in range(dice.randrange(5)):
+        messages.append({"role": "user", "content": random_content(dice, calls, word)})
+        answer: list[JsonObject] = [{"type": "text", "text": f"answer {turn}"}]
+        calls = [tool_use(n=turn) for _ in range(dice.choice((0, 0, 1, 2)))]
+        messages.append({"role": "assistant", "content": answer + calls})
+    messages.append({"role": "user", "content": random_content(dice, calls, word)})
+    return messages
+
+
+def random_content(dice: random.Random, calls: list[JsonObject], word: str) -> list[JsonObject]:
+    """Return a user message's blocks: the results that are due, and more or less beside them."""
+    texts = [{"type": "text", "text": text} for text in dice.sample(TEXTS, dice.randrange(1, 3))]
+    results: list[Any] = [
+        f"result {word}",
+        [{"type": "text", "text": "a\n"}, {"type": "text", "text": " b"}],
+        [{"type": "text", "text": "seen"}, IMAGE],
+        "y" * 120_000,
+    ]
+    blocks = [tool_result(call, dice.choice(results)) for call in calls]
+    if not calls or dice.random() < 0.3:
+        blocks += texts
+    if not calls:
+        blocks += [{"type": "text", "text": word}, *([IMAGE] if dice.random() < 0.2 else [])]
+    if dice.random() < 0.3:
+        blocks[-1] = {**blocks[-1], "cache_control": {"type": "ephemeral"}}
+    return blocks
+
+
+def test_random_requests_reach_upstream_as_sent_but_for_the_additions(
+    start: Any, api: ScriptedApi
+) -> None:
+    """Served in any order by few processes, which hold whatever they held before."""
+    gateway = start("--processes", "3", "--max-concurrency", "2", env=LOGIN)
+    dice = random.Random(REQUESTS)
+    additions: dict[str, list[str]] = {}
+    for _ in range(REQUESTS):
+        word, model = marker(), dice.choice(MODELS)
+        messages = random_messages(dice, word)
+        body = {"model": model, "messages": messages, "tools": TOOLS}
+        answer = gateway.post(body, {"x-api-key": dice.choice("ab")})
+        assert answer.status == 200, answer.json
+        (call,) = api.calls_with(word)
+        sent, added = split_additions(said(call)["messages"])
+        assert sent == said(Call("", {}, {"messages": messages}))["messages"]
+        assert additions.setdefault(model, added) == added, "the same bytes in every request"
+    assert all(additions.values())
 
 
 def longer(word: str) -> list[JsonObject]:
