@@ -308,6 +308,14 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(data)
 
     def _stream(self, reply: Reply, model: str) -> None:
+        try:
+            self._send_stream(reply, model)
+        except OSError:
+            self.close_connection = True
+            reply.left.set()
+
+    def _send_stream(self, reply: Reply, model: str) -> None:
+        """Send a reply's events. Raises OSError where the CLI hangs up, at whatever point."""
         self.send_response(200)
         self.send_header("content-type", "text/event-stream; charset=utf-8")
         self.send_header("transfer-encoding", "chunked")
@@ -315,21 +323,17 @@ class _Handler(BaseHTTPRequestHandler):
         for name, value in reply.headers.items():
             self.send_header(name, value)
         self.end_headers()
-        try:
-            for count, (event, times) in enumerate(self._grouped(reply, model), 1):
-                data = f"event: {event['type']}\ndata: {json.dumps(event)}\n\n".encode() * times
-                self.wfile.write(b"%x\r\n%s\r\n" % (len(data), data))
-                if reply.cut_after == count:
-                    self.close_connection = True
-                    return
-                if reply.gate is not None and reply.gate_after == count:
-                    self._wait_or_leave(reply.gate)
-                if reply.gap_s:
-                    time.sleep(reply.gap_s)
-            self.wfile.write(b"0\r\n\r\n")
-        except OSError:
-            self.close_connection = True
-            reply.left.set()
+        for count, (event, times) in enumerate(self._grouped(reply, model), 1):
+            data = f"event: {event['type']}\ndata: {json.dumps(event)}\n\n".encode() * times
+            self.wfile.write(b"%x\r\n%s\r\n" % (len(data), data))
+            if reply.cut_after == count:
+                self.close_connection = True
+                return
+            if reply.gate is not None and reply.gate_after == count:
+                self._wait_or_leave(reply.gate)
+            if reply.gap_s:
+                time.sleep(reply.gap_s)
+        self.wfile.write(b"0\r\n\r\n")
 
     def _grouped(self, reply: Reply, model: str) -> Iterator[tuple[JsonObject, int]]:
         """Yield events with how often to send them at once: a long stream must not wait for us."""

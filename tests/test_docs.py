@@ -193,19 +193,6 @@ def test_the_answer_is_as_the_readme_shows_it(gateway: RunningGateway) -> None:
     assert answer.json["model"].startswith("claude-sonnet-")
 
 
-def test_the_demo_answers_without_an_account(tmp_path: Path) -> None:
-    (arguments,) = (a for a in starts() if a == ["--demo"])
-    with started(["cc2api.py", *arguments], tmp_path) as banner:
-        assert "DEMO" in banner
-        found = re.search(r"listens on (\S+)", banner)
-        assert found
-        here = CURLS[0].replace("http://127.0.0.1:8080", found.group(1))
-        done = subprocess.run(
-            ["bash", "-c", f"{here.strip()} -sS"], capture_output=True, check=True
-        )
-        assert "DEMO" in json.loads(done.stdout)["content"][0]["text"]
-
-
 # ---- its options
 
 

@@ -45,7 +45,7 @@ HOSTILE = {
     "CLAUDE_CODE_GENTLE_PARASOL": "hostile words",
     "CLAUDE_CODE_ATTRIBUTION_HEADER": "0",
     "CLAUDE_CODE_EXTRA_METADATA": '{"a": 1}',
-    "API_TIMEOUT_MS": "400",
+    "API_TIMEOUT_MS": "200",
     "ENABLE_CLAUDEAI_MCP_SERVERS": "true",
     "CLAUDE_AGENT_SDK_MCP_NO_PREFIX": "0",
     "ENABLE_TOOL_SEARCH": "true",
@@ -143,7 +143,7 @@ ANSWERS: dict[str, Reply] = {
     "cut off": Reply(blocks=[{"type": "text", "text": "half of it"}], cut_after=3),
     "a refusal": text_reply("No", stop_reason="refusal", delay_s=0.1),
     "cut by max_tokens": text_reply("half", stop_reason="max_tokens", delay_s=0.1),
-    "late": text_reply("at last", delay_s=0.8),
+    "late": text_reply("at last", delay_s=0.5),
 }
 
 
