@@ -33,7 +33,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))  # tests/
 sys.path.insert(0, str(Path(__file__).parents[2]))  # cc2api.py
 
-from running import API_KEY, RunningGateway, clean_environment, real_claude
+from running import API_KEY, LOGIN, RunningGateway, clean_environment, real_claude
 from scripted_api import Reply, ScriptedApi, text_reply
 
 import cc2api
@@ -48,6 +48,7 @@ STEPS = 200  # tool calls that the scripted API has answers for
 DELTAS = 60_000  # of a long stream
 AT_ONCE = 4
 REPEATS = 3  # of what is measured AT_ONCE at a time; the median run counts
+REPLAYED = 10  # messages before the question
 TURNS = 6  # of each parallel conversation
 STREAMS = 8  # long streams at once
 
@@ -149,7 +150,10 @@ def count(gateway: RunningGateway, number: int) -> float:
 
 def measure_latency(rounds: int, claude: str, url: str, home: Path) -> list[JsonObject]:
     """Measure one client's waiting; all sides in turn, round by round."""
-    with RunningGateway(claude=claude, base_url=url) as gateway:
+    with (
+        RunningGateway(claude=claude, base_url=url) as gateway,
+        RunningGateway(claude=claude, base_url=url, env=LOGIN) as login_gateway,
+    ):
         talk = Talk(gateway)
         tools = Talk(gateway, tools=[{"name": "look", "input_schema": {"type": "object"}}])
         talk.say("Hello!")
@@ -160,6 +164,15 @@ def measure_latency(rounds: int, claude: str, url: str, home: Path) -> list[Json
             step = next(steps)
             result = {"type": "tool_result", "tool_use_id": f"toolu_{step - 1}"}
             return tools.say([{**result, "content": f"step {step}."}])[1]
+
+        def replay(gateway: RunningGateway) -> float:
+            """Ask for the end of a conversation that no process holds anything of."""
+            number = next(numbers)
+            talk = Talk(gateway)
+            for turn in range(REPLAYED // 2):
+                talk.messages.append({"role": "user", "content": f"turn {turn} of {number}"})
+                talk.messages.append({"role": "assistant", "content": "An answer."})
+            return talk.say("Hello!")[0]
 
         def new_caller(prompt: str) -> float:
             key = {"x-api-key": f"caller number {next(numbers)}"}
@@ -172,6 +185,8 @@ def measure_latency(rounds: int, claude: str, url: str, home: Path) -> list[Json
                 "Hello!"
             )[0],
             "continued conversation": lambda: talk.say("And now?")[0],
+            "replay of ten messages": lambda: replay(gateway),
+            "  with a login": lambda: replay(login_gateway),
             "tool step, to its end": tool_step,
             "cut by max_tokens, to its end": lambda: Talk(gateway).say("cut short")[1] - THINKING_S,
             "count_tokens": lambda: count(gateway, next(numbers)),
