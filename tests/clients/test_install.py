@@ -71,6 +71,7 @@ def answer(banner: str) -> str:
     return str(json.loads(done.stdout)["content"][0]["text"])
 
 
+@pytest.mark.uncounted  # its gateway is started as a user does, outside of the tests' classes
 def test_the_first_command_and_the_first_curl(
     clone: Path, api: ScriptedApi, tmp_path: Path
 ) -> None:

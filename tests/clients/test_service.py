@@ -7,6 +7,7 @@ tests/test_docs.py.
 from __future__ import annotations
 
 import concurrent.futures
+import http.client
 import json
 import os
 import re
@@ -95,7 +96,10 @@ def test_nginx_with_two_instances_one_killed_in_mid_load(
                     },
                     {"x-api-key": f"key-{number % 10}"},
                 )
-            except OSError as exc:  # a connection that was cut, which every SDK retries
+            except (
+                OSError,
+                http.client.HTTPException,
+            ) as exc:  # a connection that was cut, which every SDK retries
                 return exc
 
         with concurrent.futures.ThreadPoolExecutor(4) as threads:
