@@ -1775,9 +1775,11 @@ class Session:
         # Where something is held the CLI's own breakpoints are on it: with one more of the client's
         # in each turn they would soon be over the four that the API takes.
         turn = dataclasses.replace(turn, marked=None) if kept else turn
-        self._tell(turn, told, patience)
         end = len(turn.messages) if demand.is_count else len(turn.messages) - 1
-        takes_additions = turn.is_login and kept == 0 and not demand.is_count
+        first_asked = next((i for i, each in enumerate(turn.messages) if each.role == "user"), end)
+        is_new_on_login = turn.is_login and kept == 0 and not demand.is_count
+        takes_additions = is_new_on_login and first_asked < end
+        self._tell(turn, told, patience, holds_calls=takes_additions)
         for index in range(kept, end):
             if takes_additions and turn.messages[index].role == "user":
                 self._append_held(turn, index, patience)
@@ -1814,15 +1816,20 @@ class Session:
             time.sleep(POLL_S)
         raise CliFailed("claude did not take the tools that are to be counted")
 
-    def _tell(self, turn: Turn, told: Turn | None, patience: Patience) -> None:
-        """Tell what a turn needs, as far as it was not told before."""
+    def _tell(
+        self, turn: Turn, told: Turn | None, patience: Patience, *, holds_calls: bool
+    ) -> None:
+        """Tell what a turn needs, as far as it was not told before; maybe with its calls held."""
         channel = self._channel
         if turn.tools != channel.tools:  # first: they take the CLI a moment
             channel.change_tools(turn.tools, patience)
         model = resolve_model(turn.model, self.models)
         self._settings = to_flag_settings(turn, model)
-        if self._settings != channel.settings:
-            channel.request("apply_flag_settings", patience, settings=self._settings)
+        settings = self._settings
+        if holds_calls:
+            settings = {**settings, "env": {**settings["env"], **HOLD_CALLS["env"]}}
+        if settings != channel.settings:
+            channel.request("apply_flag_settings", patience, settings=settings)
         if told and turn.system != told.system:
             prompt = turn.system or DEFAULT_SYSTEM_PROMPT
             change = {"model": model, "system_prompt": prompt, "only_if_model_is_current": True}
@@ -1834,14 +1841,13 @@ class Session:
         self._channel.send(line)
 
     def _append_held(self, turn: Turn, index: int, patience: Patience) -> None:
-        """Append a message by a query that is held back from upstream.
+        """Append a message by a query that is held back from upstream, which was told before.
 
         With a login the CLI adds its reminders (environment, model, date) to the message that is
         queried first, for good. That has to be the first message of the user's in any process:
         another one would change the bytes that upstream has cached, and the text of tool results.
         """
         channel = self._channel
-        channel.request("apply_flag_settings", patience, settings=HOLD_CALLS)
         self._append(turn, index, is_query=True)
         while channel.results_due:
             line = channel.next(patience)

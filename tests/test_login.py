@@ -123,12 +123,12 @@ def test_a_client_that_leaves_in_the_held_query_leaves_nothing_behind(tmp_path: 
     assert len((tmp_path / "queries").read_text().splitlines()) == 1
 
 
-@pytest.mark.parametrize("first", [4, 5], ids=["the hold", "the settings after it"])
+@pytest.mark.parametrize("first", [4, 5], ids=["with the hold", "after it"])
 def test_a_hold_that_is_refused_costs_another_process_and_no_call(
     tmp_path: Path, api: ScriptedApi, claude: str, first: int, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Three settings are those of the rehearsal, then come a request's own, its hold, and again."""
-    order = f"refuse apply_flag_settings {first + 1}"
+    """Three settings are those of the rehearsal, then come a request's own, held and not."""
+    order = f"refuse apply_flag_settings {first}"
     env = {**LOGIN, "BETWEEN_ORDER": order, "BETWEEN_CLAUDE": claude}
     settings: JsonObject = {"claude": str(BETWEEN), "base_url": api.url, "env": env}
     word = marker()
