@@ -672,12 +672,12 @@ def to_flag_settings(turn: Turn, model: str) -> JsonObject:
 
 
 LOG_LINE: Final = "cc2api_log"  # the type of a line that stands for a message of the CLI's log
-_LOG_LINE: Final = re.compile(rb"\d{4}-\d\d-\d\dT[\d:.]+Z \[(?:DEBUG|ERROR)\] (.*)", re.DOTALL)
+_LOG_FORMAT: Final = re.compile(rb"\d{4}-\d\d-\d\dT[\d:.]+Z \[(?:DEBUG|ERROR)\] (.*)", re.DOTALL)
 
 
 def read_log_line(raw: bytes) -> str | None:
     """Return the message of a line of the CLI's log; None for anything else on stderr."""
-    found = _LOG_LINE.fullmatch(raw.rstrip())
+    found = _LOG_FORMAT.fullmatch(raw.rstrip())
     if found is None:
         return None
     text = found[1].decode("utf-8", "replace")
@@ -1841,7 +1841,7 @@ class Session:
         self._channel.send(line)
 
     def _append_held(self, turn: Turn, index: int, patience: Patience) -> None:
-        """Append a message by a query that is held back from upstream, which was told before.
+        """Append a message by a query; `_tell` has held the calls back, so none goes upstream.
 
         With a login the CLI adds its reminders (environment, model, date) to the message that is
         queried first, for good. That has to be the first message of the user's in any process:

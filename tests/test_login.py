@@ -143,7 +143,7 @@ def test_a_hold_that_is_refused_costs_another_process_and_no_call(
 def test_a_first_message_of_30_mb_is_held_and_sent(login_gateway: Any, api: ScriptedApi) -> None:
     word = marker()
     messages = longer(word)
-    messages[0]["content"] += " x" * 5_000_000
+    messages[0]["content"] += " x" * 14_500_000
     answer = login_gateway.post({"messages": messages})
     assert answer.status == 200
     (call,) = api.calls_with(word)
