@@ -1749,9 +1749,7 @@ class Session:
         self.bring(first)
         self._channel.request("apply_flag_settings", patience, settings=HOLD_CALLS)
         self.ask(patience)
-        while self._channel.results_due:
-            if self._channel.next(patience).get("type") == "stream_event":
-                raise CliRefused("claude does not hold its calls back")
+        self._wait_for_held_end(patience)
         self.bring(second)
         self.turns, self.base = 0, None
 
@@ -1847,13 +1845,15 @@ class Session:
         queried first, for good. That has to be the first message of the user's in any process:
         another one would change the bytes that upstream has cached, and the text of tool results.
         """
-        channel = self._channel
         self._append(turn, index, is_query=True)
-        while channel.results_due:
-            line = channel.next(patience)
-            if line.get("type") == "stream_event":
+        self._wait_for_held_end(patience)
+        self._channel.request("apply_flag_settings", patience, settings=self._settings)
+
+    def _wait_for_held_end(self, patience: Patience) -> None:
+        """Wait until a query that is held back has ended. Raises CliRefused if it was answered."""
+        while self._channel.results_due:
+            if self._channel.next(patience).get("type") == "stream_event":
                 raise CliRefused("claude does not hold its calls back")
-        channel.request("apply_flag_settings", patience, settings=self._settings)
 
     def read(self, patience: Patience) -> Generator[list[Event], None, list[Event]]:
         """Yield the answer's events in batches of those that were ready together.
