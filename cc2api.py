@@ -88,6 +88,7 @@ log = logging.getLogger("cc2api")
 MIN_CLI_VERSION: Final = (2, 1, 300)  # older leave `/model` text in a used process (2.1.248)
 DEFAULT_SYSTEM_PROMPT: Final = "You are a helpful assistant."
 DEFAULT_MODEL_NAME: Final = "claude-code"  # the name under which clients ask for the CLI's default
+DEFAULT_KEY_FILE: Final = "apikeys.txt"
 
 MAX_BODY_BYTES: Final = 32 * 1024 * 1024  # the Messages API's own limit
 MAX_JSON_DEPTH: Final = 128  # deep enough for any schema; far from both languages' stack limits
@@ -125,7 +126,7 @@ MAX_HEAD_BYTES: Final = 64 * 1024  # request line and headers together
 HEAD_TIMEOUT_S: Final = 15.0  # for a whole head: half-open connections go
 BODY_TIMEOUT_S: Final = 120.0  # for a whole body: 32 MB at 2 Mbit/s
 MIN_NAMED_KEY: Final = 12  # characters; of a shorter key its last four would tell too much
-KEYS_GONE_S: Final = 2.0  # a key file that is written anew is empty or gone for a moment
+KEYS_GONE_S: Final = 2.0  # a key file that is written anew holds no key for a moment
 IDLE_CONNECTION_S: Final = 120.0  # longer than proxies keep theirs (60 s)
 LINGER_S: Final = 2.0  # reading on after an early answer, or a reset would destroy it on its way
 DEMO_CHARS: Final = 300  # of a demo's answer; agents' first prompts are 10 kB, read out for 40 s
@@ -153,7 +154,9 @@ class Settings:
     host: str = _option("127.0.0.1", "address to listen on")
     port: int = _option(8080, "port to listen on; 0 picks a free one", high=65535)
     claude: str | None = _option(None, "the claude executable (default: searched for)")
-    keys: str = _option("apikeys.txt", "file of API keys, one a line, re-read every time")
+    keys: str | None = _option(
+        None, f"file of API keys, one a line, re-read every time (default: {DEFAULT_KEY_FILE})"
+    )
     allow_open: bool = _option(False, "listen on other addresses than loopback without any key")
     cors_origin: tuple[str, ...] = _option((), "web origin that may call, * for any", _ORIGIN)
     allowed_host: tuple[str, ...] = _option((), "another host name of this server")
@@ -220,7 +223,8 @@ class ClientGone(Exception):
 
 # ===================================================================== API keys
 # Who may call. The file is read on every request, so a change takes effect at once. Fails closed:
-# only a file that is not there, or that holds no key, means open mode, and on loopback alone.
+# only a file that was not named, and that is not there or holds no key, means open mode, and that
+# on loopback alone.
 
 
 class Caller(NamedTuple):
@@ -234,55 +238,98 @@ NOBODY: Final = Caller("open", b"")  # the gateway itself, named as who calls wi
 
 
 class KeyFile:
-    """The file of keys: one a line, a name may follow; blank and # lines are ignored."""
+    """The file of keys: one a line, a name may follow; blank and # lines are ignored.
+
+    Its methods may be called on any thread.
+    """
 
     def __init__(self, settings: Settings) -> None:
-        self.path = Path(settings.keys)
+        self.path = Path(settings.keys or DEFAULT_KEY_FILE)
         self.who = ""  # may call, in a few words, as of the last load
         is_loopback = re.fullmatch(r"localhost|127\.[\d.]+|::1", settings.host)
-        self.is_needed = not (is_loopback or settings.allow_open)  # which shuts open mode
+        self.is_named = settings.keys is not None
+        self.is_needed = self.is_named or not (is_loopback or settings.allow_open)
+        self._lock = threading.Lock()  # guards what follows, and `who` where it is written
         self._last: dict[str, str] = {}  # what it held when it held something
-        self._gone_at: float | None = None  # monotonic; since when there is nothing in it
+        self._gone_at: float | None = None  # monotonic; since when it holds no key
         self.load()
 
     def load(self) -> dict[str, str] | None:
         """Return the keys with their names: {} where anybody may call, None where nobody."""
-        keys, why = None, "it holds no key, and --host is not loopback"
+        with self._lock:
+            return self._load()
+
+    def _load(self) -> dict[str, str] | None:
+        keys: dict[str, str] | None = None
+        why = "it holds no key"
+        if not self.is_named:
+            why += ", and --host is not loopback"
+
         try:
             keys = self._read()
         except (OSError, UnicodeDecodeError) as exc:
             why = getattr(exc, "strerror", "it is not UTF-8")
-        who = f"{len(keys)} in {self.path}" if keys else "open: anyone who can connect may call"
-        if keys is None or (self.is_needed and not keys):
-            keys, who = None, f"NOBODY CAN CALL: {self.path}: {why}; see --keys and --allow-open"
+
+        if keys:
+            who = f"{len(keys)} in {self.path}"
+        elif keys is not None and not self.is_needed:
+            who = "open: anyone who can connect may call"
+        else:
+            keys = None
+            who = f"NOBODY CAN CALL: {self.path}: {why}; see --keys and --allow-open"
+
         if self.who not in ("", who):
             log.warning("keys changed: %s", who)
         self.who = who
         return keys
 
     def _read(self) -> dict[str, str]:
-        text, keys = "", {}
+        """Return the keys with their names.
+
+        What held keys and holds none is being written anew, perhaps slowly, by a shell or an
+        editor, with its comments first: what it held goes on for KEYS_GONE_S.
+        """
         if self.path.exists() and not self.path.is_file():  # reading a pipe would block
             raise OSError(0, "it is not a regular file")
+
+        text = ""
         with contextlib.suppress(FileNotFoundError):
             text = self.path.read_text("utf-8-sig")
-        if not text and self._last:  # as while it is written anew: what it held before holds on
-            self._gone_at = gone_at = self._gone_at or time.monotonic()
-            if time.monotonic() - gone_at < KEYS_GONE_S:
-                return self._last
-        for line in text.split("\n"):
-            key, *words = line.split() or ["#"]
-            tail = key[-4:] if len(key) >= MIN_NAMED_KEY else ""
-            if not key.startswith("#"):
-                keys[key] = re.sub(r"[^\w.@-]+", "_", " ".join(words)) or f"…{tail}"
-        self._last, self._gone_at = keys, None
-        return keys
+        keys = parse_keys(text)
+
+        if keys:
+            self._last = keys
+            self._gone_at = None
+        elif self._last:
+            now = time.monotonic()
+            if self._gone_at is None:
+                self._gone_at = now
+            if now - self._gone_at >= KEYS_GONE_S:
+                self._last = {}
+        return self._last
+
+
+def parse_keys(text: str) -> dict[str, str]:
+    """Return the keys of a file's text, each with its name, or with the last characters of it.
+
+    Only blanks and tabs part a key from its name: other white space, as Unicode has it, may be a
+    byte of the key.
+    """
+    keys = {}
+    for line in text.split("\n"):
+        key, _, words = line.strip(" \t").replace("\t", " ").partition(" ")
+        if not key or key.startswith("#"):
+            continue
+        name = re.sub(r"[^\w.@-]+", "_", words.strip())
+        tail = key[-4:] if len(key) >= MIN_NAMED_KEY else ""
+        keys[key] = name or f"…{tail}"
+    return keys
 
 
 def identify(keys: Mapping[str, str] | None, api_key: str, authorization: str) -> Caller:
     """Return who calls, by `x-api-key`, which wins as on the public API, or Bearer token."""
-    scheme, _, token = authorization.strip().partition(" ")
-    given = api_key.strip() or (token.strip() if scheme.lower() == "bearer" else "")
+    scheme, _, token = authorization.strip(" \t").partition(" ")
+    given = api_key.strip(" \t") or (token.strip(" \t") if scheme.lower() == "bearer" else "")
     raw = given.encode("latin-1", "replace")  # as it came over the wire
     # Every key is compared, in constant time: neither a prefix nor a position can be timed.
     names = [name for key, name in (keys or {}).items() if hmac.compare_digest(raw, key.encode())]
@@ -322,6 +369,7 @@ class Turn:
     betas: tuple[str, ...]
     marked: JsonObject | None  # the very block or tool that goes with a cache breakpoint
     cache_ttl: str  # "5m" or "1h", for every cache breakpoint of the request
+    media: int  # how many images and documents there are
     is_login: bool = False  # the CLI runs on a claude.ai login
 
 
@@ -341,6 +389,22 @@ _IMAGE_STARTS: Final = {  # their magic numbers in base64
     **{"image/png": "iVBORw0KGgo", "image/jpeg": "/9j/"},
     **{"image/gif": "R0lGOD", "image/webp": "UklGR"},
 }
+# What JavaScript's `trim` takes off.
+_BLANK_FOR_CLI: Final = (
+    "\t\n\v\f\r \u00a0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a"
+    "\u2028\u2029\u202f\u205f\u3000\ufeff"
+)
+_SAYS_NOTHING: Final = ("", "(no content)", "[Empty text removed]")  # words of the CLI's own
+# The CLI drops the oldest images and documents that are over the API's number, which is higher for
+# models with a window of a million tokens. Those it knows by their names, and for others goes by
+# this beta (seen, 2.1.300 and 2.1.332: all names that they list, and others).
+MAX_MEDIA: Final = 100
+MAX_MEDIA_IN_LONG_WINDOW: Final = 600
+_HAS_LONG_WINDOW: Final = re.compile(
+    r"claude-(opus-4-[78]|opus-5|sonnet-5|fable-5|haiku-5-5)(?!\d)|.*\[1m\]\Z"
+)
+_MEDIA: Final = ("image", "document")
+_LONG_WINDOW_BETA: Final = "context-1m-2025-08-07"
 _BETA: Final = re.compile(r"(?!claude-code-|oauth-)[A-Za-z0-9][A-Za-z0-9_.-]*\Z")  # not the CLI's
 
 
@@ -429,7 +493,10 @@ def to_turn(
     if is_count and system:  # the CLI would count it as a message of its own
         said.insert(0, ("user", "system", {"type": "text", "text": system}))
     marks: list[Mark] = []
-    tools = [unmarked(tool, marks) for _, tool in objects(body, "tools")]
+    tools = []
+    for path, tool in objects(body, "tools"):
+        check_callers(f"{path}.allowed_callers", tool.get("allowed_callers"))
+        tools.append(unmarked(tool, marks))
     merged = _merge(said, marks)
     if merged[-1].role == "assistant" and not is_count:
         problem = "This gateway does not support assistant message prefill."
@@ -452,6 +519,7 @@ def to_turn(
         marked=marked,
         # for all: the API takes no 1h after a 5m, and the CLI marks before and after the client
         cache_ttl="1h" if "1h" in [ttl for _, ttl in marks] else "5m",
+        media=_count_media(merged),
     )
 
 
@@ -519,10 +587,23 @@ def _parse_messages(messages: Iterable[Placed]) -> Iterator[Said]:
             raise InvalidRequest(f"{path}: all messages must have non-empty content")
         for place, block in objects(given, "content", path):
             check_block(place, block)
+            if block["type"] == "text" and not block["text"].strip(_BLANK_FOR_CLI):
+                # Blank for JavaScript, as U+FEFF is. In a tool result it is handed on (seen).
+                raise InvalidRequest(f"{place}: text content blocks must be non-empty")
             if role == "system":
                 text = require(block, "text", str, place)
                 block = {"type": "text", "text": f"<system-reminder>\n{text}\n</system-reminder>"}
             yield role, place, block
+
+
+def says_nothing(block: JsonObject) -> bool:
+    """Return whether a block of an answer counts for nothing in the CLI (seen).
+
+    It drops an answer that has no other blocks, and joins what stands before and after it.
+    """
+    if block["type"] == "text":
+        return block["text"].strip(_BLANK_FOR_CLI) in _SAYS_NOTHING
+    return block["type"] in ("thinking", "redacted_thinking")
 
 
 def check_block(path: str, block: JsonObject) -> None:
@@ -535,6 +616,9 @@ def check_block(path: str, block: JsonObject) -> None:
         check_image(f"{inside}.source", require(block, "source", dict, inside))
     for name in ("id", "name") if kind in ("tool_use", "server_tool_use") else ():
         require(block, name, str, inside)
+    if kind == "tool_use":
+        caller = optional(block, "caller", dict, inside) or {}
+        check_callers(f"{inside}.caller", [caller.get("type", "direct")])
     if kind == "tool_result":
         require(block, "tool_use_id", str, inside)
         parts = {} if isinstance(block.get("content"), str) else block
@@ -542,6 +626,13 @@ def check_block(path: str, block: JsonObject) -> None:
             check_block(place, part)
             if block.get("is_error") and part["type"] != "text":  # the CLI would drop it
                 raise InvalidRequest(f"{place}: all content must be type `text` in an error")
+
+
+def check_callers(path: str, callers: Any) -> None:
+    """Refuse calls that only other tools make: the CLI drops who has called (seen)."""
+    if isinstance(callers, list) and callers and "direct" not in callers:
+        problem = "programmatic tool calling does not pass through the CLI; only `direct` calls do"
+        raise InvalidRequest(f"{path}: {problem}")
 
 
 def check_image(path: str, source: JsonObject) -> None:
@@ -563,8 +654,12 @@ def _merge(said: Iterable[Said], marks: list[Mark]) -> list[Message]:
         group = list(each)
         if any(role == "system" for role, _, _ in group):  # tool results must stay in front
             group.sort(key=lambda one: one[2]["type"] != "tool_result")
-        if all("thinking" in block["type"] for _, _, block in group):  # the CLI would drop it
+        if is_answer and all(says_nothing(block) for _, _, block in group):
             problem = "The final block in an assistant message cannot be `thinking`."
+            if any(block["type"] == "text" for _, _, block in group):
+                problem = (
+                    "an answer of `(no content)` or `[Empty text removed]` alone cannot be sent"
+                )
             raise InvalidRequest(f"{group[-1][1].rpartition('.content.')[0]}: {problem}")
         asked = _check_tool_pairs(group, asked, seen)
         content = [unmarked(block, marks) for _, _, block in group]
@@ -572,6 +667,26 @@ def _merge(said: Iterable[Said], marks: list[Mark]) -> list[Message]:
     if not merged:
         raise InvalidRequest("messages: at least one message is required")
     return merged
+
+
+def check_media(turn: Turn, model: str) -> None:
+    """Refuse more images and documents than the CLI hands on; `model` is an id, not an alias."""
+    is_long = _LONG_WINDOW_BETA in turn.betas or _HAS_LONG_WINDOW.match(model)
+    most = MAX_MEDIA_IN_LONG_WINDOW if is_long else MAX_MEDIA
+    if turn.media > most:
+        problem = f"{turn.media} images and documents, where {model} takes {most} in a request"
+        raise InvalidRequest(f"messages: too many of them: {problem}")
+
+
+def _count_media(messages: Iterable[Message]) -> int:
+    """Count images and documents, those in tool results too."""
+    count = 0
+    for message in messages:
+        for block in message.content:
+            parts = block.get("content") if block["type"] == "tool_result" else None
+            inside = parts if isinstance(parts, list) else []
+            count += sum(_object(each).get("type") in _MEDIA for each in (block, *inside))
+    return count
 
 
 def _check_tool_pairs(said: list[Said], due: dict[str, str], seen: set[str]) -> dict[str, str]:
@@ -3079,6 +3194,7 @@ class Service:
             with self._lend(demand) as session:
                 used = "kept" if session.turns else "spare"
                 record.note(process="new" if session.is_new else used)
+                check_media(turn, resolve_model(demand.turn.model, session.models))
                 session.bring(demand)
                 session.ask(demand.patience)
                 try:
@@ -3949,10 +4065,10 @@ class LogFormatter(logging.Formatter):
 def check_keys(settings: Settings) -> str:
     """Say who may call. Raises CliUnusable where nobody could, or a named file is missing."""
     keys = KeyFile(settings)
+    if keys.is_named and not keys.path.exists():
+        raise CliUnusable(f"there is no key file {settings.keys}: make it, or leave --keys out")
     if keys.load() is None:
         raise CliUnusable(keys.who)
-    if settings.keys != Settings().keys and not keys.path.exists():
-        raise CliUnusable(f"there is no key file {settings.keys}: make it, or leave --keys out")
     return keys.who
 
 

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
+from unittest import mock
 
 import cc2api
 
@@ -258,10 +259,11 @@ class InProcessGateway(Client):
         more = {"FAKE_CLAUDE_ORDERS": str(tmp_path), **(API_KEY if env is None else env)}
         self.environ = clean_environment(tmp_path, base_url, **more)
         self.cli = cc2api.find_cli(claude, self.environ)
-        keys = str(tmp_path / "apikeys.txt")
-        self.settings = cc2api.Settings(**{"port": 0, "processes": 0, "keys": keys, **settings})
+        self.settings = cc2api.Settings(**{"port": 0, "processes": 0, **settings})
         self.server = cc2api.Server((self.settings.host, 0), cc2api.Handler)
-        self.gateway = cc2api.Service(self.settings, self.cli, self.environ)
+        # The key file that is looked for where none is named; this process stays where it is.
+        with mock.patch.object(cc2api, "DEFAULT_KEY_FILE", str(tmp_path / "apikeys.txt")):
+            self.gateway = cc2api.Service(self.settings, self.cli, self.environ)
         self.server.serve(self.gateway)
         self.port = self.server.server_port
 

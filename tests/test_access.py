@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import json
 import os
+import subprocess
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -93,36 +96,135 @@ def test_with_keys_a_page_needs_a_key_and_any_host_will_do(tmp_path: Path) -> No
         assert status(gateway, {**page, "x-api-key": "sk-1"}) == 400
 
 
-def test_on_another_address_an_emptied_or_vanished_key_file_is_401(tmp_path: Path) -> None:
+def write_comments(keys: Path) -> None:
+    keys.write_text("# none\n")
+
+
+def empty(keys: Path) -> None:
+    keys.write_text("")
+
+
+WAYS_TO_LOSE_KEYS = [write_comments, empty, Path.unlink]
+
+
+@pytest.mark.parametrize("lose", WAYS_TO_LOSE_KEYS)
+@pytest.mark.parametrize("named", [False, True])
+def test_on_another_address_an_emptied_or_vanished_key_file_is_401(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lose: Callable[[Path], None], named: bool
+) -> None:
     keys = tmp_path / "apikeys.txt"
     keys.write_text("sk-1\n")
-    with InProcessGateway(tmp_path, host="0.0.0.0") as gateway:
+    where: dict[str, Any] = {"keys": str(keys)} if named else {"host": "0.0.0.0"}
+    with InProcessGateway(tmp_path, **where) as gateway:
         assert status(gateway, {"x-api-key": "sk-1"}) == 400
-        keys.write_text("# none\n")
-        assert status(gateway, {"x-api-key": "sk-1"}) == 401
-        keys.unlink()
+        lose(keys)
+        assert status(gateway, {"x-api-key": "sk-2"}) == 401
+        monkeypatch.setattr(cc2api, "KEYS_GONE_S", 0.0)
         assert status(gateway, {"x-api-key": "sk-1"}) == 401
         assert status(gateway, {}) == 401
         assert gateway.gateway.keys.who.startswith("NOBODY CAN CALL")
 
 
+@pytest.mark.parametrize("lose", WAYS_TO_LOSE_KEYS)
 def test_a_key_file_that_is_written_anew_does_not_open_the_gateway(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lose: Callable[[Path], None]
 ) -> None:
     keys = tmp_path / "apikeys.txt"
     keys.write_text("sk-1\n")
     with InProcessGateway(tmp_path) as gateway:
         assert status(gateway, {}) == 401
-        for empty in (lambda: keys.write_text(""), keys.unlink):
-            empty()
-            assert [status(gateway, {}), status(gateway, {"x-api-key": "sk-1"})] == [401, 400]
+        lose(keys)
+        assert [status(gateway, {}), status(gateway, {"x-api-key": "sk-1"})] == [401, 400]
         monkeypatch.setattr(cc2api, "KEYS_GONE_S", 0.0)
         assert status(gateway, {}) == 400, "after a while it is meant so"
         monkeypatch.undo()
         keys.write_text("sk-1\n")
         assert status(gateway, {}) == 401
-        keys.write_text("# nobody\n")
-        assert status(gateway, {}) == 400, "comments alone open it at once"
+
+
+def rewrite_by_shell(keys: Path, text: str) -> None:
+    lines = "; sleep 0.01; ".join(f"echo '{line}' >> keys" for line in text.splitlines())
+    subprocess.run(["/bin/sh", "-c", f": > keys; {lines}"], cwd=keys.parent, check=True)
+
+
+def rewrite_byte_by_byte(keys: Path, text: str) -> None:
+    with keys.open("wb", buffering=0) as file:
+        for number in text.encode():
+            file.write(bytes([number]))
+
+
+def rewrite_line_by_line(keys: Path, text: str) -> None:
+    with keys.open("w") as file:
+        for line in text.splitlines(keepends=True):
+            file.write(line)
+            file.flush()
+            time.sleep(0.005)
+
+
+def rewrite_in_place(keys: Path, text: str) -> None:
+    with keys.open("r+") as file:
+        file.truncate(0)
+        file.write(text)
+
+
+def remove_and_make(keys: Path, text: str) -> None:
+    keys.unlink()
+    keys.write_text(text)
+
+
+def replace(keys: Path, text: str) -> None:
+    other = keys.with_suffix(".new")
+    other.write_text(text)
+    other.replace(keys)
+
+
+def test_nobody_gets_in_while_the_key_file_is_written(tmp_path: Path) -> None:
+    """CC2API_TEST_REWRITES says how often; a thousand take a few minutes."""
+    ways: list[Callable[[Path, str], object]] = [
+        rewrite_by_shell,
+        rewrite_byte_by_byte,
+        rewrite_line_by_line,
+        rewrite_in_place,
+        remove_and_make,
+        replace,
+        Path.write_text,
+    ]
+    keys = tmp_path / "keys"
+    text = "# the keys of the team\n\n# its first one\nsk-1 first\n"
+    keys.write_text(text)
+    seen: list[set[int]] = []
+    is_over = threading.Event()
+
+    with (
+        InProcessGateway(tmp_path, keys=None) as gateway,
+        concurrent.futures.ThreadPoolExecutor(3) as pool,
+    ):
+        gateway.gateway.keys.path = keys  # as the default one, but apart from the orders
+        gateway.gateway.keys.load()
+
+        def knock(headers: dict[str, str]) -> set[int]:
+            statuses = set()
+            while not is_over.is_set():
+                statuses.add(status(gateway, headers))
+            return statuses
+
+        knocking = [pool.submit(knock, who) for who in ({}, {"x-api-key": "sk-2"})]
+        for number in range(int(os.environ.get("CC2API_TEST_REWRITES", "28"))):
+            ways[number % len(ways)](keys, text)
+        is_over.set()
+        seen = [knocker.result() for knocker in knocking]
+    assert seen == [{401}, {401}]
+
+
+def test_keys_may_end_in_bytes_that_unicode_takes_for_white_space(tmp_path: Path) -> None:
+    keys = ["sk-\u00e0", "sk-\u0145", "sk-\u2000x"]  # in UTF-8 with 0xA0, 0x85 and 0x80
+    (tmp_path / "apikeys.txt").write_text("\n".join(keys), "utf-8")
+    with InProcessGateway(tmp_path) as gateway:
+        for key in keys:
+            raw = key.encode().decode("latin-1")
+            assert status(gateway, {"x-api-key": raw}) == 400
+            assert status(gateway, {"authorization": f"Bearer {raw}"}) == 400
+            assert status(gateway, {"x-api-key": raw[:-1]}) == 401
 
 
 def test_a_key_file_that_is_no_regular_file_closes_the_gateway(tmp_path: Path) -> None:
@@ -183,8 +285,15 @@ def test_keys_are_needed_anywhere_but_on_loopback(host: str, needs: bool) -> Non
 
 def files_holding(word: bytes, *roots: Path) -> list[Path]:
     """Return the files below some directories that hold a word."""
-    files = (path for root in roots for path in root.rglob("*") if path.is_file())
-    return [path for path in files if word in path.read_bytes()]
+    found = []
+    for root in roots:
+        for directory, _, names in os.walk(root):  # passes by what another test removes meanwhile
+            for name in names:
+                path = Path(directory) / name
+                with contextlib.suppress(FileNotFoundError):
+                    if path.is_file() and word in path.read_bytes():
+                        found.append(path)
+    return found
 
 
 @pytest.mark.parametrize("sign_in", ["key", "login"])

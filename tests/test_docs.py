@@ -140,16 +140,16 @@ def test_every_package_extra_that_the_readme_installs_is_there() -> None:
 @contextlib.contextmanager
 def started(arguments: list[str], tmp_path: Path, **env: str) -> Iterator[str]:
     """Start the gateway as `python3 cc2api.py` does; yield what it prints first."""
-    keys = tmp_path / "none.txt"
-    keys.touch()  # else those of the directory count, where a developer has some
+    # Not where it stands in the repository: a developer may have keys there.
+    shutil.copy(ROOT / "cc2api.py", tmp_path)
     process = subprocess.Popen(
         [sys.executable, *arguments],
         env={
             **clean_environment(tmp_path),
-            **{"CC2API_PORT": "0", "CC2API_CLAUDE": real_claude(), "CC2API_KEYS": str(keys)},
+            **{"CC2API_PORT": "0", "CC2API_CLAUDE": real_claude()},
             **env,
         },
-        cwd=ROOT,
+        cwd=tmp_path,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -262,7 +262,7 @@ def test_the_container_recipe_has_an_ordinary_user_and_copies_what_is_there() ->
     assert run[run.index("-p") + 1] == f"127.0.0.1:{port}:{port}"
     mount = run[run.index("-v") + 1]
     # the key file is where it is looked for: an open port of another address needs a key
-    assert mount.split(":")[1] == f"{steps['WORKDIR']}/{cc2api.Settings().keys}"
+    assert mount.split(":")[1] == f"{steps['WORKDIR']}/{cc2api.DEFAULT_KEY_FILE}"
     arguments = json.loads(steps["CMD"])[2:]
     assert cc2api.KeyFile(cc2api.parse_args(arguments, {})).is_needed
 

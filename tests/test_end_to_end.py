@@ -311,6 +311,62 @@ def test_the_caller_of_a_tool_use_is_dropped(gateway: RunningGateway, api: Scrip
     assert seen_messages(only_call(api, word))[1]["content"] == [use]
 
 
+MEDIA_LIMITS = [
+    ("claude-sonnet-4-6", "", 100),
+    ("claude-haiku-4-5", "", 100),
+    ("claude-opus-of-next-year", "", 100),
+    ("claude-sonnet-4-6", "context-1m-2025-08-07", 600),
+    ("claude-sonnet-4-6[1m]", "", 600),
+    ("claude-opus-4-7", "", 600),
+    ("claude-opus-4-8", "", 600),
+    ("claude-opus-5", "", 600),
+    ("claude-opus-5-5", "", 600),
+    ("claude-sonnet-5", "", 600),
+    ("claude-fable-5-1", "", 600),
+    ("sonnet", "", 600),
+    ("haiku", "", 600),
+]
+
+
+@pytest.mark.parametrize(("model", "beta", "most"), MEDIA_LIMITS)
+def test_all_images_and_documents_reach_upstream_or_are_refused(
+    gateway: RunningGateway, api: ScriptedApi, model: str, beta: str, most: int
+) -> None:
+    """The CLI would drop the oldest ones, without a word."""
+    word = marker()
+    document = {
+        "type": "document",
+        "source": {"type": "text", "media_type": "text/plain", "data": "a"},
+    }
+    picture = {"type": "image", "source": {"type": "url", "url": "https://example.com/a.png"}}
+    use = {"type": "tool_use", "id": "t1", "name": "f", "input": {}}
+    result = {"type": "tool_result", "tool_use_id": "t1", "content": [picture] * 20}
+    messages = [user(*[document] * (most - 21)), assistant(use), user(result, picture, text(word))]
+    headers = {"anthropic-beta": beta}
+    fields = {"model": model, "max_tokens": 10, "messages": messages}
+    assert gateway.post(fields, headers).status == 200
+    sent = json.dumps(only_call(api, word).body)
+    assert sent.count('"type": "document"') == most - 21
+    assert sent.count('"type": "image"') == 21
+
+    messages[0]["content"].append(document)
+    refused = gateway.post(fields, headers)
+    assert refused.status == 400
+    assert f"{most + 1} images and documents" in refused.json["error"]["message"]
+    only_call(api, word)
+
+
+def test_a_text_that_javascript_takes_for_blank_is_kept_in_a_tool_result(
+    gateway: RunningGateway, api: ScriptedApi
+) -> None:
+    word = marker()
+    use = {"type": "tool_use", "id": "t1", "name": "f", "input": {}}
+    result = {"type": "tool_result", "tool_use_id": "t1", "content": [text("\ufeff")]}
+    request = [user("a"), assistant(use), user(result, text(word))]
+    assert gateway.post({"messages": request}).status == 200
+    assert seen_messages(only_call(api, word))[2]["content"][0] == result
+
+
 def test_the_cli_re_encodes_large_images_and_scales_wide_ones_down(
     gateway: RunningGateway, api: ScriptedApi
 ) -> None:

@@ -18,7 +18,12 @@ RESULT = {"type": "tool_result", "tool_use_id": "t1", "content": "r"}
 TEXT = {"type": "text", "text": "x"}
 THINKING = {"type": "thinking", "thinking": "", "signature": ""}
 SEARCH = {"type": "server_tool_use", "id": "s1", "name": "web_search", "input": {}}
+PROGRAM = {"type": "code_execution_20250825", "tool_id": "s1"}
 SEARCHED = {"type": "web_search_tool_result", "tool_use_id": "s1", "content": []}
+
+
+def saying(text: str) -> JsonObject:
+    return {"type": "text", "text": text}
 
 
 def parse(**fields: Any) -> cc2api.Turn:
@@ -119,6 +124,32 @@ BAD: list[tuple[JsonObject, str]] = [
     (
         {"messages": [assistant(TEXT, SEARCH), *BASE["messages"]]},
         "messages.0: `tool_use` ids were found without `tool_result` blocks immediately after: s1",
+    ),
+    (
+        in_user({"type": "text", "text": "\ufeff\n"}),
+        "messages.0.content.0: text content blocks must",
+    ),
+    (
+        {"messages": [*BASE["messages"], assistant(saying(" (no content)\n")), user(TEXT)]},
+        "messages.1: an answer of `(no content)`",
+    ),
+    (
+        {
+            "messages": [
+                *BASE["messages"],
+                assistant(THINKING, saying("[Empty text removed]")),
+                user(TEXT),
+            ]
+        },
+        "messages.1: an answer of `(no content)`",
+    ),
+    (
+        {"messages": [assistant({**USE, "caller": PROGRAM}), user(RESULT)]},
+        "messages.0.content.0.tool_use.caller: programmatic tool calling",
+    ),
+    (
+        {"tools": [{"name": "f", "input_schema": {}, "allowed_callers": [PROGRAM["type"]]}]},
+        "tools.0.allowed_callers: programmatic tool calling",
     ),
     ({"thread": {"type": "create"}}, "thread: "),
 ]

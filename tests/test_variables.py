@@ -191,6 +191,7 @@ def test_a_tool_loop_is_a_call_for_each_request(pair: Pair, api: ScriptedApi, mo
         messages: list[JsonObject] = [{"role": "user", "content": word}]
         fields = {"tools": tools, "model": model}
         answer = gateway.post({"messages": messages, **fields})
+        assert answer.status == 200, answer.json
         messages.append({"role": "assistant", "content": answer.json["content"]})
         messages.append({"role": "user", "content": [tool_result(step, "the result")]})
         api.on("the result", text_reply("done"))
