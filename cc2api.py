@@ -47,6 +47,7 @@ import collections
 import contextlib
 import dataclasses
 import email.utils
+import fcntl
 import hashlib
 import hmac
 import importlib.util
@@ -93,6 +94,7 @@ DEFAULT_KEY_FILE: Final = "apikeys.txt"
 MAX_BODY_BYTES: Final = 32 * 1024 * 1024  # the Messages API's own limit
 MAX_JSON_DEPTH: Final = 128  # deep enough for any schema; far from both languages' stack limits
 MAX_LINE_BYTES: Final = 16 * 1024 * 1024  # of the CLI's output; 128k tokens are about 1 MB
+MAX_COST_USD: Final = 1e9  # of a process, to keep nonsense out of the sums
 READ_BYTES: Final = 64 * 1024  # a Linux pipe's capacity
 MAX_LOG_LINE_BYTES: Final = 64 * 1024  # of the CLI's log; upstream's errors are far shorter
 STDERR_TAIL_BYTES: Final = 2000  # enough for a stack trace's first lines in an error message
@@ -1367,8 +1369,10 @@ def process_start(
     }
     kept.update(PINNED_VARIABLES)
     kept["SHELL"] = "/bin/sh"  # with a login the model is told of it
-    # The CLI leaves sockets, probe files and notes on its tool servers: they go where we clean up.
-    kept["TMPDIR"] = kept["XDG_CACHE_HOME"] = temp_dir
+    kept["TMPDIR"] = temp_dir  # the CLI leaves sockets and probe files: they go where we clean up
+    # It keeps notes on its tool servers, with the names of a request's tools and the text of failed
+    # results, a file for each process: but not where no directory can be made (seen).
+    kept["XDG_CACHE_HOME"] = os.devnull
     return [*(shim if sys.platform == "linux" else ()), *command], kept
 
 
@@ -1377,17 +1381,21 @@ class Workplace:
 
     With a login the model is told the name of the first: so that name tells nothing, and is the
     same after a restart, or every conversation would miss the API's prompt cache. All gateways of
-    one user share it. The second is this gateway's own, and goes with it.
+    one user share it. The second is this gateway's own, and goes with it: while it is in use it is
+    locked, so that the next gateway can tell what a killed one has left.
     """
 
-    def __init__(self, parent: Path) -> None:
+    def __init__(self, parent: Path, config_dir: Path) -> None:
+        """`parent`: where temporary files go; `config_dir`: where the CLI has its own files."""
+        self._registry = config_dir / "sessions"
         self._root = parent / f"cc-{os.getuid()}"
         self.work_dir = self._root / "work"
         self.temp_dir = self._root / f"tmp-{uuid.uuid4().hex[:8]}"
+        self._lock = -1  # a descriptor of temp_dir, once it is locked
 
     def prepare(self) -> None:
         """Make what is missing: a cleaner may have removed it. Raises OSError."""
-        for path in (self._root, self.work_dir, self.temp_dir):
+        for path in (self._root, self.work_dir):
             _make_private(path)
         # Of its own the CLI runs git at every apply_flag_settings, to see whether the directory's
         # settings are tracked there; with this file it takes them to be (seen: 7 ms, then 4.5).
@@ -1395,8 +1403,89 @@ class Workplace:
         config_dir.mkdir(exist_ok=True)
         (config_dir / ".git").touch()
 
+        if not self._holds_temp_dir():
+            self._take_temp_dir()
+        _make_private(self.temp_dir)  # a CLI may have made it again, readable by others
+        self.forget_killed()
+
     def clean_up(self) -> None:
+        """Remove what is this gateway's own, once its processes have ended."""
         shutil.rmtree(self.temp_dir, ignore_errors=True)
+        self._unlock()
+        self.forget_killed()
+
+    def forget_killed(self) -> None:
+        """Remove the entries that killed processes have left in the CLI's list of its sessions.
+
+        The CLI removes its entry, and a key beside it, when it ends by itself (seen, 2.1.300 and
+        2.1.332). Only what ran in `work_dir` is looked at. Does not raise.
+        """
+        for entry in self._registry.glob("[0-9]*.json"):
+            with contextlib.suppress(OSError, ValueError):
+                ran_in = _object(json.loads(entry.read_bytes())).get("cwd")
+                if ran_in == str(self.work_dir) and not _is_running(int(entry.stem)):
+                    for path in (entry, *self._registry.glob(f"{entry.stem}.*.key")):
+                        path.unlink(missing_ok=True)
+        for path in (self.temp_dir / "cc-socks").glob("[0-9]*.sock"):
+            with contextlib.suppress(OSError, ValueError):
+                if not _is_running(int(path.stem)):
+                    path.unlink(missing_ok=True)
+
+    def _holds_temp_dir(self) -> bool:
+        """Return whether the directory is there, and the one that was locked."""
+        with contextlib.suppress(OSError):
+            return os.path.samestat(os.fstat(self._lock), self.temp_dir.lstat())
+        return False
+
+    def _take_temp_dir(self) -> None:
+        """Make this gateway's directory and lock it; remove those that nobody has locked."""
+        self._unlock()
+        root = os.open(self._root, os.O_RDONLY)
+        try:
+            # Or another gateway that starts now could find this one before it is locked.
+            fcntl.flock(root, fcntl.LOCK_EX)
+            for path in self._root.glob("tmp-*"):
+                _remove_unlocked(path)
+            _make_private(self.temp_dir)
+            self._lock = os.open(self.temp_dir, os.O_RDONLY)
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        finally:
+            os.close(root)
+
+    def _unlock(self) -> None:
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
+
+
+def _is_running(pid: int) -> bool:
+    """Return whether there is a process with this number that has not ended, ours or another's."""
+    with contextlib.suppress(OSError):  # Linux: nobody may have asked yet how it ended
+        return Path(f"/proc/{pid}/stat").read_text("latin-1").rpartition(")")[2].split()[0] != "Z"
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        pass
+    return True
+
+
+def config_dir_of(environ: Mapping[str, str]) -> Path:
+    """Return where the CLI keeps its own files."""
+    named = environ.get("CLAUDE_CONFIG_DIR")
+    return Path(named) if named else Path(environ.get("HOME", "/")) / ".claude"
+
+
+def _remove_unlocked(path: Path) -> None:
+    """Remove a directory of a gateway that has ended. Does not raise."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_DIRECTORY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(path, ignore_errors=True)
+        finally:
+            os.close(descriptor)
 
 
 def _make_private(path: Path) -> None:
@@ -1609,7 +1698,9 @@ class Channel:
             self.applying = ""
         elif line.get("type") == "result":
             self.results_due -= 1
-            if isinstance(cost := line.get("total_cost_usd"), (int, float)):
+            cost = line.get("total_cost_usd")
+            # Not a number that no sum survives: infinity, or an integer beyond all floats.
+            if isinstance(cost, (int, float)) and 0 <= cost < MAX_COST_USD:
                 self.cost_usd = float(cost)
         return line
 
@@ -1732,6 +1823,21 @@ class Channel:
 # nothing, to edit or branch to cut to the middle, to begin anew to cut to the beginning.
 
 
+class Told(NamedTuple):
+    """What a process was told for a turn, as far as the next turn is compared with it.
+
+    Not the turn itself: its messages may take 32 MB, and what counts of them is in Conversation.
+    """
+
+    model: str
+    system: str
+    cache_ttl: str
+
+    @classmethod
+    def of(cls, turn: Turn) -> Told:
+        return cls(turn.model, turn.system, turn.cache_ttl)
+
+
 class Held(NamedTuple):
     """One message inside a process."""
 
@@ -1748,10 +1854,9 @@ class Conversation:
         self.is_loose = False  # the last message got no answer that counts: cut before use
         self.calls_due: list[str] = []  # ids of the tool calls that the last answer makes
 
-    def kept(self, turn: Turn, told: Turn | None) -> int:
-        """Return how many messages can stay for a turn that comes after the one told last."""
-        told_for = told and (told.model, told.system, told.cache_ttl)
-        if told_for != (turn.model, turn.system, turn.cache_ttl):
+    def kept(self, turn: Turn, told: Told | None) -> int:
+        """Return how many messages can stay for a turn that comes after what was told last."""
+        if told != Told.of(turn):
             return 0  # with another model or system prompt no conversation goes on
         whole = len(self.held) - self.is_loose
         pairs = zip(self.held[:whole], turn.digests[:-1], strict=False)
@@ -1803,6 +1908,7 @@ class Demand:
     patience: Patience
     is_count: bool = False  # of its tokens, under a system prompt that no session holds
     deaths: int = 0  # of processes that it was lent; from the first on it wants new ones
+    arrived_at: float = field(default_factory=time.monotonic)  # its place among those who wait
 
     def note_death(self, death: ProcessDied) -> None:
         """Be ready to ask for a new process. Raises CliFailed where that makes no sense."""
@@ -1828,13 +1934,14 @@ class Session:
         self.reader = AnswerReader()  # of the turn that is asked, or was last
         self._channel = Channel(process)
         self._conversation = Conversation()
-        self._turn: Turn | None = None  # as last told; None while one is told in part
-        self._settings: JsonObject = {}  # that turn's
+        self._told: Told | None = None  # for the last turn; None while one is told in part
+        self._turn: Turn | None = None  # that turn, from `bring` to `ask`
+        self._settings: JsonObject = {}  # its
         self._taken_usd = 0.0  # what of the cost was told of
 
     def distance(self, demand: Demand, *, may_cut: bool) -> int | None:
         """Return the messages that a turn would append and lose here; None: it cannot be served."""
-        turn, told, known = demand.turn, self._turn, self._channel.known_tools
+        turn, told, known = demand.turn, self._told, self._channel.known_tools
         if self.base not in (None, demand.base) or (demand.deaths and not self.is_new):
             return None
         if demand.is_count and any(known.get(to_name(tool), tool) != tool for tool in turn.tools):
@@ -1851,12 +1958,16 @@ class Session:
         return len(turn.messages) - kept + lost * (2 if turn.is_login else 1)
 
     def take_cost(self) -> float:
-        """Return the dollars that the process has newly told of. Does not raise."""
+        """Return the dollars that the process has newly told of, in the lines that were read."""
+        before = self._taken_usd
+        self._taken_usd = self._channel.cost_usd
+        return self._taken_usd - before
+
+    def read_last_lines(self) -> None:
+        """Read what an ended process has still said; its cost may be in there. Does not raise."""
         with contextlib.suppress(ProcessDied, CliFailed):
             while self.process.has_lines():
                 self._channel.next()
-        before, self._taken_usd = self._taken_usd, self._channel.cost_usd
-        return self._taken_usd - before
 
     def prime(self, patience: Patience) -> None:
         """Warm up a new process by a held query, and prove that it can be used again and again."""
@@ -1866,14 +1977,14 @@ class Session:
         self.ask(patience)
         self._wait_for_held_end(patience)
         self.bring(second)
-        self.turns, self.base = 0, None
+        self.turns, self.base, self._turn = 0, None, None
 
     def bring(self, demand: Demand) -> None:
         """Make it hold all but the last message, or all to count; nothing goes upstream."""
         assert self.base in (None, demand.base)
         self.base = demand.base  # for good
         self.turns += 1
-        turn, patience, told, self._turn = demand.turn, demand.patience, self._turn, None
+        turn, patience, told, self._told = demand.turn, demand.patience, self._told, None
         channel, conversation = self._channel, self._conversation
         if self.is_new:
             prompt = {"systemPrompt": [turn.system]} if turn.system else {}
@@ -1902,12 +2013,15 @@ class Session:
                 # User lines are queued but assistant lines applied at once: wait, or the order
                 # is lost.
                 channel.come_to_rest(patience)
+        self._told = Told.of(turn)
         self._turn = turn
 
     def ask(self, patience: Patience) -> None:
         """Start the call: give the tool calls that wait their results, or send the last message."""
         assert self._turn, "bring comes first"
-        turn, asked, last = self._turn, self._conversation.calls_due, len(self._turn.messages) - 1
+        turn, self._turn = self._turn, None  # an idle process keeps nothing of a large request
+        last = len(turn.messages) - 1
+        asked = self._conversation.calls_due
         self.reader = AnswerReader()
         if asked:
             self._conversation.add(turn, last, None)
@@ -1919,18 +2033,18 @@ class Session:
     def count(self, demand: Demand) -> JsonObject:
         """Return the CLI's count of a turn; it asks upstream's count_tokens for it."""
         self.bring(demand)
-        self._turn = None
+        told, self._told, self._turn = self._told, None, None
         names = {to_name(tool) for tool in demand.turn.tools}
         for _ in range(COUNT_ATTEMPTS):
             usage = self._channel.request("get_context_usage", demand.patience)
             if {tool.get("name") for tool in usage.get("mcpTools") or []} == names:
-                self._turn = demand.turn
+                self._told = told
                 return usage
             time.sleep(POLL_S)
         raise CliFailed("claude did not take the tools that are to be counted")
 
     def _tell(
-        self, turn: Turn, told: Turn | None, patience: Patience, *, holds_calls: bool
+        self, turn: Turn, told: Told | None, patience: Patience, *, holds_calls: bool
     ) -> None:
         """Tell what a turn needs, as far as it was not told before; maybe with its calls held."""
         channel = self._channel
@@ -2009,7 +2123,7 @@ class Session:
         It can where nothing of this turn can reach upstream any more. Raises; takes up to LEAVE_S.
         """
         channel, conversation, reader = self._channel, self._conversation, self.reader
-        if self._turn is None or not all(held.is_place for held in conversation.held[:1]):
+        if self._told is None or not all(held.is_place for held in conversation.held[:1]):
             return False  # told in part, or nothing that could be cut to
         if not conversation.is_loose:
             return True  # it was asked nothing
@@ -2132,10 +2246,14 @@ class Pool:
             with self._changed:
                 if self._closed:
                     raise CliFailed(_CLOSING, status=503)
-                if len(self._waiters) >= self._fleet.settings.max_queue + self._fleet.room():
+                most = self._fleet.settings.max_queue + self._fleet.room()
+                if len(self._waiters) >= most and not waiter.deaths:
                     words = "Overloaded: too many requests are waiting"
                     raise ApiError(words, status=529, retry_after_s=OVERLOADED_RETRY_AFTER_S)
                 self._waiters[waiter] = served
+                if waiter.deaths:  # its process died: it has waited already, and has its place
+                    in_order = sorted(self._waiters, key=lambda each: each.arrived_at)
+                    self._waiters = {each: self._waiters[each] for each in in_order}
                 self._serve_waiters()
                 if not served.done():  # else the keeper would only take the processor
                     self._changed.notify_all()
@@ -2232,6 +2350,7 @@ class Pool:
                 self._changed.wait(min(tick_s, spare_in_s) if spare_in_s > 0 else tick_s)
         for session in gone:
             with contextlib.closing(session.process):
+                session.read_last_lines()
                 self._ended(session)
         if is_due:
             self._start_one(for_waiter=is_for_waiter)
@@ -3165,7 +3284,7 @@ class Service:
         self._models: list[JsonObject] = []  # the CLI's, as the last process told them
         self._model_map = dict(pair.split("=", 1) for pair in settings.model_map)
         self._padding: dict[str, int] = {}  # tokens of a padding tool, by model
-        self._workplace = Workplace(Path(tempfile.gettempdir()))
+        self._workplace = Workplace(Path(tempfile.gettempdir()), config_dir_of(environ))
         temp_dir = str(self._workplace.temp_dir)
         command, environment = process_start(cli, settings, environ, temp_dir)
 
@@ -3174,7 +3293,7 @@ class Service:
             self._workplace.prepare()
             return Session(Process(command, environment, str(self._workplace.work_dir)))
 
-        self.pool = Pool(start, Fleet(settings), self._note_cost)
+        self.pool = Pool(start, Fleet(settings), self._note_end)
 
     def close(self) -> None:
         """End all processes and remove their temporary directory."""
@@ -3290,9 +3409,16 @@ class Service:
                 log.warning("a process is given up: %s", str(exc) or repr(exc))
             if not usable:
                 session.process.kill()  # first of all: it may be about to call upstream
-            self._models = session.models or self._models
-            self._note_cost(session)
-            self.pool.give_back(session, usable=usable)
+            try:
+                self._models = session.models or self._models
+                self._note_cost(session)
+            finally:
+                self.pool.give_back(session, usable=usable)
+
+    def _note_end(self, session: Session) -> None:
+        """Do what is left to do of a process that has ended."""
+        self._workplace.forget_killed()
+        self._note_cost(session)
 
     def _note_cost(self, session: Session) -> None:
         """Count what a process has told of its cost: of the turns before the one just ended."""

@@ -2,14 +2,14 @@
 """A stand-in for the CLI that misbehaves on order, for what the real one cannot be made to do.
 
 Orders for the next process are files in the directory FAKE_CLAUDE_ORDERS, removed when taken:
-`die-at-start`, `die-at-initialize`, `die-when-held`, `stall-when-held` (in a query that is held
-back), `mute` (answers no control request), `ignore-eof`;
+`die-at-start`, `die-at-initialize`, `die-at-query`, `die-when-held`, `stall-when-held` (in a query
+that is held back), `mute` (answers no control request), `ignore-eof`;
 `always-die` and `always-leave` (with status 0) stay. Orders for an answer are words in the last
 user message: `die-before-answer`, `die-mid-answer`, `garbage`, `error-result`, `odd-error-result`
 (half an emoji), `silent-end`, `cut-short` (by max_tokens), `unannounced` (without `requesting`),
-`fill-stderr`, `long-line`, `stall` (no event), `stall-after-start`, `flood` (deltas without end),
-`a while` (0.3 s), `until told` (until there is a file `told`). Every query is noted in `queries`
-in the same directory.
+`fill-stderr`, `long-line`, `odd-lines`, `stall` (no event), `stall-after-start`, `flood` (deltas
+without end), `a while` (0.3 s), `until told` (until there is a file `told`). Every query is noted
+in `queries` in the same directory.
 """
 
 from __future__ import annotations
@@ -25,6 +25,22 @@ ORDERS = Path(os.environ.get("FAKE_CLAUDE_ORDERS", "/nonexistent"))
 HOLD = "CLAUDE_CODE_BLOCKING_LIMIT_OVERRIDE"
 held = False  # from upstream, by the settings that were applied last
 DONE = {"type": "result", "subtype": "success", "is_error": False, "result": ""}
+# JSON that the CLI does not print; the first two only make sense behind an answer.
+ODD_LINES = [
+    '{"type": "result", "total_cost_usd": 1' + "0" * 400 + "}",
+    '{"type": "result", "total_cost_usd": NaN}',
+    '{"type": ["result"]}',
+    '{"type": {}, "status": {}, "parent_tool_use_id": null}',
+    '{"type": "assistant", "message": {"content": [{}]}, "error": {}}',
+    '{"type": "rate_limit_event", "rate_limit_info": [1e999]}',
+    '{"type": "control_request", "request": {"message": {"method": "tools/call", "params": 1}}}',
+    '{"type": "control_request", "request": {"message": {"method": ["x"], "id": {}}}}',
+    '{"type": "control_request", "request": "x"}',
+    '{"type": "control_response", "response": [1]}',
+    '{"type": "control_response", "response": {"request_id": {}, "subtype": "success"}}',
+    '{"type": "user", "message": 1}',
+    '"a text"',
+]
 
 
 def ordered(name: str) -> bool:
@@ -44,6 +60,13 @@ def die(words: str) -> None:
 def put(line: Any) -> None:
     sys.stdout.write(json.dumps(line) + "\n")
     sys.stdout.flush()
+
+
+def put_noise(text: str) -> None:
+    if "odd-lines" in text:
+        sys.stdout.write("\n".join([*ODD_LINES[2:], ""]))
+    if "garbage" in text:
+        sys.stdout.write("this is no JSON\n[1]\n\n{broken\n")
 
 
 def event(event_type: str, **fields: Any) -> None:
@@ -80,8 +103,7 @@ def answer(text: str) -> None:
     if "silent-end" in text:
         put(DONE)
         return
-    if "garbage" in text:
-        sys.stdout.write("this is no JSON\n[1]\n\n{broken\n")
+    put_noise(text)
     message = {"id": "msg_fake", "type": "message", "role": "assistant", "model": "fake"}
     usage = {"input_tokens": 1, "output_tokens": 1}
     event("message_start", message={**message, "content": [], "stop_reason": None, "usage": usage})
@@ -105,6 +127,8 @@ def take(text: str) -> None:
     """Answer a query, but for those whose calls are held back."""
     while "until told" in text and not ordered("told"):
         time.sleep(0.01)
+    if ordered("die-at-query"):
+        die("gone at the query")
     if held:
         if ordered("die-when-held"):
             die("gone in a held query")
@@ -113,6 +137,9 @@ def take(text: str) -> None:
         put({**DONE, "is_error": True, "result": "Prompt is too long"})
     else:
         answer(text)
+        if "odd-lines" in text:
+            sys.stdout.write("\n".join([*ODD_LINES, ""]))
+            sys.stdout.flush()
 
 
 def respond(line: Any) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import concurrent.futures
+import gc
 import itertools
 import json
 import os
 import signal
 import threading
 import time
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +93,56 @@ def test_garbage_on_stdout_is_skipped(start_fake: Any) -> None:
     gateway = start_fake()
     answer = gateway.ask("garbage")
     assert answer.json["content"][0]["text"] == "from the fake"
+
+
+def test_odd_lines_lose_neither_the_answer_nor_a_place(tmp_path: Path) -> None:
+    with InProcessGateway(tmp_path, processes=2, max_concurrency=1) as gateway:
+        for number in range(6):
+            answer = gateway.ask(f"odd-lines {number}", stream=bool(number % 2))
+            assert answer.status == 200
+            assert b"from the fake" in answer.body
+        wait_until(lambda: gateway.now.busy == [])
+        cost = [value for _, value in gateway.gateway.metrics.series("cc2api_cost_dollars_total")]
+        assert all(value == 0 for value in cost)
+
+
+def test_a_request_whose_process_died_is_served_before_those_that_came_later(
+    tmp_path: Path,
+) -> None:
+    with (
+        InProcessGateway(tmp_path, max_concurrency=1, max_queue=1) as gateway,
+        concurrent.futures.ThreadPoolExecutor() as threads,
+    ):
+        first = threads.submit(gateway.ask, "first, until told")
+        wait_until(lambda: len(gateway.now.busy) == 1)
+        second = threads.submit(gateway.ask, "second")
+        wait_until(lambda: gateway.now.waiting == 1)
+        order(tmp_path, "die-at-query")
+        order(tmp_path, "told")
+        wait_until(lambda: not (tmp_path / "die-at-query").exists())
+        order(tmp_path, "told")
+        assert [first.result().status, second.result().status] == [200, 200]
+    asked_first, asked_second = queries(tmp_path)
+    assert "first" in asked_first
+    assert "second" in asked_second
+
+
+def test_an_idle_process_keeps_nothing_of_a_large_request(tmp_path: Path) -> None:
+    with InProcessGateway(tmp_path, processes=2) as gateway:
+        assert gateway.ask("small").status == 200
+        tracemalloc.start()
+        try:
+            for size in (1_000, 8_000_000):
+                body = json.dumps({"x": "word " * (size // 5)})[6:-1]
+                assert gateway.ask(body).status == 200
+                wait_until(lambda: gateway.now.busy == [])
+                del body
+                gc.collect()
+                kept, _ = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+        assert gateway.now.idle
+        assert kept < 1_000_000
 
 
 def test_half_an_emoji_in_an_error_does_not_hide_it(start_fake: Any) -> None:

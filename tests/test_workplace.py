@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -12,7 +13,8 @@ from uuid import uuid4
 import pytest
 from additions import split_additions
 from running import API_KEY, LOGIN, RunningGateway, wait_until
-from scripted_api import ScriptedApi, text_reply
+from scripted_api import Reply, ScriptedApi, text_reply
+from test_load import is_running
 
 import cc2api
 
@@ -29,6 +31,10 @@ def additions_to(api: ScriptedApi, gateway: Any, **fields: Any) -> list[str]:
 
 def root_in(parent: Path) -> Path:
     return parent / f"cc-{os.getuid()}"
+
+
+def workplace(parent: Path) -> cc2api.Workplace:
+    return cc2api.Workplace(parent, parent / "config")
 
 
 def test_after_a_restart_and_in_another_gateway_the_additions_are_the_same(
@@ -75,6 +81,82 @@ def test_the_directories_are_private_and_one_goes_with_its_gateway(
     assert [path.name for path in root.iterdir()] == ["work"]
 
 
+def files_in(*roots: Path) -> set[str]:
+    """Return the names of all that is no directory below some directories."""
+    return {
+        os.path.join(directory, name)
+        for root in roots
+        for directory, _, names in os.walk(root)
+        for name in names
+    }
+
+
+def run_tool_loops(gateway: RunningGateway, api: ScriptedApi, count: int) -> None:
+    """Run steps of tools, of which some fail, and answers whose process is killed."""
+    tool = {"name": "secret_name", "input_schema": {"type": "object"}}
+    for number in range(count):
+        word = f"mark-{uuid4().hex}"
+        use = {"type": "tool_use", "id": f"toolu_{word}", "name": "secret_name", "input": {}}
+        api.on(word, Reply(blocks=[use], stop_reason="tool_use"))
+        result: dict[str, Any] = {"type": "tool_result", "tool_use_id": use["id"], "content": "no"}
+        messages: list[dict[str, Any]] = [{"role": "user", "content": word}]
+        first = gateway.post({"messages": messages, "tools": [tool]})
+        assert first.status == 200, first.json
+        messages.append({"role": "assistant", "content": [use]})
+        messages.append({"role": "user", "content": [{**result, "is_error": number % 2 == 0}]})
+        assert gateway.post({"messages": messages, "tools": [tool]}).status == 200
+    for pid in gateway.children()[:1]:
+        os.kill(pid, signal.SIGKILL)
+        wait_until(lambda pid=pid: pid not in gateway.children())  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("sign_in", [API_KEY, LOGIN], ids=["key", "login"])
+def test_requests_leave_no_files_and_a_killed_gateway_none_for_good(
+    start: Any, api: ScriptedApi, tmp_path: Path, sign_in: dict[str, str]
+) -> None:
+    home, parent = tmp_path / "home", tmp_path / "tmp"
+    for path in (home, parent):
+        path.mkdir()
+    env = {**sign_in, "TMPDIR": str(parent), "HOME": str(home)}
+    env["CLAUDE_CONFIG_DIR"] = str(home / ".claude")
+
+    def files(gateway: RunningGateway) -> int:
+        """Count the files that are not of a process that runs, whose number they have."""
+        assert gateway.ask("hello").status == 200
+        wait_until(lambda: len(gateway.children()) == 2, "a spare and an idle one")
+        running = {str(pid) for pid in gateway.children()}
+        names = (Path(path).name.split(".")[0] for path in files_in(home, parent))
+        return sum(name not in running for name in names)
+
+    gateway = start("--processes", "2", env=env)
+    run_tool_loops(gateway, api, 2)
+    before = files(gateway)
+    for _ in range(2):
+        run_tool_loops(gateway, api, 2)
+    wait_until(lambda: files(gateway) <= before, "no more files than before")
+    assert not any("secret_name" in Path(path).name for path in files_in(home, parent))
+
+    children = gateway.children()
+    gateway.process.kill()
+    gateway.process.wait()
+    wait_until(lambda: not any(map(is_running, children)), "they end with it")
+    again = start("--processes", "2", env=env)
+    wait_until(lambda: files(again) <= before, "what the killed one left is gone")
+    assert len(list(root_in(parent).glob("tmp-*"))) == 1
+
+
+def test_the_directory_of_a_running_gateway_is_not_removed(tmp_path: Path) -> None:
+    first, second, dead = (workplace(tmp_path) for _ in range(3))
+    for each in (dead, first, second):
+        each.prepare()
+    (first.temp_dir / "file").touch()
+    dead._unlock()  # as its end would
+    workplace(tmp_path).prepare()
+    assert (first.temp_dir / "file").exists()
+    assert second.temp_dir.exists()
+    assert not dead.temp_dir.exists()
+
+
 @pytest.mark.parametrize("name", ["", "work"])
 @pytest.mark.parametrize("what", ["a link", "a file", "open to others"])
 def test_a_directory_that_is_not_the_users_own_is_refused(
@@ -91,18 +173,18 @@ def test_a_directory_that_is_not_the_users_own_is_refused(
         place.mkdir()
         place.chmod(0o777)
     with pytest.raises(OSError, match="must be a directory that is yours alone"):
-        cc2api.Workplace(tmp_path).prepare()
+        workplace(tmp_path).prepare()
 
 
 def test_a_directory_of_another_user_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cc2api.Workplace(tmp_path).prepare()
+    workplace(tmp_path).prepare()
     other = os.getuid() + 1
     root_in(tmp_path).rename(tmp_path / f"cc-{other}")
     monkeypatch.setattr(os, "getuid", lambda: other)
     with pytest.raises(OSError, match="must be a directory that is yours alone"):
-        cc2api.Workplace(tmp_path).prepare()
+        workplace(tmp_path).prepare()
 
 
 def test_a_refused_directory_is_told_and_requests_recover(start: Any, tmp_path: Path) -> None:
