@@ -35,7 +35,7 @@ and back Process > Conversation (read) > Events (feed) > Service > Routes (ask) 
 
 Facts about the CLI were seen on 2.1.300 to 2.1.332 talking to a scripted API; each one relied on is
 pinned by a test in tests/. Sections, each using only what stands above it: Settings, Errors, API
-keys, Requests, Lines, Events, The CLI, Process, Conversation, Pool, OpenAI, Chat completions,
+keys, JSON, Requests, Lines, Events, The CLI, Process, Conversation, Pool, OpenAI, Chat completions,
 Responses, Metrics, Service, Status, HTTP, Routes, Demo, Command line.
 """
 
@@ -43,8 +43,10 @@ from __future__ import annotations
 
 import argparse
 import base64
+import codecs
 import collections
 import contextlib
+import ctypes
 import dataclasses
 import email.utils
 import fcntl
@@ -55,6 +57,7 @@ import io
 import itertools
 import json
 import logging
+import math
 import os
 import re
 import select
@@ -93,7 +96,9 @@ DEFAULT_KEY_FILE: Final = "apikeys.txt"
 
 MAX_BODY_BYTES: Final = 32 * 1024 * 1024  # the Messages API's own limit
 MAX_JSON_DEPTH: Final = 128  # deep enough for any schema; far from both languages' stack limits
-MAX_LINE_BYTES: Final = 16 * 1024 * 1024  # of the CLI's output; 128k tokens are about 1 MB
+# Of the CLI's output. An answer of 128k tokens is about 1 MB, but where a message is taken back the
+# CLI prints its text, which is not longer than the body that it came in.
+MAX_LINE_BYTES: Final = 2 * MAX_BODY_BYTES
 MAX_COST_USD: Final = 1e9  # of a process, to keep nonsense out of the sums
 READ_BYTES: Final = 64 * 1024  # a Linux pipe's capacity
 MAX_LOG_LINE_BYTES: Final = 64 * 1024  # of the CLI's log; upstream's errors are far shorter
@@ -223,6 +228,17 @@ class ClientGone(Exception):
     """The client closed its connection; there is nobody to answer."""
 
 
+def forget_frames(exc: BaseException | None) -> None:
+    """Drop the frames that an exception has passed; to be called where its way ends.
+
+    A frame that names the exception in a variable makes a cycle with it, which only the garbage
+    collector undoes, perhaps much later; and a request's frames hold a body of 32 MB.
+    """
+    while exc is not None:
+        exc.__traceback__ = None
+        exc = exc.__cause__ or exc.__context__
+
+
 # ===================================================================== API keys
 # Who may call. The file is read on every request, so a change takes effect at once. Fails closed:
 # only a file that was not named, and that is not there or holds no key, means open mode, and that
@@ -340,6 +356,158 @@ def identify(keys: Mapping[str, str] | None, api_key: str, authorization: str) -
     return Caller([*names, NOBODY.name][0], hashlib.sha256(raw).digest())
 
 
+# ========================================================================= JSON
+# JSON in slices. The interpreter runs one thread at a time and does not interrupt a function that
+# is written in C: to parse or write 30 MB with one call stops every stream for half a second, and
+# the settings that hold a process back from a second call would come too late. So what is large
+# goes in slices, in between of which other threads have their turn. The result is the same. Pure.
+
+# From here on in slices; the functions in C take a millisecond for as much.
+LARGE_CHARS: Final = 128 * 1024
+SLICE_CHARS: Final = 64 * 1024
+# How much JSON the functions in C may parse at once: as much as agents send in a long conversation.
+# That takes them 10 ms.
+MAX_BYTES_AT_ONCE: Final = 1024 * 1024
+MAX_CONTAINERS_AT_ONCE: Final = 10_000
+# Lists and objects in one body. The API takes 100,000 messages, which have three each.
+MAX_CONTAINERS: Final = 400_000
+
+_STRING_PART: Final = re.compile(r'[^"\\]*(?:\\(?:[^u]|u[0-9A-Fa-f]{4})[^"\\]*)*', re.DOTALL)
+_HIGH_SURROGATE: Final = re.compile(r"\\u[Dd][89ABab][0-9A-Fa-f]{2}")
+_HIGH_SURROGATE_CHARS: Final = 6
+
+
+def fits_at_once(raw: bytes | bytearray) -> bool:
+    """Return whether JSON is so small that the parser in C may have it at once."""
+    if len(raw) > MAX_BYTES_AT_ONCE:
+        return False
+    return raw.count(b"[") + raw.count(b"{") <= MAX_CONTAINERS_AT_ONCE
+
+
+def load_json(raw: bytes | bytearray) -> Any:
+    """Parse JSON in UTF-8. Raises ValueError, RecursionError."""
+    return json.loads(raw.decode("utf-8")) if fits_at_once(raw) else load_in_slices(raw)
+
+
+def load_in_slices(raw: bytes | bytearray) -> Any:
+    """Parse JSON in UTF-8, however large. Raises ValueError, RecursionError.
+
+    It may hold MAX_CONTAINERS lists and objects, and no half emoji, NaN or infinity.
+    """
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    starts = range(0, len(raw), SLICE_CHARS)
+    parts = [decoder.decode(bytes(raw[at : at + SLICE_CHARS])) for at in starts]
+    parts.append(decoder.decode(b"", final=True))
+    return _SlicedDecoder().decode("".join(parts))
+
+
+class _SlicedDecoder(json.JSONDecoder):
+    """The standard library's parser in its form in Python, but for what is inside of strings."""
+
+    def __init__(self) -> None:
+        super().__init__(parse_constant=self._refuse, parse_float=self._to_float)
+        in_python: Any = json.decoder  # not in its type stubs, the same in Python 3.10 to 3.14
+        self._containers = 0
+        self.parse_string = _scan_string
+        self.parse_array = self._counting(in_python.JSONArray)
+        self.parse_object = self._counting(in_python.JSONObject)
+        self.scan_once = json.scanner.py_make_scanner(self)  # type: ignore[attr-defined]
+
+    def _counting(self, parse: Callable[..., Any]) -> Callable[..., Any]:
+        def parse_counted(*given: Any) -> Any:
+            self._containers += 1
+            if self._containers > MAX_CONTAINERS:
+                raise ValueError(f"over {MAX_CONTAINERS} lists and objects")
+            return parse(*given)
+
+        return parse_counted
+
+    @staticmethod
+    def _refuse(name: str) -> float:
+        raise ValueError(f"{name} is no JSON number")
+
+    @staticmethod
+    def _to_float(digits: str) -> float:
+        number = float(digits)
+        if math.isinf(number):
+            raise ValueError(f"{digits[:20]} is out of range")
+        return number
+
+
+def _scan_string(text: str, begin: int, strict: bool = True) -> tuple[str, int]:
+    """Return a string that begins behind its quotation mark, and the place behind its end."""
+    parts = []
+    at = begin
+    while text[at : at + 1] != '"':
+        found = _STRING_PART.match(text, at, at + SLICE_CHARS)
+        end = found.end() if found else at
+        # Half an emoji waits for its other half, if that is in the next slice.
+        half = end - _HIGH_SURROGATE_CHARS
+        if half > at and text[end : end + 1] == "\\" and _HIGH_SURROGATE.fullmatch(text, half, end):
+            end = half
+        if end == at:
+            raise json.JSONDecodeError("Unterminated string, or a bad escape in it", text, at)
+        part, _ = json.decoder.scanstring(text[at:end] + '"', 0, strict)  # type: ignore[attr-defined]
+        if not part.isascii():
+            part.encode("utf-8")  # raises what half an emoji would raise later
+        parts.append(part)
+        at = end
+    return "".join(parts), at + 1
+
+
+def is_small(value: Any) -> bool:
+    """Return whether JSON is so small that the functions in C may have it at once."""
+    left = LARGE_CHARS
+    rest = [value]
+    while rest:
+        node = rest.pop()
+        left -= 10  # for what stands around it
+        if isinstance(node, str):
+            left -= len(node)
+        elif isinstance(node, dict):
+            rest += node.values()
+        elif isinstance(node, list):
+            rest += node
+        if left < 0:
+            return False
+    return True
+
+
+def json_pieces(value: Any, *, sort_keys: bool = False) -> Iterator[str]:
+    """Yield a value as `json.dumps` would write it, in ASCII, in pieces of some SLICE_CHARS."""
+    if is_small(value):
+        yield json.dumps(value, sort_keys=sort_keys)
+    elif isinstance(value, str):
+        yield '"'
+        for at in range(0, len(value), SLICE_CHARS):
+            yield json.dumps(value[at : at + SLICE_CHARS])[1:-1]
+        yield '"'
+    elif isinstance(value, dict):
+        before = "{"
+        for name, member in sorted(value.items()) if sort_keys else value.items():
+            yield f"{before}{json.dumps(name)}: "
+            yield from json_pieces(member, sort_keys=sort_keys)
+            before = ", "
+        yield "}"
+    else:
+        before = "["
+        for member in value:
+            yield before
+            yield from json_pieces(member, sort_keys=sort_keys)
+            before = ", "
+        yield "]"
+
+
+def dump_json(value: Any) -> str:
+    """Return a value as `json.dumps` writes it."""
+    return "".join(json_pieces(value))
+
+
+def is_blank(text: str) -> bool:
+    """Return whether a text is white space alone, or nothing."""
+    return not any(text[at : at + SLICE_CHARS].strip() for at in range(0, len(text), SLICE_CHARS))
+
+
 # ===================================================================== Requests
 # Bytes to a checked, frozen `Turn`. Pure: no I/O, any thread. Refused is only what the CLI would
 # silently repair, drop or choke on, and what the code itself walks into; all else goes upstream,
@@ -387,6 +555,7 @@ ATTRIBUTION_START: Final = "x-anthropic-billing-header:"
 # Top-level fields that do not travel in CLAUDE_CODE_EXTRA_BODY: they have a way of their own, are
 # the CLI's to say (metadata), or what it does anyway (a breakpoint on the last block).
 _OURS: Final = ("model", "messages", "system", "stream", "tools", "metadata", "cache_control")
+_BASE64: Final = re.compile("[A-Za-z0-9+/]*")
 _IMAGE_STARTS: Final = {  # their magic numbers in base64
     **{"image/png": "iVBORw0KGgo", "image/jpeg": "/9j/"},
     **{"image/gif": "R0lGOD", "image/webp": "UklGR"},
@@ -396,6 +565,8 @@ _BLANK_FOR_CLI: Final = (
     "\t\n\v\f\r \u00a0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a"
     "\u2028\u2029\u202f\u205f\u3000\ufeff"
 )
+# What the CLI takes for text that is not blank, and for text without blank ends.
+_SAID: Final = re.compile(r"[^\s\ufeff](?:.*[^\s\ufeff])?", re.DOTALL)
 _SAYS_NOTHING: Final = ("", "(no content)", "[Empty text removed]")  # words of the CLI's own
 # The CLI drops the oldest images and documents that are over the API's number, which is higher for
 # models with a window of a million tokens. Those it knows by their names, and for others goes by
@@ -413,8 +584,11 @@ _BETA: Final = re.compile(r"(?!claude-code-|oauth-)[A-Za-z0-9][A-Za-z0-9_.-]*\Z"
 def parse_json(raw: bytes) -> JsonObject:
     """Parse a request body: a JSON object in UTF-8 that every later step can carry."""
     try:
-        body = json.loads(raw.decode("utf-8"))
-        json.dumps(body, ensure_ascii=False, allow_nan=False).encode("utf-8")
+        if fits_at_once(raw):
+            body = json.loads(raw.decode("utf-8"))
+            json.dumps(body, ensure_ascii=False, allow_nan=False).encode("utf-8")
+        else:
+            body = load_in_slices(raw)
     except (RecursionError, ValueError) as exc:  # also of a lone surrogate, NaN, 4301 digits
         raise InvalidRequest(f"The request body is not valid JSON: {exc}") from None
     level: list[Any] = [[body]]  # lists and dictionaries, level by level
@@ -566,12 +740,12 @@ def _parse_system(body: JsonObject) -> list[JsonObject]:
     and upstream drops a block that begins so whole, with the prompt that was joined to it.
     """
     if isinstance(body.get("system"), str):
-        blocks = as_blocks(body["system"]) if body["system"].strip() else []
+        blocks = [] if is_blank(body["system"]) else as_blocks(body["system"])
     else:
         blocks = [block for _, block in objects(body, "system")]
 
     for number, block in enumerate(blocks):
-        if not require(block, "text", str, f"system.{number}").strip():
+        if is_blank(require(block, "text", str, f"system.{number}")):
             raise InvalidRequest("system: text content blocks must be non-empty")
     return [block for block in blocks if not block["text"].startswith(ATTRIBUTION_START)]
 
@@ -589,7 +763,7 @@ def _parse_messages(messages: Iterable[Placed]) -> Iterator[Said]:
             raise InvalidRequest(f"{path}: all messages must have non-empty content")
         for place, block in objects(given, "content", path):
             check_block(place, block)
-            if block["type"] == "text" and not block["text"].strip(_BLANK_FOR_CLI):
+            if block["type"] == "text" and not _SAID.search(block["text"]):
                 # Blank for JavaScript, as U+FEFF is. In a tool result it is handed on (seen).
                 raise InvalidRequest(f"{place}: text content blocks must be non-empty")
             if role == "system":
@@ -604,7 +778,8 @@ def says_nothing(block: JsonObject) -> bool:
     It drops an answer that has no other blocks, and joins what stands before and after it.
     """
     if block["type"] == "text":
-        return block["text"].strip(_BLANK_FOR_CLI) in _SAYS_NOTHING
+        is_short = len(block["text"]) < SLICE_CHARS
+        return is_short and block["text"].strip(_BLANK_FOR_CLI) in _SAYS_NOTHING
     return block["type"] in ("thinking", "redacted_thinking")
 
 
@@ -612,7 +787,7 @@ def check_block(path: str, block: JsonObject) -> None:
     """Check one content block for what the CLI would not hand on as it is (cli-contract.md)."""
     kind = require(block, "type", str, path)
     inside = f"{path}.{kind}"  # as the API names what is in a block
-    if kind == "text" and not require(block, "text", str, inside).strip():
+    if kind == "text" and is_blank(require(block, "text", str, inside)):
         raise InvalidRequest(f"{path}: text content blocks must be non-empty")
     if kind == "image":
         check_image(f"{inside}.source", require(block, "source", dict, inside))
@@ -642,7 +817,10 @@ def check_image(path: str, source: JsonObject) -> None:
     if source.get("type") != "base64":
         return
     media_type, data = str(source.get("media_type")), require(source, "data", str, f"{path}.base64")
-    is_base64 = len(data) % 4 == 0 and re.fullmatch("[A-Za-z0-9+/]+={0,2}", data)
+    end = len(data) - (2 if data.endswith("==") else 1 if data.endswith("=") else 0)
+    is_base64 = len(data) % 4 == 0 and all(
+        _BASE64.fullmatch(data, at, min(at + SLICE_CHARS, end)) for at in range(0, end, SLICE_CHARS)
+    )
     if not is_base64 or not data.startswith(_IMAGE_STARTS.get(media_type, "no image")):
         raise InvalidRequest(f"{path}.base64.data: Could not process image as {media_type}")
 
@@ -727,8 +905,10 @@ def unmarked(block: JsonObject, marks: list[Mark]) -> JsonObject:
 
 def digest_message(message: Message) -> bytes:
     """Return what two messages have in common that tell the model the same, however written."""
-    said = json.dumps([message.role, _canonical(message.content)], sort_keys=True)
-    return hashlib.sha256(said.encode("ascii")).digest()
+    digest = hashlib.sha256()
+    for piece in json_pieces([message.role, _canonical(message.content)], sort_keys=True):
+        digest.update(piece.encode("ascii"))
+    return digest.digest()
 
 
 def _canonical(node: Any) -> Any:
@@ -752,8 +932,6 @@ def _canonical(node: Any) -> Any:
 TOOL_SERVER: Final = "t"  # the MCP server under which a request's tools are registered
 # The size in tokens from which on the CLI refuses to call upstream ("Prompt is too long").
 CALL_LIMIT: Final = "CLAUDE_CODE_BLOCKING_LIMIT_OVERRIDE"
-# What the CLI, as JavaScript, takes for text that is not blank, and for text without blank ends.
-_SAID: Final = re.compile(r"[^\s\ufeff](?:.*[^\s\ufeff])?", re.DOTALL)
 _RESULT_KEYS: Final = frozenset(("type", "tool_use_id", "content", "is_error"))
 
 
@@ -774,7 +952,7 @@ def to_flag_settings(turn: Turn, model: str) -> JsonObject:
     is_thinking_told_by_cli = not is_thinking_off or _is_top_p_alone(body)
     has_effort = "effort" in _object(body.get("output_config"))
     variables = {
-        "CLAUDE_CODE_EXTRA_BODY": json.dumps(body),
+        "CLAUDE_CODE_EXTRA_BODY": dump_json(body),
         "ANTHROPIC_BETAS": ",".join(turn.betas),
         "CLAUDE_CODE_PROMPT_CACHE_TTL": turn.cache_ttl,
         "CLAUDE_CODE_DISABLE_THINKING": "" if is_thinking_told_by_cli else "1",
@@ -1555,7 +1733,8 @@ class Process:
         for pipe in self._pipes:
             os.set_blocking(pipe.fileno(), False)
         self._sources = [self._stdout, self._stderr]  # that are not at their end
-        self._outbox = bytearray()
+        self._queue = collections.deque[Iterator[str]]()  # lines to be written, in pieces
+        self._outbox = bytearray()  # the next pieces, as bytes
         self._partial = bytearray()  # the start of a line not yet whole
         self._partial_log = b""  # the same of stderr
         self.lines: collections.deque[JsonObject] = collections.deque()  # read and not yet taken
@@ -1566,7 +1745,7 @@ class Process:
 
     def send(self, line: JsonObject) -> None:
         """Queue a line, and write what goes without waiting; the rest goes while it waits."""
-        self._outbox += json.dumps(line).encode("ascii") + b"\n"
+        self._queue.append(itertools.chain(json_pieces(line), ["\n"]))
         self._write_some()
 
     def wait(self, patience: Patience) -> None:
@@ -1575,7 +1754,7 @@ class Process:
             poll = select.poll()
             for pipe in self._sources:
                 poll.register(pipe, select.POLLIN)
-            if self._outbox:
+            if self._outbox or self._queue:
                 poll.register(self._stdin, select.POLLOUT)
             poll.poll(patience.slice_s() * 1000)
             self._write_some()
@@ -1603,11 +1782,26 @@ class Process:
             pipe.close()
 
     def _write_some(self) -> None:
+        """Write what goes without waiting."""
         try:
-            while written := self._stdin.write(self._outbox[:READ_BYTES]):
+            while self._has_output():
+                written = self._stdin.write(self._outbox[:READ_BYTES])
+                if not written:
+                    return
                 del self._outbox[:written]
         except (OSError, ValueError):  # it has closed its stdin, or `finish` has
             self._outbox.clear()  # what it still prints tells why
+            self._queue.clear()
+
+    def _has_output(self) -> bool:
+        """Encode the next pieces, as many as a write may take; say whether there are any."""
+        while self._queue and len(self._outbox) < READ_BYTES:
+            piece = next(self._queue[0], None)
+            if piece is None:
+                self._queue.popleft()
+            else:
+                self._outbox += piece.encode("ascii")
+        return bool(self._outbox)
 
     def _read_output(self) -> None:
         """Take what both pipes hold, so that no log line comes behind what was said after it."""
@@ -1621,7 +1815,7 @@ class Process:
             raise CliFailed(f"claude printed a line of over {MAX_LINE_BYTES} bytes")
         for following in rest:
             with contextlib.suppress(ValueError, RecursionError):  # what is not JSON is skipped
-                if isinstance(line := json.loads(self._partial), dict):
+                if isinstance(line := load_json(self._partial), dict):
                     self.lines.append(line)
             self._partial = bytearray(following)
 
@@ -3401,12 +3595,14 @@ class Service:
             yield session
         except ProcessDied as death:
             demand.note_death(death)
+            forget_frames(death)
         finally:
             usable = False
             try:
                 usable = session.rest()
             except Exception as exc:  # noqa: BLE001 - whatever it is, there may be a whole answer
                 log.warning("a process is given up: %s", str(exc) or repr(exc))
+                forget_frames(exc)
             if not usable:
                 session.process.kill()  # first of all: it may be about to call upstream
             try:
@@ -3763,6 +3959,7 @@ class Server(ThreadingHTTPServer):
         self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
         self.service: Any = None  # what the handlers serve
         self.answers: set[object] = set()  # that are running
+        self.parsing = threading.Lock()  # whoever holds it parses a large body
         super().__init__(address, handler)
         self.server_port: int = self.server_address[1]
 
@@ -3870,20 +4067,26 @@ class Handler(BaseRequestHandler):
         self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._service: Service = self.server.service
         self._stream = ClientStream(self.request, self._service.settings.timeout)
-        idle_s = HEAD_TIMEOUT_S
-        with contextlib.suppress(ClientGone):
-            try:
-                while self.server.fileno() >= 0:  # until it stops
-                    head = self._stream.read_head(idle_s)
-                    with self.server.answering():
-                        self._answer(head)
-                    if self._out.closes:
-                        break
-                    idle_s = IDLE_CONNECTION_S
-            except InvalidRequest as error:
-                if error.status != 408:  # to who has not sent a whole head nothing is said
-                    self._answer(Head("-", "-", True, {}), error)
+        try:
+            self._answer_all()
+        except ClientGone as gone:
+            forget_frames(gone)
         self._stream.linger()
+
+    def _answer_all(self) -> None:
+        """Answer request after request, until the connection ends. Raises ClientGone."""
+        idle_s = HEAD_TIMEOUT_S
+        try:
+            while self.server.fileno() >= 0:  # until it stops
+                head = self._stream.read_head(idle_s)
+                with self.server.answering():
+                    self._answer(head)
+                if self._out.closes:
+                    break
+                idle_s = IDLE_CONNECTION_S
+        except InvalidRequest as error:
+            if error.status != 408:  # to who has not sent a whole head nothing is said
+                self._answer(Head("-", "-", True, {}), error)
 
     def _answer(self, head: Head, failure: ApiError | None = None) -> None:
         """Run a route; whatever it raises is answered here and nowhere else. Raises ClientGone."""
@@ -3908,9 +4111,11 @@ class Handler(BaseRequestHandler):
             raise
         except ApiError as error:
             status = self._fail(error)
-        except Exception:
+            forget_frames(error)
+        except Exception as exc:
             log.exception("id=%s failed", self._record.request_id)
             status = self._fail(ApiError("internal error"))
+            forget_frames(exc)
         self._record.close(status)
 
     def _fail(self, error: ApiError) -> int:
@@ -4035,10 +4240,24 @@ class Handler(BaseRequestHandler):
             self._stream.send(b"HTTP/1.1 100 Continue\r\n\r\n")
         raw = self._stream.read_body()
         self._record.debug("request", raw)
-        body, betas = parse_json(raw), self._head.get("anthropic-beta")
-        turn, writer = self._route.dialect.read(body, betas, is_count=is_count)
+        with self._turn_to_parse(len(raw)):
+            body, betas = parse_json(raw), self._head.get("anthropic-beta")
+            turn, writer = self._route.dialect.read(body, betas, is_count=is_count)
         self._record.note_turn(turn, is_known=self._service.knows(turn.model))
         return turn, writer
+
+    @contextlib.contextmanager
+    def _turn_to_parse(self, size: int) -> Iterator[None]:
+        """Wait until no other large body is parsed: it takes a second, and some times its size."""
+        if size <= MAX_BYTES_AT_ONCE:
+            yield
+            return
+        while not self.server.parsing.acquire(timeout=TICK_S):
+            self._tick()
+        try:
+            yield
+        finally:
+            self.server.parsing.release()
 
 
 class Route(NamedTuple):
@@ -4120,6 +4339,12 @@ def start_demo(settings: Settings, environ: Mapping[str, str]) -> tuple[Settings
 
 # ================================================================= Command line
 # Options, logging, signals, and putting the parts together.
+
+# How long a thread that computes keeps the others waiting. Python's 5 ms would add up for a stream,
+# which waits several times for each event.
+SWITCH_INTERVAL_S: Final = 0.001
+LARGE_BLOCK_BYTES: Final = 1024 * 1024  # of memory; few are so large but those of large bodies
+_M_MMAP_THRESHOLD: Final = -3  # malloc.h
 
 
 def parse_args(argv: Sequence[str] | None, environ: Mapping[str, str]) -> Settings:
@@ -4282,11 +4507,23 @@ def run_check(settings: Settings, environ: Mapping[str, str]) -> int:
     return int(len(found) < len(steps))
 
 
+def give_memory_back() -> None:
+    """Have the C library give large blocks back to the system when they are freed.
+
+    By itself glibc keeps more with each large block that is freed, up to 64 MB for each thread
+    (mallopt(3), M_MMAP_THRESHOLD): after a few large bodies some hundred megabytes.
+    """
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # another C library
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, LARGE_BLOCK_BYTES)
+
+
 def serve(settings: Settings, environ: Mapping[str, str]) -> int:
     """Serve until a signal; then let running answers finish, until `--drain` or a second one."""
     check_keys(settings)
     cli, server = find_cli(settings.claude, environ), listen(settings)
     check_upstream(environ, server.server_port)
+    give_memory_back()
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
     signals: list[int] = []
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has it

@@ -127,21 +127,43 @@ def test_a_request_whose_process_died_is_served_before_those_that_came_later(
     assert "second" in asked_second
 
 
-def test_an_idle_process_keeps_nothing_of_a_large_request(tmp_path: Path) -> None:
+ENDS = ["", "error-result", "die-before-answer", "die-mid-answer", "cut-short", "silent-end"]
+
+
+@pytest.mark.parametrize("path", ["/v1/messages", "/v1/chat/completions", "/v1/responses"])
+@pytest.mark.parametrize("end", [*ENDS, "stall"])
+def test_nothing_of_a_large_request_is_kept_once_it_has_ended(
+    tmp_path: Path, path: str, end: str
+) -> None:
+    """Not by an idle process, and not by a cycle that waits for the garbage collector."""
+
+    def ask(size: int) -> None:
+        text = "word " * (size // 5) + end
+        message = {"role": "user", "content": text}
+        body: dict[str, Any] = {"model": "m", "max_tokens": 5, "messages": [message]}
+        if path == "/v1/responses":
+            body = {"model": "m", "input": text}
+        connection = gateway.connect()
+        connection.request("POST", path, json.dumps(body))
+        if end == "stall":
+            wait_until(lambda: gateway.now.busy != [])
+        else:
+            connection.getresponse().read()
+        connection.close()
+        wait_until(lambda: gateway.now.busy == gateway.now.ending == [])
+        wait_until(lambda: not any("_thread" in each.name for each in threading.enumerate()))
+
     with InProcessGateway(tmp_path, processes=2) as gateway:
-        assert gateway.ask("small").status == 200
+        ask(1_000)
+        gc.collect()
+        gc.disable()
         tracemalloc.start()
         try:
-            for size in (1_000, 8_000_000):
-                body = json.dumps({"x": "word " * (size // 5)})[6:-1]
-                assert gateway.ask(body).status == 200
-                wait_until(lambda: gateway.now.busy == [])
-                del body
-                gc.collect()
-                kept, _ = tracemalloc.get_traced_memory()
+            ask(4_000_000)
+            kept, _ = tracemalloc.get_traced_memory()
         finally:
             tracemalloc.stop()
-        assert gateway.now.idle
+            gc.enable()
         assert kept < 1_000_000
 
 
