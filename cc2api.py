@@ -105,6 +105,7 @@ MAX_LOG_LINE_BYTES: Final = 64 * 1024  # of the CLI's log; upstream's errors are
 STDERR_TAIL_BYTES: Final = 2000  # enough for a stack trace's first lines in an error message
 
 CONTROL_TIMEOUT_S: Final = 15.0  # of a CLI that answers within 0.1 s, and starting in 1 s
+CALL_TIMEOUT_S: Final = 60.0  # from the question to the call; 0.02 s, and some for 32 MB of images
 CHANGE_TIMEOUT_S: Final = 5.0  # for a cut, prompt, tools, the end of a turn; they take 0.01 s
 SETUP_ATTEMPTS: Final = 3  # one that dies before the query has cost nothing: a kept, two new ones
 COUNT_ATTEMPTS: Final = 10  # the tools that the CLI was just given may take it a moment
@@ -1160,7 +1161,7 @@ class AnswerReader:
         if self.refusal and (is_call or is_failure):
             self.asks_again = True
         elif is_call:
-            self.has_left = True
+            self.is_called = self.has_left = True
         elif is_failure:
             self.refusal = read_refusal(text)
 
@@ -1636,10 +1637,15 @@ class Workplace:
             self._lock = -1
 
 
+def _process_state(pid: int) -> str:
+    """Return a process's state as proc(5) has it, one letter. Raises OSError where nobody tells."""
+    return Path(f"/proc/{pid}/stat").read_text("latin-1").rpartition(")")[2].split()[0]
+
+
 def _is_running(pid: int) -> bool:
     """Return whether there is a process with this number that has not ended, ours or another's."""
     with contextlib.suppress(OSError):  # Linux: nobody may have asked yet how it ended
-        return Path(f"/proc/{pid}/stat").read_text("latin-1").rpartition(")")[2].split()[0] != "Z"
+        return _process_state(pid) != "Z"
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -1742,6 +1748,12 @@ class Process:
 
     def is_alive(self) -> bool:
         return self._popen.poll() is None
+
+    def is_stopped(self) -> bool:
+        """Return whether it was stopped by a signal or a debugger, as far as that can be seen."""
+        with contextlib.suppress(OSError):  # Linux alone tells
+            return _process_state(self.pid) in "Tt"
+        return False
 
     def send(self, line: JsonObject) -> None:
         """Queue a line, and write what goes without waiting; the rest goes while it waits."""
@@ -2285,13 +2297,15 @@ class Session:
         """
         reader = self.reader
         channel = self._channel
+        silent = ProcessDied(f"claude did not call upstream within {CALL_TIMEOUT_S:.0f} s")
+        until_called = patience.at_most(CALL_TIMEOUT_S, silent)
         batch: list[Event] = []
         while not reader.done:
             if batch and not self.process.lines:
                 yield batch
                 batch = []
             try:
-                line = channel.next(patience)
+                line = channel.next(patience if reader.is_called else until_called)
                 with upstream_protocol():
                     batch += reader.feed(line)
                 if reader.has_left and channel.settings is not HOLD_CALLS:
@@ -2304,12 +2318,21 @@ class Session:
                 yield batch  # what came just before it
                 raise
             except ProcessDied as exc:
+                self._read_to_the_end()
                 if not reader.is_called:
                     raise  # the CLI tells before it calls, so nothing was sent upstream
                 log.error("%s", exc)
                 yield batch
                 raise CliFailed("claude ended before its answer was complete") from exc
         return batch
+
+    def _read_to_the_end(self) -> None:
+        """Kill the process, and learn from its last lines whether it has called upstream."""
+        self.process.kill()
+        late = ProcessDied("claude did not end")
+        with contextlib.suppress(ProcessDied, ApiError), upstream_protocol():
+            while True:
+                self.reader.feed(self._channel.next(Patience(LEAVE_S, lambda: None, late)))
 
     def rest(self) -> bool:
         """Come to rest after a turn, however it ended; say whether the session can be used again.
@@ -2378,7 +2401,13 @@ class Fleet:
         for session in self.all("spare", "idle"):
             if (distance := session.distance(demand, may_cut=may_cut)) is not None:
                 distances[session] = distance + of_blank * (session.base is None)
-        return min(distances, key=distances.__getitem__, default=None)
+        found = min(distances, key=distances.__getitem__, default=None)
+        if found and found.process.is_stopped():
+            log.warning("claude (pid %d) was stopped, and is ended", found.process.pid)
+            found.process.kill()
+            self.put(found, "ending")
+            return self.nearest(demand, may_cut=may_cut)
+        return found
 
     def end(self, session: Session) -> None:
         """Let an idle process end by itself, one that may be in mid-turn at once."""
@@ -3750,7 +3779,11 @@ list()
 # differently could be made to smuggle requests in. No response header is built from client text.
 
 # None of these may try one byte in two ways: hostile input would take minutes.
-_REQUEST_LINE: Final = re.compile(r"([A-Z]{1,20}) (/[\x21-\x7e]*) HTTP/1\.([01])")
+_REQUEST_LINE: Final = re.compile(r"([A-Z]{1,20}) ([\x21-\x7e]+) HTTP/1\.([01])")
+# The forms of a target (RFC 9112, 3.2): a path, or as proxies are sent it, or of the whole server.
+_TARGET: Final = re.compile(
+    r"(?:[Hh][Tt][Tt][Pp][Ss]?://([^/?#@]+))?(/[^?]*|(?=\?|\Z))(?:\?.*)?|(\*)"
+)
 _HEADER_LINE: Final = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([\t\x20-\x7e\x80-\xff]*)")
 _CHUNK_LINE: Final = re.compile(r"([0-9A-Fa-f]{1,8})[ \t]*(?:;[\t\x20-\x7e\x80-\xff]*)?")
 _HANGUP: Final = getattr(select, "POLLRDHUP", 0) | select.POLLHUP | select.POLLERR
@@ -3799,11 +3832,16 @@ class ClientStream(io.RawIOBase):
                 raise InvalidRequest("malformed header line")
             name, value = header[1].lower(), header[2].strip(" \t")
             headers[name] = f"{headers[name]},{value}" if name in headers else value
-        path = urllib.parse.unquote(request[2].partition("?")[0])
-        head = Head(request[1], path, request[3] == "1", headers)
-        if "," in head.get("host") or (head.is_http_11 and "host" not in headers):
+        is_http_11 = request[3] == "1"
+        if "," in headers.get("host", "") or (is_http_11 and "host" not in headers):
             raise InvalidRequest("exactly one Host header is needed")
-        return head
+        target = _TARGET.fullmatch(request[2])
+        if target is None or (target[3] and request[1] != "OPTIONS"):
+            raise InvalidRequest("malformed request target")
+        if target[1]:
+            headers["host"] = target[1]  # it wins (RFC 9112, 3.2.2)
+        path = urllib.parse.unquote(target[3] or target[2] or "/")
+        return Head(request[1], path, is_http_11, headers)
 
     def expect_body(self, head: Head) -> None:
         length = head.headers.get("content-length", "0")
@@ -4343,6 +4381,9 @@ def start_demo(settings: Settings, environ: Mapping[str, str]) -> tuple[Settings
 # How long a thread that computes keeps the others waiting. Python's 5 ms would add up for a stream,
 # which waits several times for each event.
 SWITCH_INTERVAL_S: Final = 0.001
+MAX_LOG_BACKLOG_CHARS: Final = 4_000_000  # some 20,000 lines
+STDERR: Final = 2  # its descriptor
+LOG_FLUSH_S: Final = 1.0  # at the end, for a stderr that is read
 LARGE_BLOCK_BYTES: Final = 1024 * 1024  # of memory; few are so large but those of large bodies
 _M_MMAP_THRESHOLD: Final = -3  # malloc.h
 
@@ -4400,6 +4441,67 @@ def _to_setting(said: Any, option: dataclasses.Field[Any]) -> Any:
     if value is None:
         raise ValueError(f"{said!r} does not fit: {wanted}")
     return value
+
+
+class LogHandler(logging.Handler):
+    """Writes log lines to stderr, on a thread of its own.
+
+    Nothing waits for whoever reads them: a terminal that is stopped, or a pager. Up to
+    MAX_LOG_BACKLOG_CHARS wait to be written, what is over is dropped and counted. A stderr that
+    cannot be written to, as on a full disk, loses lines and nothing else.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._changed = threading.Condition()  # guards what follows
+        self._lines: collections.deque[str] = collections.deque()
+        self._size = 0  # characters, with those that are being written
+        self._dropped = 0
+        threading.Thread(None, self._write_all, "cc2api-log", daemon=True).start()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        line = self.format(record) + "\n"
+        with self._changed:
+            if self._size + len(line) > MAX_LOG_BACKLOG_CHARS:
+                self._dropped += 1
+                return
+            self._lines.append(line)
+            self._size += len(line)
+            self._changed.notify_all()
+
+    def flush(self) -> None:
+        """Wait until all is written, up to LOG_FLUSH_S. Called at the end of the program."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._size, LOG_FLUSH_S)
+
+    def _write_all(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._lines)
+                line = self._lines.popleft()
+                dropped, self._dropped = self._dropped, 0
+            text = line
+            if dropped:
+                lost = f"{dropped} log lines were dropped: nobody read them"
+                record = logging.makeLogRecord({"levelname": "WARNING", "msg": lost})
+                text = f"{self.format(record)}\n{line}"
+            with contextlib.suppress(OSError):
+                _write_to_stderr(text.encode("utf-8", "backslashreplace"))
+            with self._changed:
+                self._size -= len(line)
+                self._changed.notify_all()
+
+
+def _write_to_stderr(data: bytes) -> None:
+    """Write, waiting as long as it takes. Raises OSError.
+
+    Not by `sys.stderr`: the lock of its buffer would still be held at the end of the program.
+    """
+    while data:
+        try:
+            data = data[os.write(STDERR, data) :]
+        except BlockingIOError:  # whoever shares it has made it so
+            select.select([], [STDERR], [])
 
 
 class LogFormatter(logging.Formatter):
@@ -4525,15 +4627,25 @@ def serve(settings: Settings, environ: Mapping[str, str]) -> int:
     give_memory_back()
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     signals: list[int] = []
+    is_up = False
+
+    def stop(number: int, frame: object) -> None:
+        signals.append(number)
+        if not is_up:
+            raise KeyboardInterrupt  # out of what waits for the CLI to tell of itself
+
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has it
-            signal.signal(number, lambda number, frame: signals.append(number))
+            signal.signal(number, stop)
     service = Service(settings, cli, environ)
     server.serve(service)
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     url = f"http://{host}:{server.server_port}"
-    listed = [f"  {name:<8} {text}" for name, text in service.describe(url).items()]
-    print("\n".join([f"cc2api {__version__} listens on {url}", *listed]), flush=True)
+    with contextlib.suppress(KeyboardInterrupt):
+        listed = [f"  {name:<8} {text}" for name, text in service.describe(url).items()]
+        with contextlib.suppress(OSError):  # nobody reads it, or the disk is full
+            print("\n".join([f"cc2api {__version__} listens on {url}", *listed]), flush=True)
+    is_up = True
     log.info("event=start version=%s claude=%s url=%s", __version__, cli.version, url)
     # Not by an Event: the kernel may hand a signal to any thread, and a main thread that waits for
     # a lock then never runs its handler (seen, Python 3.11). This one wakes up by itself.
@@ -4556,8 +4668,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     environ = dict(os.environ)
     try:
         settings = parse_args(argv, environ)
-        logging.basicConfig(level=logging.DEBUG if settings.debug else logging.INFO)
-        logging.root.handlers[0].setFormatter(LogFormatter())
+        handler = LogHandler()
+        handler.setFormatter(LogFormatter())
+        level = logging.DEBUG if settings.debug else logging.INFO
+        logging.basicConfig(level=level, handlers=[handler])
         if settings.demo:
             settings, environ = start_demo(settings, environ)
         return (run_check if settings.check else serve)(settings, environ)

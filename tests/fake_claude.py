@@ -2,8 +2,8 @@
 """A stand-in for the CLI that misbehaves on order, for what the real one cannot be made to do.
 
 Orders for the next process are files in the directory FAKE_CLAUDE_ORDERS, removed when taken:
-`die-at-start`, `die-at-initialize`, `die-at-query`, `die-when-held`, `stall-when-held` (in a query
-that is held back), `mute` (answers no control request), `ignore-eof`;
+`die-at-start`, `die-at-initialize`, `die-at-query`, `stall-at-query`, `die-when-held`,
+`stall-when-held` (in a query that is held back), `mute` (answers no control request), `ignore-eof`;
 `always-die` and `always-leave` (with status 0) stay. Orders for an answer are words in the last
 user message: `die-before-answer`, `die-mid-answer`, `garbage`, `error-result`, `odd-error-result`
 (half an emoji), `silent-end`, `cut-short` (by max_tokens), `unannounced` (without `requesting`),
@@ -93,7 +93,7 @@ def answer(text: str) -> None:
     if "fill-stderr" in text:
         print("noise " * 200_000, file=sys.stderr, flush=True)
     if "long-line" in text:
-        put("x" * 50_000_000)
+        put("x" * 70_000_000)
     if "stall-after-start" not in text and "stall" in text:
         time.sleep(60)
     if "error-result" in text:
@@ -129,6 +129,8 @@ def take(text: str) -> None:
         time.sleep(0.01)
     if ordered("die-at-query"):
         die("gone at the query")
+    if ordered("stall-at-query"):
+        time.sleep(60)
     if held:
         if ordered("die-when-held"):
             die("gone in a held query")
@@ -171,6 +173,7 @@ def main() -> None:
         print(os.environ.get("FAKE_CLAUDE_VERSION", "2.1.999 (Fake Claude)"))
         return
     if "auth" in sys.argv:
+        time.sleep(float(os.environ.get("FAKE_CLAUDE_AUTH_S", "0")))
         print('{"loggedIn": true, "authMethod": "api_key", "apiKeySource": "ANTHROPIC_API_KEY"}')
         return
     if ordered("die-at-start") or (ORDERS / "always-die").exists():

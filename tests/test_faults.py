@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import gc
 import itertools
 import json
@@ -165,6 +166,54 @@ def test_nothing_of_a_large_request_is_kept_once_it_has_ended(
             tracemalloc.stop()
             gc.enable()
         assert kept < 1_000_000
+
+
+def test_a_stopped_process_is_passed_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with InProcessGateway(tmp_path, processes=3) as gateway:
+        in_parallel(gateway, ["a while 1", "a while 2"])
+        wait_until(lambda: len(gateway.now.idle) == 2)
+        stopped = gateway.now.idle
+        for pid in stopped:
+            os.kill(pid, signal.SIGSTOP)
+        assert gateway.ask("hello").status == 200
+        assert set(gateway.now.idle) - set(stopped), "by one that was not stopped"
+        assert not set(gateway.now.busy) & set(stopped)
+        for pid in stopped:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
+    assert "was stopped" in caplog.text
+    assert len(queries(tmp_path)) == 3
+
+
+def test_a_process_that_falls_silent_before_its_call_is_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cc2api, "CALL_TIMEOUT_S", 0.5)
+    order(tmp_path, "stall-at-query")
+    with InProcessGateway(tmp_path) as gateway:
+        assert gateway.ask("hello").status == 200
+    assert len(queries(tmp_path)) == 1
+
+
+def test_a_process_that_calls_in_the_last_moment_is_not_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has announced its call when it is given up, and nobody has read that yet."""
+    with InProcessGateway(tmp_path) as gateway:
+        late = cc2api.ProcessDied("claude did not call upstream")
+        next_line = cc2api.Channel.next
+
+        def is_late(channel: Any, patience: Any = None) -> Any:
+            if queries(tmp_path) and not gave_up:
+                gave_up.append(True)
+                time.sleep(0.3)
+                raise late
+            return next_line(channel, patience)
+
+        gave_up: list[bool] = []
+        monkeypatch.setattr(cc2api.Channel, "next", is_late)
+        assert gateway.ask("stall").status == 502
+    assert len(queries(tmp_path)) == 1
 
 
 def test_half_an_emoji_in_an_error_does_not_hide_it(start_fake: Any) -> None:

@@ -68,12 +68,19 @@ GOOD = [
     b"POST / HTTP/1.1\r\nHost: h\r\ncontent-length: 5\r\n\r\nhello",
     b"POST / HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: Chunked\r\n\r\n"
     b"3\r\nabc\r\n0A;ext=1\r\n0123456789\r\n0\r\nTrailer: x\r\n\r\n",
+    b"GET http://h/ HTTP/1.1\r\nHost: h\r\n\r\n",
+    b"OPTIONS * HTTP/1.1\r\nHost: h\r\n\r\n",
 ]
 BAD = [
     (b"GET / HTTP/2.0\r\nHost: h\r\n\r\n", 400),
     (b"get / HTTP/1.1\r\nHost: h\r\n\r\n", 400),
     (b"GET  / HTTP/1.1\r\nHost: h\r\n\r\n", 400),
-    (b"GET http://h/ HTTP/1.1\r\nHost: h\r\n\r\n", 400),
+    (b"GET * HTTP/1.1\r\nHost: h\r\n\r\n", 400),
+    (b"GET h/ HTTP/1.1\r\nHost: h\r\n\r\n", 400),
+    (b"GET ftp://h/ HTTP/1.1\r\nHost: h\r\n\r\n", 400),
+    (b"GET http:///x HTTP/1.1\r\nHost: h\r\n\r\n", 400),
+    (b"GET http://user@h/ HTTP/1.1\r\nHost: h\r\n\r\n", 400),
+    (b"GET http://h/ HTTP/1.1\r\n\r\n", 400),
     (b"GET / HTTP/1.1\r\n\r\n", 400),
     (b"GET / HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n", 400),
     (b"GET / HTTP/1.1\nHost: h\n\n", 400),
@@ -121,6 +128,21 @@ def test_good_requests_are_read_whole_or_byte_by_byte_or_joined(raw: bytes) -> N
     assert whole[-1] == "gone"
     assert read_all([raw[i : i + 1] for i in range(len(raw))]) == whole
     assert read_all([raw + raw]) == [*whole[:-1], *whole]
+
+
+TARGETS = [
+    (b"http://a.b:81/v1/models?x=http://c/", "/v1/models", "a.b:81"),
+    (b"HTTPS://a.b", "/", "a.b"),
+    (b"http://a.b?x=/y", "/", "a.b"),
+    (b"/http://c/", "/http://c/", "h"),
+    (b"/a%20b?c", "/a b", "h"),
+]
+
+
+@pytest.mark.parametrize(("target", "path", "host"), TARGETS)
+def test_a_target_is_a_path_or_a_whole_address(target: bytes, path: str, host: str) -> None:
+    head = read_all([b"GET " + target + b" HTTP/1.1\r\nHost: h\r\n\r\n"])[0]
+    assert (head.path, head.get("host")) == (path, host)
 
 
 @pytest.mark.parametrize(("raw", "status"), BAD, ids=lambda value: str(value)[:50])
