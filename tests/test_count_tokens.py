@@ -105,6 +105,18 @@ def test_a_conversation_that_ends_with_the_assistant_counts(gateway: RunningGate
     assert count(gateway, "", messages=both) - count(gateway, "", messages=[asked]) == 2 + 7
 
 
+def test_a_count_is_some_calls_that_cost_nothing(gateway: RunningGateway, api: ScriptedApi) -> None:
+    tools = [{"name": "look", "input_schema": {"type": "object"}}]
+    count(gateway, marker(), tools=tools)  # the first one learns what the padding counts
+    calls = []
+    for fields in ({}, {"tools": tools}):
+        before = api.counted
+        count(gateway, marker(), **fields)
+        calls.append(api.counted - before)
+    assert calls[0] <= 3
+    assert calls[1] <= 5
+
+
 def test_a_guess_of_the_cli_is_not_taken_for_a_count(
     gateway: RunningGateway, api: ScriptedApi
 ) -> None:

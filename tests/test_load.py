@@ -63,6 +63,17 @@ def test_a_client_that_leaves_stops_its_process_and_the_upstream_call(
     assert "error" not in line
 
 
+def test_a_half_closed_client_counts_as_gone(tmp_path: Path) -> None:
+    with (
+        InProcessGateway(tmp_path) as gateway,
+        send_request(gateway, "stall", stream=False) as sock,
+    ):
+        wait_until(lambda: len(gateway.now.busy) == 1)
+        sock.shutdown(socket.SHUT_WR)
+        wait_until(lambda: gateway.now.busy == [])
+        assert sock.recv(1) == b""
+
+
 def test_a_client_that_leaves_between_two_deltas_is_noticed(tmp_path: Path) -> None:
     with InProcessGateway(tmp_path) as gateway:
         sock = send_request(gateway, "flood", stream=False)

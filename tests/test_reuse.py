@@ -253,6 +253,19 @@ def test_when_a_client_leaves_its_process_stops_the_call_and_is_used_again(
     assert len(calls_for(api, word)) == 1
 
 
+def test_a_message_of_17_megabytes_can_be_taken_back(start: Any, api: ScriptedApi) -> None:
+    """The CLI prints its whole text then, in one line."""
+    gateway = start("--processes", "1", "--max-concurrency", "1")
+    text = "words and more words " * 800_000
+    assert gateway.ask(text).status == 200
+    pids = gateway.children()
+    word = f"mark-{uuid4().hex}"
+    assert gateway.ask(word).status == 200
+    (call,) = api.calls_with(word)
+    assert len(call.body["messages"]) == 1
+    assert gateway.children() == pids
+
+
 def test_a_waiting_tool_call_gives_way_when_its_process_is_wanted(
     alone: RunningGateway, api: ScriptedApi
 ) -> None:
