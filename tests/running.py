@@ -297,6 +297,31 @@ def children_of(pid: int) -> list[int]:
     return found
 
 
+def is_running(pid: int) -> bool:
+    """Say whether there is such a process, and it has not ended (Linux)."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return False
+    return stat.rpartition(")")[2].split()[0] != "Z"
+
+
+def files_in(*roots: Path) -> set[str]:
+    """Return the paths of all that is no directory below some directories."""
+    return {
+        os.path.join(directory, name)
+        for root in roots
+        for directory, _, names in os.walk(root)
+        for name in names
+    }
+
+
+def leftovers(gateway: RunningGateway, *roots: Path) -> int:
+    """Count the files that are not named after a process of the gateway's that runs."""
+    running = {str(pid) for pid in gateway.children()}
+    return sum(Path(path).name.split(".")[0] not in running for path in files_in(*roots))
+
+
 def wait_until(condition: Callable[[], bool], what: str = "the condition") -> None:
     """Poll a condition that nothing can signal, such as the state of another process."""
     deadline = time.monotonic() + WAIT_S

@@ -15,7 +15,15 @@ from typing import Any
 from uuid import uuid4
 
 import pytest
-from running import Answer, Client, InProcessGateway, RunningGateway, Snapshot, wait_until
+from running import (
+    Answer,
+    Client,
+    InProcessGateway,
+    RunningGateway,
+    Snapshot,
+    is_running,
+    wait_until,
+)
 from scripted_api import DEFAULT_TEXT, Reply, ScriptedApi, text_reply
 
 import cc2api
@@ -316,14 +324,6 @@ def test_what_does_not_finish_is_cut_off(start: Any, api: ScriptedApi, end: str)
         assert gateway.process.wait(10) == 0
     assert reply.left.wait(NOTICED_S)
     wait_until(lambda: not any(is_running(pid) for pid in children))
-
-
-def is_running(pid: int) -> bool:
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return False
-    return stat.rpartition(")")[2].split()[0] != "Z"
 
 
 @pytest.mark.uncounted  # a killed gateway tells of no request

@@ -1,6 +1,7 @@
-"""200 mixed requests leave the gateway as it was: memory, descriptors, threads, children.
+"""Mixed requests leave the gateway as it was: memory, descriptors, threads, children, files.
 
-On the fake CLI, to be quick; with CC2API_TEST_SOAK=real on the real one.
+On the fake CLI, to be quick; with CC2API_TEST_SOAK=real on the real one. CC2API_TEST_REQUESTS says
+how many; 4,000 on the real one take some minutes.
 """
 
 from __future__ import annotations
@@ -10,13 +11,14 @@ import json
 import os
 import random
 import socket
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from running import RunningGateway, wait_until
+from running import API_KEY, RunningGateway, leftovers, wait_until
 from scripted_api import Reply, ScriptedApi
 
-REQUESTS = 200
+REQUESTS = int(os.environ.get("CC2API_TEST_REQUESTS", "200"))
 AT_ONCE = 4
 TOOL = {"name": "f", "input_schema": {"type": "object"}}
 
@@ -65,7 +67,7 @@ def one(gateway: RunningGateway, number: int) -> None:
             assert gateway.request("POST", "/nope", {"a": "x" * 100_000}).status == 404
 
 
-def run_soak(gateway: RunningGateway) -> None:
+def run_soak(gateway: RunningGateway, files: Callable[[], int]) -> None:
     def run(count: int) -> None:
         numbers = list(range(count))
         random.Random(7).shuffle(numbers)
@@ -75,16 +77,22 @@ def run_soak(gateway: RunningGateway) -> None:
     run(24)  # what the first requests allocate once and for all is no leak
     wait_until(lambda: len(gateway.children()) == 5, "one spare and four idle ones")
     wait_until(lambda: resources(gateway)["threads"] == 3, "no thread of a connection")
-    before, memory = resources(gateway), rss_mb(gateway)
+    before, memory, found = resources(gateway), rss_mb(gateway), files()
     run(REQUESTS)
     wait_until(lambda: all(now <= before[name] for name, now in resources(gateway).items()))
     assert rss_mb(gateway) - memory < 10
+    wait_until(lambda: files() <= found, "as many files as before")
 
 
-def test_200_mixed_requests_leave_nothing_behind(
-    start: Any, start_fake: Any, api: ScriptedApi
+def test_mixed_requests_leave_nothing_behind(
+    start: Any, start_fake: Any, api: ScriptedApi, tmp_path: Path
 ) -> None:
     tool_use = {"type": "tool_use", "id": "toolu_1", "name": "f", "input": {"a": 1}}
     api.on("call-a-tool", Reply(blocks=[tool_use], stop_reason="tool_use"))
     is_real = os.environ.get("CC2API_TEST_SOAK") == "real"
-    run_soak((start if is_real else start_fake)("--processes", "5", "--max-concurrency", "4"))
+    parent = tmp_path / "tmp"
+    parent.mkdir()
+    env = {"TMPDIR": str(parent), **(API_KEY if is_real else {})}
+    start_one = start if is_real else start_fake
+    gateway = start_one("--processes", "5", "--max-concurrency", "4", env=env)
+    run_soak(gateway, lambda: leftovers(gateway, parent, gateway.dir))

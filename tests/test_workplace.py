@@ -12,9 +12,8 @@ from uuid import uuid4
 
 import pytest
 from additions import split_additions
-from running import API_KEY, LOGIN, RunningGateway, wait_until
+from running import API_KEY, LOGIN, RunningGateway, files_in, is_running, leftovers, wait_until
 from scripted_api import Reply, ScriptedApi, text_reply
-from test_load import is_running
 
 import cc2api
 
@@ -81,16 +80,6 @@ def test_the_directories_are_private_and_one_goes_with_its_gateway(
     assert [path.name for path in root.iterdir()] == ["work"]
 
 
-def files_in(*roots: Path) -> set[str]:
-    """Return the names of all that is no directory below some directories."""
-    return {
-        os.path.join(directory, name)
-        for root in roots
-        for directory, _, names in os.walk(root)
-        for name in names
-    }
-
-
 def run_tool_loops(gateway: RunningGateway, api: ScriptedApi, count: int) -> None:
     """Run steps of tools, of which some fail, and answers whose process is killed."""
     tool = {"name": "secret_name", "input_schema": {"type": "object"}}
@@ -121,12 +110,9 @@ def test_requests_leave_no_files_and_a_killed_gateway_none_for_good(
     env["CLAUDE_CONFIG_DIR"] = str(home / ".claude")
 
     def files(gateway: RunningGateway) -> int:
-        """Count the files that are not of a process that runs, whose number they have."""
         assert gateway.ask("hello").status == 200
         wait_until(lambda: len(gateway.children()) == 2, "a spare and an idle one")
-        running = {str(pid) for pid in gateway.children()}
-        names = (Path(path).name.split(".")[0] for path in files_in(home, parent))
-        return sum(name not in running for name in names)
+        return leftovers(gateway, home, parent)
 
     gateway = start("--processes", "2", env=env)
     run_tool_loops(gateway, api, 2)
