@@ -152,9 +152,10 @@ def test_nothing_of_a_large_request_is_kept_once_it_has_ended(
             connection.getresponse().read()
         connection.close()
         wait_until(lambda: gateway.now.busy == gateway.now.ending == [])
-        wait_until(lambda: not any("_thread" in each.name for each in threading.enumerate()))
+        wait_until(lambda: threading.active_count() <= threads, "no thread of the connection")
 
     with InProcessGateway(tmp_path, processes=2) as gateway:
+        threads = threading.active_count()
         ask(1_000)
         gc.collect()
         gc.disable()

@@ -76,7 +76,7 @@ def run_soak(gateway: RunningGateway, files: Callable[[], int]) -> None:
 
     run(24)  # what the first requests allocate once and for all is no leak
     wait_until(lambda: len(gateway.children()) == 5, "one spare and four idle ones")
-    wait_until(lambda: resources(gateway)["threads"] == 3, "no thread of a connection")
+    wait_until(lambda: resources(gateway)["threads"] == 4, "no thread of a connection")
     before, memory, found = resources(gateway), rss_mb(gateway), files()
     run(REQUESTS)
     wait_until(lambda: all(now <= before[name] for name, now in resources(gateway).items()))
