@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from running import API_KEY, RunningGateway, leftovers, wait_until
-from scripted_api import Reply, ScriptedApi
+from scripted_api import Reply, ScriptedApi, text_reply
 
 REQUESTS = int(os.environ.get("CC2API_TEST_REQUESTS", "200"))
 AT_ONCE = 4
@@ -75,6 +75,8 @@ def run_soak(gateway: RunningGateway, files: Callable[[], int]) -> None:
             list(threads.map(lambda number: one(gateway, number), numbers))
 
     run(24)  # what the first requests allocate once and for all is no leak
+    with concurrent.futures.ThreadPoolExecutor(AT_ONCE) as threads:  # each in its own process
+        list(threads.map(lambda number: gateway.ask(f"a while, {number}"), range(AT_ONCE)))
     wait_until(lambda: len(gateway.children()) == 5, "one spare and four idle ones")
     wait_until(lambda: resources(gateway)["threads"] == 4, "no thread of a connection")
     before, memory, found = resources(gateway), rss_mb(gateway), files()
@@ -88,6 +90,7 @@ def test_mixed_requests_leave_nothing_behind(
     start: Any, start_fake: Any, api: ScriptedApi, tmp_path: Path
 ) -> None:
     tool_use = {"type": "tool_use", "id": "toolu_1", "name": "f", "input": {"a": 1}}
+    api.on("a while", text_reply(delay_s=1.0))
     api.on("call-a-tool", Reply(blocks=[tool_use], stop_reason="tool_use"))
     is_real = os.environ.get("CC2API_TEST_SOAK") == "real"
     parent = tmp_path / "tmp"
