@@ -177,3 +177,18 @@ def test_deep_tool_input_can_be_answered(depth: int) -> None:
 def test_an_event_that_lacks_what_it_should_hold_is_upstreams_failure() -> None:
     with pytest.raises(cc2api.CliFailed, match="broke the protocol"), cc2api.upstream_protocol():
         assemble([{"type": "message_start"}])
+
+
+def test_a_log_line_of_the_turn_before_is_no_call_of_this_one() -> None:
+    """It would have the new call held back before it has left."""
+    leaves = {"type": cc2api.LOG_LINE, "text": "[API:timing] dispatching to firstParty"}
+    fails = {"type": cc2api.LOG_LINE, "text": "API error (attempt 1/1): 400 400 {}"}
+    reader = cc2api.AnswerReader()
+    for line in (leaves, fails):
+        assert reader.feed(line) == []
+    assert (reader.has_left, reader.refusal) == (False, None)
+
+    reader.feed({"type": "system", "subtype": "status", "status": "requesting"})
+    reader.feed(leaves)
+    reader.feed(fails)
+    assert (reader.has_left, str(reader.refusal), reader.asks_again) == (True, "{}", False)
