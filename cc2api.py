@@ -3562,6 +3562,7 @@ class Service:
             of = dataclasses.replace(demand, turn=fresh, is_count=True)
             while True:
                 with self._lend(of) as session:
+                    check_media(turn, resolve_model(turn.model, session.models))
                     return to_counts(session.count(of))
 
         if not turn.tools:
@@ -4386,7 +4387,7 @@ def start_demo(settings: Settings, environ: Mapping[str, str]) -> tuple[Settings
 # How long a thread that computes keeps the others waiting. Python's 5 ms would add up for a stream,
 # which waits several times for each event.
 SWITCH_INTERVAL_S: Final = 0.001
-MAX_LOG_BACKLOG_CHARS: Final = 4_000_000  # some 20,000 lines
+MAX_LOG_BACKLOG_CHARS: Final = 4_000_000  # of lines that wait; some 20,000
 STDERR: Final = 2  # its descriptor
 LOG_FLUSH_S: Final = 1.0  # at the end, for a stderr that is read
 LARGE_BLOCK_BYTES: Final = 1024 * 1024  # of memory; few are so large but those of large bodies
@@ -4467,7 +4468,8 @@ class LogHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         line = self.format(record) + "\n"
         with self._changed:
-            if self._size + len(line) > MAX_LOG_BACKLOG_CHARS:
+            # One that is larger than that, a body under --debug, may still be the only one.
+            if self._lines and self._size + len(line) > MAX_LOG_BACKLOG_CHARS:
                 self._dropped += 1
                 return
             self._lines.append(line)

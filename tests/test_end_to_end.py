@@ -353,6 +353,8 @@ def test_all_images_and_documents_reach_upstream_or_are_refused(
     refused = gateway.post(fields, headers)
     assert refused.status == 400
     assert f"{most + 1} images and documents" in refused.json["error"]["message"]
+    counted = gateway.request("POST", "/v1/messages/count_tokens", fields, headers)
+    assert counted.json["error"] == refused.json["error"]
     only_call(api, word)
 
 

@@ -152,6 +152,17 @@ def test_log_lines_that_are_too_many_are_dropped_and_counted(
     assert f"{300 - kept} log lines" in dropped
 
 
+def test_a_line_that_is_larger_than_all_that_may_wait_is_written(
+    pipe: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cc2api, "MAX_LOG_BACKLOG_CHARS", 100)
+    handler = cc2api.LogHandler()
+    handler.setFormatter(cc2api.LogFormatter())
+    handler.handle(record(f"event=test body={'x' * 1000}"))
+    handler.flush()
+    assert os.read(pipe, 65536).endswith(b"x\n")
+
+
 def test_the_log_is_written_whole_at_the_end(pipe: int) -> None:
     handler = cc2api.LogHandler()
     handler.setFormatter(cc2api.LogFormatter())
