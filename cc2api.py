@@ -1159,14 +1159,13 @@ class AnswerReader:
         signatures of thinking, effort, a stream: seen on 2.1.300 and 2.1.332). Then a second call
         leaves, or fails, after the refusal.
         """
-        if not self.is_called:
-            return  # late, from the call that was held back in the turn before
         is_call = text.startswith(_CALL_LEAVES)
         is_failure = text.startswith(_CALL_FAILED)
         if self.refusal and (is_call or is_failure):
             self.asks_again = True
         elif is_call:
-            self.has_left = True
+            # The line that announces the call may still be unread: it comes by the other pipe.
+            self.is_called = self.has_left = True
         elif is_failure:
             self.refusal = read_refusal(text)
 
