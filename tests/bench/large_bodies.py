@@ -4,8 +4,10 @@
 
 Beside them a stream runs, `/healthz` is asked, and answers are cut by max_tokens, after which the
 CLI would ask again by itself if its hold came too late. Prints the longest wait of a delta and of
-`/healthz` in each phase, the calls too many, and the gateway's memory before, at most, and a minute
-later. The API answers after 100 ms; it looks at no body, so as to be quick.
+`/healthz` in each phase, and that of a plain server in a process of its own that is asked at the
+same time: what the machine alone makes wait. Then the calls too many, and the gateway's memory
+before, at most, and a minute later. The API answers after 100 ms; it looks at no body, so as to be
+quick.
 """
 
 from __future__ import annotations
@@ -138,7 +140,7 @@ class Watch:
     """The longest waits since it was last asked, in seconds."""
 
     def __init__(self) -> None:
-        self._waits: dict[str, list[float]] = {"delta": [], "healthz": []}
+        self._waits: dict[str, list[float]] = {"delta": [], "healthz": [], "plain": []}
         self.is_over = threading.Event()
 
     def take(self) -> str:
@@ -162,13 +164,13 @@ class Watch:
                 self._waits["delta"].append(time.time() - float(said[0]))
         connection.close()
 
-    def probe(self, gateway: RunningGateway) -> None:
-        connection = gateway.connect()
+    def probe(self, name: str, port: int, method: str, path: str) -> None:
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
         while not self.is_over.is_set():
             started = time.monotonic()
-            connection.request("GET", "/healthz")
+            connection.request(method, path)
             connection.getresponse().read()
-            self._waits["healthz"].append(time.monotonic() - started)
+            self._waits[name].append(time.monotonic() - started)
             time.sleep(0.01)
         connection.close()
 
@@ -208,21 +210,28 @@ def main() -> None:
     args = parser.parse_args()
 
     here, there = multiprocessing.Pipe()
+    plain, plain_there = multiprocessing.Pipe()
     api = multiprocessing.Process(target=serve, args=(there,), daemon=True)
     api.start()
+    beside = multiprocessing.Process(target=serve, args=(plain_there,), daemon=True)
+    beside.start()
     url = f"http://127.0.0.1:{here.recv()}"
     most = ["--max-concurrency", str(AT_ONCE + 4)]
     with RunningGateway(*most, claude=args.claude, base_url=url) as gateway:
-        run(gateway, here, args)
-    here.send("stop")
-    api.join()
+        run(gateway, here, plain.recv(), args)
+    for pipe, server in ((here, api), (plain, beside)):
+        pipe.send("stop")
+        server.join()
 
 
-def run(gateway: RunningGateway, api: Connection, args: argparse.Namespace) -> None:
+def run(
+    gateway: RunningGateway, api: Connection, plain_port: int, args: argparse.Namespace
+) -> None:
     watch = Watch()
     threads = [
         threading.Thread(target=watch.follow, args=(gateway,)),
-        threading.Thread(target=watch.probe, args=(gateway,)),
+        threading.Thread(target=watch.probe, args=("healthz", gateway.port, "GET", "/healthz")),
+        threading.Thread(target=watch.probe, args=("plain", plain_port, "HEAD", "/")),
     ]
     for thread in threads:
         thread.start()
