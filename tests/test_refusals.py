@@ -240,7 +240,7 @@ def test_a_tool_input_that_is_no_json_is_one_call(
 ) -> None:
     word = f"mark-{uuid4().hex}"
     call = {"type": "tool_use", "id": "toolu_bad", "name": "look", "input": {}}
-    api.on(word, Reply(blocks=[call], stop_reason="tool_use", raw_input='{"a": ', delay_s=0.1))
+    api.on(word, Reply(blocks=[call], stop_reason="tool_use", raw_input='{"a": ', delay_s=0.3))
     answer = gateway.ask(word, tools=[TOOL])
     assert (answer.status, answer.json["content"]) == (200, [call])
     assert gateway.ask(f"mark-{uuid4().hex}").status == 200
