@@ -97,7 +97,8 @@ DEFAULT_KEY_FILE: Final = "apikeys.txt"
 MAX_BODY_BYTES: Final = 32 * 1024 * 1024  # the Messages API's own limit
 MAX_JSON_DEPTH: Final = 128  # deep enough for any schema; far from both languages' stack limits
 # Of the CLI's output. An answer of 128k tokens is about 1 MB, but where a message is taken back the
-# CLI prints its text, which is not longer than the body that it came in.
+# CLI prints its text: that is not longer than the body that it came in, and is given as much again
+# for what it is wrapped in and how it is escaped.
 MAX_LINE_BYTES: Final = 2 * MAX_BODY_BYTES
 MAX_COST_USD: Final = 1e9  # of a process, to keep nonsense out of the sums
 READ_BYTES: Final = 64 * 1024  # a Linux pipe's capacity
@@ -410,7 +411,7 @@ class _SlicedDecoder(json.JSONDecoder):
 
     def __init__(self) -> None:
         super().__init__(parse_constant=self._refuse, parse_float=self._to_float)
-        in_python: Any = json.decoder  # not in its type stubs, the same in Python 3.10 to 3.14
+        in_python: Any = json.decoder  # not in its type stubs; tried with Python 3.10 to 3.13
         self._containers = 0
         self.parse_string = _scan_string
         self.parse_array = self._counting(in_python.JSONArray)
@@ -4291,7 +4292,10 @@ class Handler(BaseRequestHandler):
 
     @contextlib.contextmanager
     def _turn_to_parse(self, size: int) -> Iterator[None]:
-        """Wait until no other large body is parsed: it takes a second, and some times its size."""
+        """Wait until no other large body is parsed.
+
+        It keeps the interpreter busy for a second, and takes several times its size in memory.
+        """
         if size <= MAX_BYTES_AT_ONCE:
             yield
             return

@@ -192,7 +192,6 @@ def test_nobody_gets_in_while_the_key_file_is_written(tmp_path: Path) -> None:
     keys = tmp_path / "keys"
     text = "# the keys of the team\n\n# its first one\nsk-1 first\n"
     keys.write_text(text)
-    seen: list[set[int]] = []
     is_over = threading.Event()
 
     with (

@@ -207,7 +207,7 @@ def test_a_process_that_calls_in_the_last_moment_is_not_replaced(
         def is_late(channel: Any, patience: Any = None) -> Any:
             if queries(tmp_path) and not gave_up:
                 gave_up.append(True)
-                time.sleep(0.3)
+                wait_until(channel.process.has_lines)
                 raise late
             return next_line(channel, patience)
 
