@@ -8,15 +8,24 @@ later (`late`). The CLI sees only those of `late`.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
 from typing import Any
 
 CLI = [os.environ["BETWEEN_CLAUDE"], *sys.argv[1:]]
+PR_SET_PDEATHSIG = 1
+libc = ctypes.CDLL(None)
 lock = threading.Lock()
+
+
+def die_with_parent() -> None:
+    """The gateway kills this process: the CLI must not live on, or it could call upstream again."""
+    libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def put(line: bytes) -> None:
@@ -34,7 +43,9 @@ def main() -> int:
     if "--version" in CLI or "auth" in CLI:
         os.execv(CLI[0], CLI)
     mode, subtype, first = os.environ["BETWEEN_ORDER"].split()
-    process = subprocess.Popen(CLI, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    process = subprocess.Popen(
+        CLI, stdin=subprocess.PIPE, stdout=subprocess.PIPE, preexec_fn=die_with_parent
+    )
     assert process.stdin is not None
     assert process.stdout is not None
     late: set[str] = set()

@@ -590,13 +590,20 @@ def test_a_cli_that_refuses_for_good_gets_a_process_for_each_conversation(
 def test_a_refused_hold_is_none_and_its_process_is_ended(
     tmp_path: Path, api: ScriptedApi, claude: str
 ) -> None:
-    """Three settings are those of the rehearsal, then come a request's own and its hold."""
+    """Three settings are those of the rehearsal, then come a request's own and its hold.
+
+    Upstream holds its last event back until then, so that the CLI cannot be quicker than the kill.
+    """
     word = marker()
-    api.on(word, text_reply("cut", stop_reason="max_tokens"))
+    ended = threading.Event()
+    up_to_message_delta = 5
+    reply = text_reply("cut", stop_reason="max_tokens", gate=ended, gate_after=up_to_message_delta)
+    api.on(word, reply)
     with between(tmp_path, api, claude, "refuse apply_flag_settings 5", processes=2) as gateway:
         wait_until(lambda: len(gateway.now.spare) == 1)
         assert gateway.ask(word).json["stop_reason"] == "max_tokens"
         assert gateway.now.idle == []
+        ended.set()
 
 
 # ---- which session, on the fake CLI
