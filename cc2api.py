@@ -1,42 +1,46 @@
 """cc2api: the Claude Code CLI on this machine as a faithful Anthropic Messages API.
 
 A request comes in over HTTP, is checked once, and is played to a `claude` process over the CLI's
-own stream-json protocol. The CLI makes the call with the user's own sign-in; the API's events come
+own stream-json protocol. The CLI makes the call with the user's own sign-in. The API's events come
 back through it and go out as they arrive. Nothing here talks to Anthropic or sees a credential.
 
-    client ──HTTP bytes──> Handler ──JSON──> Turn ──> Session ──lines──> `claude` ──> Anthropic
-      ^                    (request thread, one per connection)            |
-      └───SSE frames / one message <── events <── AnswerReader <───lines───┘
+    client ──HTTP bytes──> Exchange ──JSON──> Turn ──> Session ──lines──> `claude` ──> Anthropic
+      ^                 (request thread, one per connection)                |
+      └──SSE frames / one message <── events <── StreamParser <────lines────┘
 
-Any process serves any next request of its caller: it is cut back to the common prefix of what it
-holds and what the request says, and the rest is appended (Conversation). The pool lends the session
-in which that costs least, and keeps one blank process ready: initialised, and warmed up by a query
-that was held back from upstream. The keeper is the one thread that starts them, and reaps them.
+A process can serve any later request of the same caller: its conversation is rewound to the longest
+prefix that it shares with the request (`Conversation.reusable_prefix`), and the missing messages
+are appended. The pool lends each request the session in which that costs least (`Fleet.nearest`).
+It also keeps one spare ready: a process that has served nobody yet, initialised, and warmed up by a
+query that never went upstream. One thread, the supervisor, starts all processes and reaps them.
 
-    starting ──prime──> spare (pool) ──acquire──> busy (request) ──give_back──> idle (pool)
-                                                       ^─────────acquire──────────┘
+    starting ──warm up──> spare (pool) ──acquire──> busy (request) ──release──> idle (pool)
+                                                         ^────────acquire──────────┘
+
 Rules that hold throughout:
- 1. Data goes one way, and raw client JSON is looked at in Requests and the translations alone.
- 2. A process serves one caller for life, and nothing that was cut is ever sent again. A CLI that
-    does not cut, or does not take another system prompt, gets a process for each conversation.
- 3. Exactly one call is made upstream for one request. The CLI would make another by itself after
-    some answers and after many refusals: from the moment a call has left the process is held back
-    from any other (HOLD_CALLS), and where that is not certain it is ended.
+
+ 1. Data goes one way: HTTP bytes, Turn, lines, events, frames. Raw client JSON is looked at only in
+    the section Turn and in those of the three APIs.
+ 2. A process serves one caller for life. A message that was rewound is never sent again. Where a
+    CLI cannot rewind, or cannot take another system prompt, each conversation gets its own process.
+ 3. One request is one call upstream. After some answers, and after many refusals, the CLI would
+    call again by itself. BLOCK_UPSTREAM_CALLS prevents that as soon as a call has left; where it is
+    not certain that the block took effect in time, the process is killed.
  4. Prompts and keys go through pipes only: never into argv, files, an environment or the log.
- 5. Upstream gets what the client sent, in the same bytes by whatever process. With a login the CLI
-    adds reminders of its own, which stay with the first message (Session._append_held). No
-    variable or setting of the user's changes how upstream is asked (PINNED_VARIABLES).
- 6. A stream's 200 goes out with its first event, so that a failure keeps its true status, or after
-    KEEPALIVE_S of silence.
+ 5. Upstream gets what the client sent, in the same bytes by whichever process. With a login the CLI
+    adds reminders of its own, and those stay with the first message (`Session._append_blocked`).
+    No variable or setting of the user's changes how upstream is asked (PINNED_VARIABLES).
+ 6. A stream's status 200 goes out with its first event, so that an earlier failure keeps its true
+    status; or, where nothing comes for so long, after KEEPALIVE_S.
 
-A streamed request passes HTTP (read_head) > Routes (Handler) > HTTP (read_body) > Requests >
-Service (answer) > Pool (acquire) > Conversation (Session: bring, ask) > Lines > Process (Channel)
-and back Process > Conversation (read) > Events (feed) > Service > Routes (ask) > HTTP (Response).
+To follow one request, read `Exchange.answer`, then `Gateway.answer`, then `Session.prepare`.
 
-Facts about the CLI were seen on 2.1.300 to 2.1.332 talking to a scripted API; each one relied on is
-pinned by a test in tests/. Sections, each using only what stands above it: Settings, Errors, API
-keys, JSON, Requests, Lines, Events, The CLI, Process, Conversation, Pool, OpenAI, Chat completions,
-Responses, Metrics, Service, Status, HTTP, Routes, Demo, Command line.
+tests/CLI.md lists the facts about the CLI that this file relies on, each with the test that pins
+it; "seen" in a comment means observed on the CLI talking to a scripted API, with the versions.
+Sections, each using only what stands above it: Settings, Errors and deadlines, JSON, HTTP,
+Log and metrics, API keys, Turn, Models, CLI program, CLI messages, Process, Control channel,
+Session, Pool, Gateway, Messages API, OpenAI, Chat completions, Responses, Status page, Routes,
+Demo, Command line.
 """
 
 from __future__ import annotations
@@ -80,7 +84,7 @@ from pathlib import Path
 from socketserver import BaseRequestHandler, TCPServer
 from typing import Any, Final, NamedTuple, TypeVar
 
-if sys.version_info < (3, 10):  # noqa: UP036 - so that it is one line, the file is 3.8's syntax
+if sys.version_info < (3, 10):  # noqa: UP036 - the file is valid in 3.8, so that this line runs
     sys.exit("cc2api needs Python 3.10 or newer, and this is " + sys.version.partition(" ")[0])
 
 __version__ = "0.1.0"
@@ -89,70 +93,28 @@ JsonObject = dict[str, Any]
 _T = TypeVar("_T")
 log = logging.getLogger("cc2api")
 
-MIN_CLI_VERSION: Final = (2, 1, 300)  # older leave `/model` text in a used process (2.1.248)
-DEFAULT_SYSTEM_PROMPT: Final = "You are a helpful assistant."
-DEFAULT_MODEL_NAME: Final = "claude-code"  # the name under which clients ask for the CLI's default
-DEFAULT_KEY_FILE: Final = "apikeys.txt"
-
-MAX_BODY_BYTES: Final = 32 * 1024 * 1024  # the Messages API's own limit
-MAX_JSON_DEPTH: Final = 128  # deep enough for any schema; far from both languages' stack limits
-# Of the CLI's output. An answer of 128k tokens is about 1 MB, but where a message is taken back the
-# CLI prints its text: that is not longer than the body that it came in, and is given as much again
-# for what it is wrapped in and how it is escaped.
-MAX_LINE_BYTES: Final = 2 * MAX_BODY_BYTES
-MAX_COST_USD: Final = 1e9  # of a process, to keep nonsense out of the sums
-READ_BYTES: Final = 64 * 1024  # a Linux pipe's capacity
-MAX_LOG_LINE_BYTES: Final = 64 * 1024  # of the CLI's log; upstream's errors are far shorter
-STDERR_TAIL_BYTES: Final = 2000  # enough for a stack trace's first lines in an error message
-
-CONTROL_TIMEOUT_S: Final = 15.0  # of a CLI that answers within 0.1 s, and starting in 1 s
-CALL_TIMEOUT_S: Final = 60.0  # from the question to the call; 0.02 s, and some for 32 MB of images
-CHANGE_TIMEOUT_S: Final = 5.0  # for a cut, prompt, tools, the end of a turn; they take 0.01 s
-SETUP_ATTEMPTS: Final = 3  # one that dies before the query has cost nothing: a kept, two new ones
-COUNT_ATTEMPTS: Final = 10  # the tools that the CLI was just given may take it a moment
-TICK_S: Final = 0.5  # how often a waiting request looks after its client; noticed gone within 1 s
-LEAVE_S: Final = 2.0  # for a turn to end when its client has left; it needs 0.01 s
-KEEPALIVE_S: Final = 10.0  # of silence before a stream shows life; proxies cut at 30 to 60 s
-MAX_SESSION_AGE_S: Final = 3600.0  # old processes may hold stale sign-ins, or be an old CLI's
-MAX_SESSION_TURNS: Final = 1000  # as many left time and memory flat (tests/bench/soak.py)
-IDLE_S: Final = 300.0  # after a burst, for processes beyond --processes
-SIGN_IN_S: Final = 60.0  # until the CLI is asked again how it is signed in; it takes 0.2 s
-SPARE_DELAY_S: Final = 0.1  # a new spare takes 0.45 CPU-seconds: not before the call has left
-REHEARSE_AGAIN_S: Final = 600.0  # a CLI that could not be used again may be busy, not other
-BLANK_DISTANCE: Final = 25  # messages that replay while a spare's first turn takes longer
-MAX_TOOL_RESULT_CHARS: Final = 100_000  # through the tool channel; the CLI saves large ones to disk
-MAX_TOOL_ERROR_CHARS: Final = 5_000  # the CLI cuts errors at 10,000
-KEEPER_TICK_S: Final = 5.0  # how soon a dead or stale spare is noticed without a request
-POLL_S: Final = 0.02  # between two looks at what is quick; a killed process is gone within this
-EXIT_STATUS_S: Final = 1.0  # from a closed stdout to the exit status; a dying process needs 0.01 s
-EXIT_GRACE_S: Final = 5.0  # from EOF on stdin to SIGKILL; the CLI needs 0.04 s
-LONGEST_RETRY_S: Final = 60  # what SDKs wait for without seeming to hang
-OVERLOADED_RETRY_AFTER_S: Final = 5  # told to clients that find the queue full
-
-MAX_CONNECTIONS: Final = 512  # open at once, each a thread; far below the usual 1024 descriptors
-MAX_HEADERS: Final = 100  # http.server's own limit
-MAX_HEAD_BYTES: Final = 64 * 1024  # request line and headers together
-HEAD_TIMEOUT_S: Final = 15.0  # for a whole head: half-open connections go
-BODY_TIMEOUT_S: Final = 120.0  # for a whole body: 32 MB at 2 Mbit/s
-MIN_NAMED_KEY: Final = 12  # characters; of a shorter key its last four would tell too much
-KEYS_GONE_S: Final = 2.0  # a key file that is written anew holds no key for a moment
-IDLE_CONNECTION_S: Final = 120.0  # longer than proxies keep theirs (60 s)
-LINGER_S: Final = 2.0  # reading on after an early answer, or a reset would destroy it on its way
-DEMO_CHARS: Final = 300  # of a demo's answer; agents' first prompts are 10 kB, read out for 40 s
-DEMO_WORD_S: Final = 0.03  # between the words of `--demo`: as quick as a model
-ACCEPT_TICK_S: Final = 0.1  # how soon a signal is noticed, and the end of the last answer
-LISTEN_BACKLOG: Final = 128  # socketserver's 5 refuses a burst of parallel clients
+# How often a condition is looked at that nothing can signal, such as the end of a process.
+POLL_INTERVAL_S: Final = 0.02
 
 
 # ===================================================================== Settings
-# One frozen dataclass, the only place where a default lives. Flags beat CC2API_* variables beat
-# defaults; the command line is built from these fields, so help and code cannot differ.
+# One frozen dataclass, the only place where a default lives. Flags beat CC2API_* variables, and
+# those beat defaults. The command line is built from these fields, so help and code cannot differ.
 
+DEFAULT_KEY_FILE: Final = "apikeys.txt"
+
+# 1e9 means no limit. Infinity is excluded because waits raise OverflowError on it.
+_NO_LIMIT: Final = 1e9
 _ORIGIN: Final = r"\*|null|[a-z][a-z0-9+.-]*://[^/\s]+"
 
 
-# 1e9 is no limit but keeps infinity out, which no wait takes
-def _option(default: Any, text: str, form: str = ".*", low: float = 0, high: float = 1e9) -> Any:
+def _option(
+    default: Any, text: str, form: str = ".*", low: float = 0, high: float = _NO_LIMIT
+) -> Any:
+    """Return a field of Settings: its default, its help, and which values are accepted.
+
+    `form` is a regular expression for each item of a list, `low` and `high` bound a number.
+    """
     return field(default=default, metadata={"help": text, "low": low, "high": high, "form": form})
 
 
@@ -170,7 +132,7 @@ class Settings:
     cors_origin: tuple[str, ...] = _option((), "web origin that may call, * for any", _ORIGIN)
     allowed_host: tuple[str, ...] = _option((), "another host name of this server")
     model_map: tuple[str, ...] = _option((), "NAME=MODEL: serve model NAME with MODEL", "[^=]+=.+")
-    processes: int = _option(4, "claude processes kept when idle, one of them blank; 0 keeps none")
+    processes: int = _option(4, "claude processes kept when idle, one of them spare; 0 keeps none")
     max_concurrency: int = _option(8, "requests answered at once", low=1)
     max_queue: int = _option(64, "requests that may wait for their turn")
     timeout: float = _option(600.0, "seconds for a whole answer", low=1)
@@ -182,25 +144,34 @@ class Settings:
     debug: bool = _option(False, "log requests and responses whole, prompts included")
 
 
-# ======================================================================= Errors
-# Everything a client can be told, as exceptions: raised anywhere, answered in one place in Routes.
+# ========================================================= Errors and deadlines
+# Everything that a client can be told, as exceptions: raised anywhere, answered in one place
+# (Exchange.run). And how every wait ends: by a deadline.
 
-STATUS_BY_TYPE: Final = {  # messages-api.md section 5
-    **{"invalid_request_error": 400, "authentication_error": 401, "billing_error": 402},
-    **{"permission_error": 403, "not_found_error": 404, "conflict_error": 409},
-    **{"request_too_large": 413, "rate_limit_error": 429, "api_error": 500},
-    **{"timeout_error": 504, "overloaded_error": 529},
-}
-_TYPES: Final = {status: kind for kind, status in STATUS_BY_TYPE.items()}
+# platform.claude.com/docs: API, Errors
+STATUS_BY_TYPE: Final = {
+    "invalid_request_error": 400, "authentication_error": 401, "billing_error": 402,
+    "permission_error": 403, "not_found_error": 404, "conflict_error": 409,
+    "request_too_large": 413, "rate_limit_error": 429, "api_error": 500,
+    "timeout_error": 504, "overloaded_error": 529,
+}  # fmt: skip
+_TYPE_BY_STATUS: Final = {status: error_type for error_type, status in STATUS_BY_TYPE.items()}
+
+# Longest time between two looks at whether the client is still there: its leaving is noticed
+# within a second.
+CLIENT_CHECK_S: Final = 0.5
 
 
 @dataclass(eq=False)
 class ApiError(Exception):
-    """An error the client is shown."""
+    """An error that the client is shown.
+
+    `type` is Anthropic's error type; where it is not given, the status decides.
+    """
 
     message: str
     status: int = 500
-    kind: str = ""  # Anthropic's `type`; else the status tells it
+    type: str = ""
     details: JsonObject | None = None
     retry_after_s: int | None = None
     should_retry: bool | None = None  # False: SDKs would only pay for the same again
@@ -208,8 +179,9 @@ class ApiError(Exception):
 
     def __post_init__(self) -> None:
         super().__init__(self.message)
-        fallback = "api_error" if self.status >= 500 else "invalid_request_error"
-        self.kind = self.kind or _TYPES.get(self.status, fallback)
+        if not self.type:
+            fallback = "api_error" if self.status >= 500 else "invalid_request_error"
+            self.type = _TYPE_BY_STATUS.get(self.status, fallback)
 
 
 @dataclass(eq=False)
@@ -231,140 +203,57 @@ class ClientGone(Exception):
 
 
 def forget_frames(exc: BaseException | None) -> None:
-    """Drop the frames that an exception has passed; to be called where its way ends.
+    """Drop the frames that an exception has passed; to be called where it is handled.
 
-    A frame that names the exception in a variable makes a cycle with it, which only the garbage
-    collector undoes, perhaps much later; and a request's frames hold a body of 32 MB.
+    A frame that names the exception in a variable makes a reference cycle with it, which only the
+    garbage collector undoes, perhaps much later; and a request's frames hold a body of 32 MB.
     """
     while exc is not None:
         exc.__traceback__ = None
         exc = exc.__cause__ or exc.__context__
 
 
-# ===================================================================== API keys
-# Who may call. The file is read on every request, so a change takes effect at once. Fails closed:
-# only a file that was not named, and that is not there or holds no key, means open mode, and that
-# on loopback alone.
+class Deadline:
+    """A point in time until which is waited, with a hook that is called while waiting.
 
-
-class Caller(NamedTuple):
-    """Who makes a request."""
-
-    name: str  # for the log and the metrics
-    identity: bytes  # a digest of the key: what tells one caller's conversations from another's
-
-
-NOBODY: Final = Caller("open", b"")  # the gateway itself, named as who calls without a key
-
-
-class KeyFile:
-    """The file of keys: one a line, a name may follow; blank and # lines are ignored.
-
-    Its methods may be called on any thread.
+    Whoever waits calls `check` before each wait, and waits for `next_wait_s` at most.
     """
 
-    def __init__(self, settings: Settings) -> None:
-        self.path = Path(settings.keys or DEFAULT_KEY_FILE)
-        self.who = ""  # may call, in a few words, as of the last load
-        is_loopback = re.fullmatch(r"localhost|127\.[\d.]+|::1", settings.host)
-        self.is_named = settings.keys is not None
-        self.is_needed = self.is_named or not (is_loopback or settings.allow_open)
-        self._lock = threading.Lock()  # guards what follows, and `who` where it is written
-        self._last: dict[str, str] = {}  # what it held when it held something
-        self._gone_at: float | None = None  # monotonic; since when it holds no key
-        self.load()
+    def __init__(
+        self, seconds: float, on_wait: Callable[[], None], timeout_error: Exception
+    ) -> None:
+        self._on_wait = on_wait
+        self._timeout_error = timeout_error
+        self._at = time.monotonic() + seconds
 
-    def load(self) -> dict[str, str] | None:
-        """Return the keys with their names: {} where anybody may call, None where nobody."""
-        with self._lock:
-            return self._load()
+    def check(self) -> None:
+        """Call the hook, which may raise ClientGone; after the time raise `timeout_error`."""
+        self._on_wait()
+        if time.monotonic() >= self._at:
+            raise self._timeout_error
 
-    def _load(self) -> dict[str, str] | None:
-        keys: dict[str, str] | None = None
-        why = "it holds no key"
-        if not self.is_named:
-            why += ", and --host is not loopback"
+    def next_wait_s(self) -> float:
+        """Return for how many seconds to wait before the next `check`."""
+        left_s = self._at - time.monotonic()
+        return max(0.0, min(left_s, CLIENT_CHECK_S))
 
-        try:
-            keys = self._read()
-        except (OSError, UnicodeDecodeError) as exc:
-            why = getattr(exc, "strerror", "it is not UTF-8")
-
-        if keys:
-            who = f"{len(keys)} in {self.path}"
-        elif keys is not None and not self.is_needed:
-            who = "open: anyone who can connect may call"
-        else:
-            keys = None
-            who = f"NOBODY CAN CALL: {self.path}: {why}; see --keys and --allow-open"
-
-        if self.who not in ("", who):
-            log.warning("keys changed: %s", who)
-        self.who = who
-        return keys
-
-    def _read(self) -> dict[str, str]:
-        """Return the keys with their names.
-
-        What held keys and holds none is being written anew, perhaps slowly, by a shell or an
-        editor, with its comments first: what it held goes on for KEYS_GONE_S.
-        """
-        if self.path.exists() and not self.path.is_file():  # reading a pipe would block
-            raise OSError(0, "it is not a regular file")
-
-        text = ""
-        with contextlib.suppress(FileNotFoundError):
-            text = self.path.read_text("utf-8-sig")
-        keys = parse_keys(text)
-
-        if keys:
-            self._last = keys
-            self._gone_at = None
-        elif self._last:
-            now = time.monotonic()
-            if self._gone_at is None:
-                self._gone_at = now
-            if now - self._gone_at >= KEYS_GONE_S:
-                self._last = {}
-        return self._last
+    def capped(self, seconds: float, timeout_error: Exception) -> Deadline:
+        """Return a deadline with the same hook that ends earlier; this one, if it is earlier."""
+        capped = Deadline(seconds, self._on_wait, timeout_error)
+        return capped if capped._at < self._at else self
 
 
-def parse_keys(text: str) -> dict[str, str]:
-    """Return the keys of a file's text, each with its name, or with the last characters of it.
-
-    Only blanks and tabs part a key from its name: other white space, as Unicode has it, may be a
-    byte of the key.
-    """
-    keys = {}
-    for line in text.split("\n"):
-        key, _, words = line.strip(" \t").replace("\t", " ").partition(" ")
-        if not key or key.startswith("#"):
-            continue
-        name = re.sub(r"[^\w.@-]+", "_", words.strip())
-        tail = key[-4:] if len(key) >= MIN_NAMED_KEY else ""
-        keys[key] = name or f"…{tail}"
-    return keys
-
-
-def identify(keys: Mapping[str, str] | None, api_key: str, authorization: str) -> Caller:
-    """Return who calls, by `x-api-key`, which wins as on the public API, or Bearer token."""
-    scheme, _, token = authorization.strip(" \t").partition(" ")
-    given = api_key.strip(" \t") or (token.strip(" \t") if scheme.lower() == "bearer" else "")
-    raw = given.encode("latin-1", "replace")  # as it came over the wire
-    # Every key is compared, in constant time: neither a prefix nor a position can be timed.
-    names = [name for key, name in (keys or {}).items() if hmac.compare_digest(raw, key.encode())]
-    if keys != {} and not names:
-        raise ApiError("missing or invalid x-api-key header or bearer token", status=401)
-    return Caller([*names, NOBODY.name][0], hashlib.sha256(raw).digest())
+def no_hook() -> None:
+    """The hook of a deadline for which nobody is looked after."""
 
 
 # ========================================================================= JSON
 # JSON in slices. The interpreter runs one thread at a time and does not interrupt a function that
-# is written in C: to parse or write 30 MB with one call stops every stream for half a second, and
-# the settings that hold a process back from a second call would come too late. So what is large
-# goes in slices, in between of which other threads have their turn. The result is the same. Pure.
+# is written in C: to parse or write 30 MB with one call would stop every stream for half a second,
+# and the settings that block a second call upstream would come too late. So what is large goes in
+# slices, and other threads have their turn in between. The result is the same. Pure.
 
-# From here on in slices; the functions in C take some two milliseconds for as much.
+# Larger texts are handled in slices. The functions in C take some two milliseconds for one slice.
 LARGE_CHARS: Final = 256 * 1024
 SLICE_CHARS: Final = 256 * 1024
 # How much JSON the functions in C may parse at once: as much as agents send in a long conversation.
@@ -373,6 +262,8 @@ MAX_BYTES_AT_ONCE: Final = 1024 * 1024
 MAX_CONTAINERS_AT_ONCE: Final = 10_000
 # Lists and objects in one body. The API takes 100,000 messages, which have three each.
 MAX_CONTAINERS: Final = 400_000
+# What a value takes in JSON beside its text: quotation marks, commas, short numbers.
+_CHARS_AROUND_VALUE: Final = 10
 
 _STRING_PART: Final = re.compile(r'[^"\\]*(?:\\(?:[^u]|u[0-9A-Fa-f]{4})[^"\\]*)*', re.DOTALL)
 _HIGH_SURROGATE: Final = re.compile(r"\\u[Dd][89ABab][0-9A-Fa-f]{2}")
@@ -383,12 +274,16 @@ def fits_at_once(raw: bytes | bytearray) -> bool:
     """Return whether JSON is so small that the parser in C may have it at once."""
     if len(raw) > MAX_BYTES_AT_ONCE:
         return False
-    return raw.count(b"[") + raw.count(b"{") <= MAX_CONTAINERS_AT_ONCE
+
+    containers = raw.count(b"[") + raw.count(b"{")
+    return containers <= MAX_CONTAINERS_AT_ONCE
 
 
 def load_json(raw: bytes | bytearray) -> Any:
     """Parse JSON in UTF-8. Raises ValueError, RecursionError."""
-    return json.loads(raw.decode("utf-8")) if fits_at_once(raw) else load_in_slices(raw)
+    if fits_at_once(raw):
+        return json.loads(raw.decode("utf-8"))
+    return load_in_slices(raw)
 
 
 def load_in_slices(raw: bytes | bytearray) -> Any:
@@ -398,41 +293,45 @@ def load_in_slices(raw: bytes | bytearray) -> Any:
     """
     decoder = codecs.getincrementaldecoder("utf-8")()
     text = ""
-    for at in range(0, len(raw), SLICE_CHARS):
-        # Grows in place. To join the parts at the end would be one call that touches 30 MB of new
-        # memory, which was seen to take 100 ms on a busy machine.
-        text += decoder.decode(raw[at : at + SLICE_CHARS])
+    for start in range(0, len(raw), SLICE_CHARS):
+        # This grows in place. To join the parts at the end would be one call that touches 30 MB of
+        # new memory, which was seen to take 100 ms on a busy machine.
+        text += decoder.decode(raw[start : start + SLICE_CHARS])
     text += decoder.decode(b"", final=True)
     return _SlicedDecoder().decode(text)
 
 
 class _SlicedDecoder(json.JSONDecoder):
-    """The standard library's parser in its form in Python, but for what is inside of strings."""
+    """The standard library's parser in its form in Python; only strings are scanned by our own.
+
+    The standard library keeps that form as a fallback, and does not document it (tried with Python
+    3.10 to 3.14).
+    """
 
     def __init__(self) -> None:
-        super().__init__(parse_constant=self._refuse, parse_float=self._to_float)
-        in_python: Any = json.decoder  # not in its type stubs; tried with Python 3.10 to 3.13
+        super().__init__(parse_constant=self._refuse_constant, parse_float=self._to_finite_float)
+        undocumented: Any = json.decoder
         self._containers = 0
         self.parse_string = _scan_string
-        self.parse_array = self._counting(in_python.JSONArray)
-        self.parse_object = self._counting(in_python.JSONObject)
+        self.parse_array = self._counting(undocumented.JSONArray)
+        self.parse_object = self._counting(undocumented.JSONObject)
         self.scan_once = json.scanner.py_make_scanner(self)  # type: ignore[attr-defined]
 
     def _counting(self, parse: Callable[..., Any]) -> Callable[..., Any]:
-        def parse_counted(*given: Any) -> Any:
+        def parse_counted(*arguments: Any) -> Any:
             self._containers += 1
             if self._containers > MAX_CONTAINERS:
                 raise ValueError(f"over {MAX_CONTAINERS} lists and objects")
-            return parse(*given)
+            return parse(*arguments)
 
         return parse_counted
 
     @staticmethod
-    def _refuse(name: str) -> float:
+    def _refuse_constant(name: str) -> float:
         raise ValueError(f"{name} is no JSON number")
 
     @staticmethod
-    def _to_float(digits: str) -> float:
+    def _to_finite_float(digits: str) -> float:
         number = float(digits)
         if math.isinf(number):
             raise ValueError(f"{digits[:20]} is out of range")
@@ -440,39 +339,43 @@ class _SlicedDecoder(json.JSONDecoder):
 
 
 def _scan_string(text: str, begin: int, strict: bool = True) -> tuple[str, int]:
-    """Return a string that begins behind its quotation mark, and the place behind its end."""
-    whole = ""
-    at = begin
-    while text[at : at + 1] != '"':
-        found = _STRING_PART.match(text, at, at + SLICE_CHARS)
-        end = found.end() if found else at
-        # Half an emoji waits for its other half, if that is in the next slice.
+    """Return the string whose text starts at `begin`, and the index after its closing quote."""
+    string = ""
+    start = begin
+    while text[start : start + 1] != '"':
+        part = _STRING_PART.match(text, start, start + SLICE_CHARS)
+        end = part.end() if part else start
+
+        # The first half of an emoji waits for its other half, if that is in the next slice.
         half = end - _HIGH_SURROGATE_CHARS
-        if half > at and text[end : end + 1] == "\\" and _HIGH_SURROGATE.fullmatch(text, half, end):
+        is_followed_by_escape = text[end : end + 1] == "\\"
+        if half > start and is_followed_by_escape and _HIGH_SURROGATE.fullmatch(text, half, end):
             end = half
-        if end == at:
-            raise json.JSONDecodeError("Unterminated string, or a bad escape in it", text, at)
-        part, _ = json.decoder.scanstring(text[at:end] + '"', 0, strict)  # type: ignore[attr-defined]
-        if not part.isascii():
-            part.encode("utf-8")  # raises what half an emoji would raise later
-        whole += part  # in place, as in `load_in_slices`
-        at = end
-    return whole, at + 1
+        if end == start:
+            raise json.JSONDecodeError("Unterminated string, or a bad escape in it", text, start)
+
+        quoted = text[start:end] + '"'
+        unescaped, _ = json.decoder.scanstring(quoted, 0, strict)  # type: ignore[attr-defined]
+        if not unescaped.isascii():
+            unescaped.encode("utf-8")  # raises what half an emoji would raise later
+        string += unescaped  # in place, as in `load_in_slices`
+        start = end
+    return string, start + 1
 
 
 def is_small(value: Any) -> bool:
-    """Return whether JSON is so small that the functions in C may have it at once."""
+    """Return whether a value is so small that the functions in C may write it as JSON at once."""
     left = LARGE_CHARS
-    rest = [value]
-    while rest:
-        node = rest.pop()
-        left -= 10  # for what stands around it
+    unseen = [value]
+    while unseen:
+        node = unseen.pop()
+        left -= _CHARS_AROUND_VALUE
         if isinstance(node, str):
             left -= len(node)
         elif isinstance(node, dict):
-            rest += node.values()
+            unseen.extend(node.values())
         elif isinstance(node, list):
-            rest += node
+            unseen.extend(node)
         if left < 0:
             return False
     return True
@@ -484,22 +387,23 @@ def json_pieces(value: Any, *, sort_keys: bool = False) -> Iterator[str]:
         yield json.dumps(value, sort_keys=sort_keys)
     elif isinstance(value, str):
         yield '"'
-        for at in range(0, len(value), SLICE_CHARS):
-            yield json.dumps(value[at : at + SLICE_CHARS])[1:-1]
+        for start in range(0, len(value), SLICE_CHARS):
+            yield json.dumps(value[start : start + SLICE_CHARS])[1:-1]
         yield '"'
     elif isinstance(value, dict):
-        before = "{"
-        for name, member in sorted(value.items()) if sort_keys else value.items():
-            yield f"{before}{json.dumps(name)}: "
+        members = sorted(value.items()) if sort_keys else value.items()
+        separator = "{"
+        for name, member in members:
+            yield f"{separator}{json.dumps(name)}: "
             yield from json_pieces(member, sort_keys=sort_keys)
-            before = ", "
+            separator = ", "
         yield "}"
     else:
-        before = "["
+        separator = "["
         for member in value:
-            yield before
+            yield separator
             yield from json_pieces(member, sort_keys=sort_keys)
-            before = ", "
+            separator = ", "
         yield "]"
 
 
@@ -508,26 +412,865 @@ def dump_json(value: Any) -> str:
     return "".join(json_pieces(value))
 
 
-def is_blank(text: str) -> bool:
-    """Return whether a text is white space alone, or nothing."""
-    return not any(text[at : at + SLICE_CHARS].strip() for at in range(0, len(text), SLICE_CHARS))
+def is_blank(text: str, white_space: str | None = None) -> bool:
+    """Return whether a text is empty or white space alone: Python's, or these characters."""
+    for start in range(0, len(text), SLICE_CHARS):
+        if text[start : start + SLICE_CHARS].strip(white_space):
+            return False
+    return True
 
 
-# ===================================================================== Requests
-# Bytes to a checked, frozen `Turn`. Pure: no I/O, any thread. Refused is only what the CLI would
-# silently repair, drop or choke on, and what the code itself walks into; all else goes upstream,
-# whose own 400 comes back.
+def as_object(value: Any) -> JsonObject:
+    """Return a value if it is an object, else an empty one: for optional parts of foreign JSON."""
+    return value if isinstance(value, dict) else {}
 
-Placed = tuple[str, JsonObject]  # an object, with the path under which the client sent it
-Said = tuple[str, str, JsonObject]  # a message's block after its role and path
-Mark = tuple[JsonObject, Any]  # a block or tool that the client gave a breakpoint, and its ttl
+
+def without_nulls(owner: JsonObject) -> JsonObject:
+    """Return an object less its fields that are null."""
+    return {name: value for name, value in owner.items() if value is not None}
+
+
+# ========================================================================= HTTP
+# Sockets, framing, and the writing of one response; knows nothing of models. Framing is strict: a
+# proxy in front that reads it differently could be made to smuggle requests in. No response header
+# is built from client text. Each connection has a thread of its own.
+
+MAX_BODY_BYTES: Final = 32 * 1024 * 1024  # the Messages API's own limit
+MAX_CONNECTIONS: Final = 512  # open at once, each a thread; far below the usual 1024 descriptors
+MAX_HEADERS: Final = 100  # http.server's own limit
+MAX_HEAD_BYTES: Final = 64 * 1024  # request line and headers together
+HEAD_TIMEOUT_S: Final = 15.0  # for a whole head, so that half-open connections go
+BODY_TIMEOUT_S: Final = 120.0  # for a whole body: 32 MB at 2 Mbit/s
+IDLE_CONNECTION_S: Final = 120.0  # longer than proxies keep theirs (60 s)
+# After an early answer the rest of the request is read and dropped for so long: a reset, sent
+# because of unread bytes, would destroy the answer on its way.
+LINGER_S: Final = 2.0
+ACCEPT_INTERVAL_S: Final = 0.1  # how soon a signal is noticed, and the end of the last answer
+LISTEN_BACKLOG: Final = 128  # socketserver's 5 refuses a burst of parallel clients
+READ_BYTES: Final = 64 * 1024  # a Linux pipe's capacity
+
+# No pattern may match a byte in two ways: backtracking on hostile input would take minutes.
+_REQUEST_LINE: Final = re.compile(r"([A-Z]{1,20}) ([\x21-\x7e]+) HTTP/1\.([01])")
+# The forms of a target (RFC 9112, 3.2): a path, the same with a host before it as proxies are sent
+# it, or * for the whole server.
+_TARGET: Final = re.compile(
+    r"(?:[Hh][Tt][Tt][Pp][Ss]?://(?P<host>[^/?#@]+))?"
+    r"(?P<path>/[^?]*|(?=\?|\Z))(?:\?.*)?"
+    r"|(?P<server>\*)"
+)
+_HEADER_LINE: Final = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([\t\x20-\x7e\x80-\xff]*)")
+_CHUNK_LINE: Final = re.compile(r"([0-9A-Fa-f]{1,8})[ \t]*(?:;[\t\x20-\x7e\x80-\xff]*)?")
+_HANGUP: Final = getattr(select, "POLLRDHUP", 0) | select.POLLHUP | select.POLLERR
+_TOO_LARGE: Final = f"Request exceeds the maximum size of {MAX_BODY_BYTES} bytes"
+
+
+class Head(NamedTuple):
+    """A request line and its headers, by names in lower case; those of one name are joined."""
+
+    method: str
+    path: str  # without the query, percent-decoded
+    is_http_11: bool
+    headers: Mapping[str, str]
+
+    def get(self, name: str) -> str:
+        """Return a header, "" where it is absent."""
+        return self.headers.get(name, "")
+
+
+class ClientStream(io.RawIOBase):
+    """The client's end of a connection: `read_head`, `parse_framing`, then perhaps `read_body`.
+
+    All of them raise ClientGone, and for bad framing InvalidRequest, with status 408 where the
+    bytes do not come in time.
+    """
+
+    def __init__(self, sock: socket.socket, send_timeout_s: float) -> None:
+        """`send_timeout_s`: how long a client may read nothing of what it is sent."""
+        self.body_length: int | None = 0  # bytes still to be read; None: unknown
+        self._sock = sock
+        self._send_timeout_s = send_timeout_s
+        self._read_until = 0.0  # monotonic; deadline of what is being read
+        self._reader = io.BufferedReader(self)
+        self._watch = select.poll()
+        self._watch.register(sock, select.POLLIN | _HANGUP)
+
+    def read_head(self, idle_s: float) -> Head:
+        """Read the next request's head, waiting up to `idle_s` for its first byte."""
+        self.body_length = None
+        self._read_until = time.monotonic() + idle_s
+        self._reader.peek(1)
+
+        self._read_until = time.monotonic() + HEAD_TIMEOUT_S
+        lines = self._read_lines()
+        if not lines:
+            lines = self._read_lines()  # RFC 9112, 2.2: one empty line may come before a request
+        request_line = lines[0] if lines else ""
+        request = _REQUEST_LINE.fullmatch(request_line)
+        if request is None:
+            raise InvalidRequest("malformed request line")
+        method = request[1]
+        is_http_11 = request[3] == "1"
+
+        headers = _parse_headers(lines[1:])
+        has_two_hosts = "," in headers.get("host", "")
+        lacks_host = is_http_11 and "host" not in headers
+        if has_two_hosts or lacks_host:
+            raise InvalidRequest("exactly one Host header is needed")
+
+        target = _TARGET.fullmatch(request[2])
+        if target is None or (target["server"] and method != "OPTIONS"):
+            raise InvalidRequest("malformed request target")
+        if target["host"]:
+            headers["host"] = target["host"]  # it wins over the header (RFC 9112, 3.2.2)
+        path = urllib.parse.unquote(target["server"] or target["path"] or "/")
+        return Head(method, path, is_http_11, headers)
+
+    def parse_framing(self, head: Head) -> None:
+        """Learn how long the body is. Raises InvalidRequest where two readers could disagree."""
+        length = head.headers.get("content-length", "0")
+        if "transfer-encoding" in head.headers:
+            is_chunked = head.is_http_11 and head.get("transfer-encoding").lower() == "chunked"
+            if not is_chunked or "content-length" in head.headers:
+                raise InvalidRequest("Transfer-Encoding must be chunked, without a Content-Length")
+        elif not re.fullmatch("[0-9]+", length):
+            raise InvalidRequest("Content-Length must be given once, as a decimal number")
+        elif len(length) > len(str(MAX_BODY_BYTES)) or int(length) > MAX_BODY_BYTES:
+            raise InvalidRequest(_TOO_LARGE, status=413)
+        else:
+            self.body_length = int(length)
+
+    def read_body(self) -> bytes:
+        self._read_until = time.monotonic() + BODY_TIMEOUT_S
+        if self.body_length is None:
+            body = self._read_chunks()
+        else:
+            body = self._reader.read(self.body_length)
+        self.body_length = 0
+        return body
+
+    def _read_chunks(self) -> bytes:
+        body = bytearray()
+        while chunk := _CHUNK_LINE.fullmatch(self._read_line()):
+            size = int(chunk[1], 16)
+            if len(body) + size > MAX_BODY_BYTES:
+                raise InvalidRequest(_TOO_LARGE, status=413)
+            if size == 0:
+                self._read_lines()  # trailers are dropped
+                return bytes(body)
+            body += self._reader.read(size)
+            if self._reader.read(2) != b"\r\n":
+                raise InvalidRequest("a chunk is longer than announced")
+        raise InvalidRequest("malformed chunk")
+
+    def _read_lines(self) -> list[str]:
+        """Read the lines of a head, or of trailers, up to an empty one."""
+        lines: list[str] = []
+        left = MAX_HEAD_BYTES
+        while line := self._read_line(left):
+            lines.append(line)
+            left -= len(line) + len("\r\n")
+            if len(lines) > MAX_HEADERS + 1:  # with the request line
+                raise InvalidRequest(f"over {MAX_HEADERS} headers", status=431)
+        return lines
+
+    def _read_line(self, limit: int = MAX_HEAD_BYTES) -> str:
+        line = self._reader.readline(limit)
+        if not line.endswith(b"\r\n"):
+            status = 400 if line.endswith(b"\n") else 431
+            raise InvalidRequest("a line is too long, or does not end with CR LF", status)
+        return line[:-2].decode("latin-1")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Read what comes before the deadline; io.BufferedReader calls this."""
+        too_late = InvalidRequest("timed out reading the request", status=408)
+        left_s = self._read_until - time.monotonic()
+        if left_s <= 0:
+            raise too_late
+        try:
+            self._sock.settimeout(left_s)
+            count = self._sock.recv_into(buffer)
+        except TimeoutError:
+            raise too_late from None
+        except OSError as exc:
+            raise ClientGone from exc
+        if count == 0:
+            raise ClientGone
+        return count
+
+    def check(self) -> None:
+        """Raise ClientGone where the client has closed its end. Does not block."""
+        try:
+            for _, events in self._watch.poll(0):
+                if events & _HANGUP:
+                    raise ClientGone
+                # Readable, and nothing to be read: it was closed.
+                if not self._sock.recv(1, socket.MSG_PEEK):
+                    raise ClientGone
+        except OSError as exc:
+            raise ClientGone from exc
+
+    def send(self, data: bytes) -> None:
+        self._sock.settimeout(self._send_timeout_s)
+        try:
+            self._sock.sendall(data)
+        except OSError as exc:
+            raise ClientGone from exc
+
+    def linger(self) -> None:
+        """Say that nothing more comes, and read on for a moment what the client still sends."""
+        self._read_until = time.monotonic() + LINGER_S
+        with contextlib.suppress(OSError, InvalidRequest, ClientGone):
+            self._sock.shutdown(socket.SHUT_WR)
+            while True:
+                self.readinto(bytearray(READ_BYTES))
+
+
+def _parse_headers(lines: Iterable[str]) -> dict[str, str]:
+    headers: dict[str, str] = {}
+    for line in lines:
+        header = _HEADER_LINE.fullmatch(line)
+        if header is None:
+            raise InvalidRequest("malformed header line")
+        name = header[1].lower()
+        value = header[2].strip(" \t")
+        headers[name] = f"{headers[name]},{value}" if name in headers else value
+    return headers
+
+
+class Response:
+    """The response to one request, whole or a stream."""
+
+    def __init__(self, stream: ClientStream, head: Head, headers: Mapping[str, str]) -> None:
+        self.status = 0  # what was sent, 0 while nothing was
+        self.closes = True  # the connection ends with it
+        self.written_at = time.monotonic()  # when something was last written
+        self._stream = stream
+        self._head = head
+        self._headers = dict(headers)
+
+    def add_headers(self, headers: Mapping[str, str]) -> None:
+        self._headers.update(headers)
+
+    def send(
+        self, status: int, body: JsonObject | str, content_type: str = "application/json"
+    ) -> bytes:
+        """Write a whole response; return its body. HEAD and status 204 go without one."""
+        if isinstance(body, str):
+            data = body.encode()
+        else:
+            data = json.dumps(body).encode("ascii") + b"\n"
+
+        headers = {}
+        if status != 204:
+            headers = {"content-type": content_type, "content-length": str(len(data))}
+        head = self._to_head(status, headers)
+        self._stream.send(head if self._head.method == "HEAD" else head + data)
+        return data
+
+    def write_chunk(self, data: bytes, *, is_last: bool = False) -> None:
+        """Write a part of a stream with one write, the first one after its head."""
+        if not data:  # an empty chunk would end the body
+            return
+        headers = {"content-type": "text/event-stream; charset=utf-8"}
+        if self._head.is_http_11:  # else the end of the connection is the end of the body
+            headers["transfer-encoding"] = "chunked"
+            end = b"0\r\n\r\n" if is_last else b""
+            data = b"%x\r\n%b\r\n%b" % (len(data), data, end)
+        if not self.status:
+            data = self._to_head(200, headers) + data
+        self._stream.send(data)
+        self.written_at = time.monotonic()
+
+    def _to_head(self, status: int, headers: Mapping[str, str]) -> bytes:
+        """Return the status line and headers; all names and values are our own."""
+        self.status = status
+        keeps_alive = self._head.is_http_11 and "close" not in self._head.get("connection").lower()
+        # After a body that was not read, nobody knows where the next request begins.
+        has_unread_body = self._stream.body_length != 0
+        self.closes = not keeps_alive or has_unread_body
+
+        phrases = BaseHTTPRequestHandler.responses
+        phrase = phrases[status][0] if status in phrases else "Error"
+        lines = [
+            f"HTTP/1.1 {status} {phrase}",
+            f"server: cc2api/{__version__}",
+            f"date: {email.utils.formatdate(usegmt=True)}",
+            f"connection: {'close' if self.closes else 'keep-alive'}",
+            "cache-control: no-store",
+        ]
+        for name, value in {**self._headers, **headers}.items():
+            lines.append(f"{name}: {value}")
+        return ("\r\n".join(lines) + "\r\n\r\n").encode("ascii")
+
+
+def to_sse_frames(events: Iterable[JsonObject]) -> bytes:
+    """Return events as SSE frames, each named by its type where it has one.
+
+    They are ASCII, because some clients also split lines at U+2028.
+    """
+    frames = []
+    for event in events:
+        if "type" in event:
+            frames.append(f"event: {event['type']}\n")
+        frames.append(f"data: {json.dumps(event)}\n\n")
+    return "".join(frames).encode("ascii")
+
+
+class Server(ThreadingHTTPServer):
+    """The listening socket; every connection gets a thread that runs the handler it is given."""
+
+    allow_reuse_port = False  # some Pythons would let a second gateway listen on the same port
+    request_queue_size = LISTEN_BACKLOG
+    server_bind = TCPServer.server_bind  # HTTPServer's asks DNS for our own name
+
+    def __init__(self, address: tuple[str, int], handler: type[BaseRequestHandler]) -> None:
+        """Bind and listen. Raises OSError. `serve` comes next."""
+        self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
+        self.gateway: Any = None  # what the handlers serve
+        self.running_responses = 0
+        self.parsing = threading.Lock()  # whoever holds it parses a large body
+        self._count_lock = threading.Lock()  # guards running_responses where it is written
+        super().__init__(address, handler)
+        self.server_port: int = self.server_address[1]
+
+    def serve(self, gateway: object) -> None:
+        """Have the handlers serve this, each in a thread, until `shutdown` and `server_close`."""
+        self.gateway = gateway
+        interval = [ACCEPT_INTERVAL_S]
+        threading.Thread(None, self.serve_forever, "cc2api-accept", interval, daemon=True).start()
+
+    def is_closed(self) -> bool:
+        """Return whether `server_close` was called: no request is answered any more."""
+        return self.fileno() < 0
+
+    @contextlib.contextmanager
+    def track_response(self) -> Iterator[None]:
+        """Count a response as running."""
+        with self._count_lock:
+            self.running_responses += 1
+        try:
+            yield
+        finally:
+            with self._count_lock:
+                self.running_responses -= 1
+
+    def finish_request(self, request: Any, client_address: Any) -> None:
+        """Run a connection's handler; over MAX_CONNECTIONS it is closed at once."""
+        if threading.active_count() <= MAX_CONNECTIONS:
+            super().finish_request(request, client_address)
+        else:
+            log.warning("over %d connections: one was turned away", MAX_CONNECTIONS)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        if not isinstance(sys.exc_info()[1], OSError):  # a connection that broke is no news
+            log.exception("connection from %s failed", client_address)
+
+
+# ============================================================== Log and metrics
+# What is told of each request, in the log and in numbers since the start. Callers go by name, never
+# by key, and no label holds what a client made up. Any thread.
+
+MAX_LOG_BACKLOG_CHARS: Final = 4_000_000  # of lines that wait to be written; some 20,000
+STDERR: Final = 2  # its descriptor
+LOG_FLUSH_S: Final = 1.0  # at the end of the program, for a stderr that is read
+MAX_LOGGED_PATH_CHARS: Final = 200
+MAX_LOGGED_MODEL_CHARS: Final = 100
+MAX_LOGGED_ERROR_CHARS: Final = 200
+
+
+class MetricFamily(NamedTuple):
+    """The metrics of one name."""
+
+    type: str  # "counter", "histogram" or "gauge"
+    help: str
+
+
+METRIC_FAMILIES: Final = {
+    "cc2api_processes": MetricFamily("gauge", "Processes of claude by state."),
+    "cc2api_waiting_requests": MetricFamily("gauge", "Requests that wait for a process."),
+    "cc2api_signed_in": MetricFamily("gauge", "0 where claude says that it is not signed in."),
+    "cc2api_requests_total": MetricFamily("counter", "Requests answered."),
+    "cc2api_tokens_total": MetricFamily("counter", "Tokens as upstream counted them."),
+    "cc2api_cost_usd_total": MetricFamily("counter", "Cost as the CLI reported it, once it did."),
+    "cc2api_time_to_first_token_seconds": MetricFamily(
+        "histogram", "From the request to its answer's first delta."
+    ),
+    "cc2api_request_duration_seconds": MetricFamily(
+        "histogram", "From the request to the end of its answer."
+    ),
+}
+_BUCKETS_S: Final = (0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, math.inf)
+# The fields of upstream's `usage` that are counted, each with its label in the metrics.
+TOKEN_KINDS: Final = {
+    "input_tokens": "input", "output_tokens": "output",
+    "cache_read_input_tokens": "cache_read", "cache_creation_input_tokens": "cache_write",
+}  # fmt: skip
+
+Labels = tuple[tuple[str, str], ...]  # pairs of a name and a value
+Gauges = Mapping[str, Sequence[tuple[dict[str, str], int]]]  # by name: labels and value of each
+
+
+def sanitized(text: str, limit: int) -> str:
+    """Make client text fit for a key=value log line: no spaces, quotes or control characters."""
+    return re.sub(r"[^\x21-\x7e]|[\"\\=]", "_", text[:limit]) or "-"
+
+
+class Metrics:
+    """Counters and histograms since the start."""
+
+    def __init__(self) -> None:
+        self.started_at = time.monotonic()
+        self._lock = threading.Lock()  # guards what follows
+        # Of each family its values, by what follows the family's name, and by labels.
+        self._samples: dict[str, dict[tuple[str, Labels], float]] = {
+            name: collections.defaultdict(float)
+            for name, family in METRIC_FAMILIES.items()
+            if family.type != "gauge"
+        }
+
+    def add(self, name: str, value: float = 1.0, /, **labels: str) -> None:
+        """Add to a counter, or an observation in seconds to a histogram."""
+        pairs: Labels = tuple(labels.items())
+        with self._lock:
+            samples = self._samples[name]
+            if METRIC_FAMILIES[name].type == "counter":
+                samples["", pairs] += value
+                return
+
+            for bound in _BUCKETS_S:
+                bucket: Labels = (*pairs, ("le", _to_number(bound)))
+                samples["_bucket", bucket] += 1 if value <= bound else 0
+            samples["_sum", pairs] += value
+            samples["_count", pairs] += 1
+
+    def series(self, name: str) -> list[tuple[dict[str, str], float]]:
+        """Return the values of a family, each with its labels."""
+        with self._lock:
+            return [(dict(labels), value) for (_, labels), value in self._samples[name].items()]
+
+    def render(self, gauges: Gauges) -> str:
+        """Return all in Prometheus' text format (prometheus.io: exposition formats)."""
+        lines: list[str] = []
+        for name, values in gauges.items():
+            lines += _family_lines(name)
+            for labels, value in values:
+                lines.append(_sample_line(name, tuple(labels.items()), value))
+
+        with self._lock:
+            for name, samples in self._samples.items():
+                lines += _family_lines(name)
+                for (suffix, pairs), total in samples.items():
+                    lines.append(_sample_line(name + suffix, pairs, total))
+        return "\n".join(lines) + "\n"
+
+
+def _family_lines(name: str) -> list[str]:
+    family = METRIC_FAMILIES[name]
+    return [f"# HELP {name} {family.help}", f"# TYPE {name} {family.type}"]
+
+
+def _sample_line(name: str, labels: Labels, value: float) -> str:
+    quoted = ",".join(f"{label}={json.dumps(text, ensure_ascii=False)}" for label, text in labels)
+    braces = f"{{{quoted}}}" if labels else ""
+    return f"{name}{braces} {_to_number(value)}"
+
+
+def _to_number(value: float) -> str:
+    return "+Inf" if value == math.inf else f"{value:.12g}"
+
+
+class RequestLog:
+    """What is told of one request: its log lines, and its part in the metrics."""
+
+    def __init__(self, metrics: Metrics, route: str, client: str, method: str, path: str) -> None:
+        self.request_id = "req_" + uuid.uuid4().hex[:24]
+        self.asks_model = False
+        self._metrics = metrics
+        self._route = route
+        self._model = "none"
+        self._caller = "none"
+        self._fields: dict[str, object] = {
+            "method": method,
+            "path": sanitized(path, MAX_LOGGED_PATH_CHARS),
+            "id": self.request_id,
+            "client": client,
+        }
+        self._usage: dict[str, int] = {}  # tokens as upstream counts them
+        self._started_at = time.monotonic()
+        self._has_first_token = False
+
+    def add(self, **fields: object) -> None:
+        """Add fields to the line that is logged at the end."""
+        self._fields.update(fields)
+
+    def add_caller(self, name: str) -> None:
+        self._caller = name
+        self.add(caller=name)
+
+    def add_model(self, model: str, *, stream: bool, is_known: bool) -> None:
+        """Add which model is asked; one that the CLI does not list counts as `other`."""
+        self.asks_model = True
+        self._model = model if is_known else "other"
+        self.add(model=sanitized(model, MAX_LOGGED_MODEL_CHARS), stream=int(stream))
+
+    def add_events(self, batch: Sequence[JsonObject]) -> None:
+        """Add what a batch of Anthropic's events tells: tokens, and that the answer has begun."""
+        for event in batch:
+            usage = event.get("usage") or (event.get("message") or {}).get("usage") or {}
+            for name in TOKEN_KINDS:
+                if isinstance(usage.get(name), int):
+                    self._usage[name] = usage[name]
+
+            if event["type"] == "content_block_delta" and not self._has_first_token:
+                self._has_first_token = True
+                seconds = time.monotonic() - self._started_at
+                log.info("event=first_token id=%s duration_ms=%d", self.request_id, seconds * 1000)
+                self._metrics.add("cc2api_time_to_first_token_seconds", seconds)
+
+    def debug(self, event: str, data: bytes) -> None:
+        """Log a request or a response whole, under --debug; a line stays a line."""
+        if log.isEnabledFor(logging.DEBUG):
+            text = json.dumps(data.decode("utf-8", "replace"), ensure_ascii=False)
+            log.debug("event=%s id=%s body=%s", event, self.request_id, text)
+
+    def finish(self, status: int) -> None:
+        """Count the request, and log the line of its end."""
+        seconds = time.monotonic() - self._started_at
+        self._metrics.add(
+            "cc2api_requests_total",
+            route=self._route,
+            model=self._model,
+            caller=self._caller,
+            status=str(status),
+        )
+        if self.asks_model:
+            self._metrics.add("cc2api_request_duration_seconds", seconds, route=self._route)
+        for name, count in self._usage.items():
+            kind = TOKEN_KINDS[name]
+            self._metrics.add("cc2api_tokens_total", count, kind=kind, caller=self._caller)
+
+        self.add(**self._usage, status=status, duration_ms=round(seconds * 1000))
+        pairs = " ".join(f"{name}={value}" for name, value in self._fields.items())
+        # Requests that watch the gateway itself come every few seconds.
+        is_monitoring = self._route in ("status", "healthz", "metrics") and status == 200
+        log.log(logging.DEBUG if is_monitoring else logging.INFO, "event=done %s", pairs)
+
+
+class LogHandler(logging.Handler):
+    """Writes log lines to stderr, on a thread of its own.
+
+    Nothing waits for whoever reads them: a terminal that is stopped, or a pager. Up to
+    MAX_LOG_BACKLOG_CHARS wait to be written; lines over that are dropped and counted. A stderr that
+    cannot be written to, as on a full disk, loses lines and nothing else.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._changed = threading.Condition()  # guards what follows
+        self._lines: collections.deque[str] = collections.deque()
+        self._backlog_chars = 0  # of the lines that wait, and of the one that is being written
+        self._dropped = 0
+        threading.Thread(None, self._write_all, "cc2api-log", daemon=True).start()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        line = self.format(record) + "\n"
+        with self._changed:
+            # A line larger than the whole backlog, a body under --debug, may still be the only one.
+            if self._lines and self._backlog_chars + len(line) > MAX_LOG_BACKLOG_CHARS:
+                self._dropped += 1
+                return
+            self._lines.append(line)
+            self._backlog_chars += len(line)
+            self._changed.notify_all()
+
+    def flush(self) -> None:
+        """Wait until all is written, up to LOG_FLUSH_S. Called at the end of the program."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._backlog_chars, LOG_FLUSH_S)
+
+    def _write_all(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._lines)
+                line = self._lines.popleft()
+                dropped = self._dropped
+                self._dropped = 0
+
+            text = line
+            if dropped:
+                message = f"{dropped} log lines were dropped: nobody read them"
+                record = logging.makeLogRecord({"levelname": "WARNING", "msg": message})
+                text = f"{self.format(record)}\n{line}"
+            with contextlib.suppress(OSError):
+                _write_to_stderr(text.encode("utf-8", "backslashreplace"))
+
+            with self._changed:
+                self._backlog_chars -= len(line)
+                self._changed.notify_all()
+
+
+def _write_to_stderr(data: bytes) -> None:
+    """Write, waiting as long as it takes. Raises OSError.
+
+    Not by `sys.stderr`: the lock of its buffer would still be held at the end of the program.
+    """
+    while data:
+        try:
+            written = os.write(STDERR, data)
+        except BlockingIOError:  # whoever shares the descriptor has made it so
+            select.select([], [STDERR], [])
+        else:
+            data = data[written:]
+
+
+class LogFormatter(logging.Formatter):
+    """Formats lines as `time=... level=info event=done status=200 ...`.
+
+    A message that does not start with `event=` becomes `event=log msg="..."`.
+    """
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = super().format(record)
+        if not str(record.msg).startswith("event="):
+            text = f"event=log msg={json.dumps(text, ensure_ascii=False)}"
+        when = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
+        return f"time={when}.{record.msecs:03.0f}Z level={record.levelname.lower()} {text}"
+
+
+# ===================================================================== API keys
+# Who may call. The file is read on every request, so a change takes effect at once. Fails closed:
+# everybody may call (open mode) only where no key file was named, where the default one is not
+# there or holds no key, and where the gateway listens on loopback (or --allow-open was given).
+
+MIN_NAMED_KEY_CHARS: Final = 12  # the last four characters of a shorter key would tell too much
+KEY_TAIL_CHARS: Final = 4  # of a key without a name, to name its caller by
+# A file that held keys and holds none is perhaps being written anew: its keys go on for so long.
+KEY_FILE_GRACE_S: Final = 2.0
+# Localhost and IP addresses: no name in the DNS has one of these forms.
+_OWN_NAME: Final = re.compile(r"localhost|[0-9.]+|\[[0-9a-f:.]+\]")
+
+
+class Caller(NamedTuple):
+    """Who makes a request."""
+
+    name: str  # for the log and the metrics
+    key_digest: bytes  # what tells one caller's conversations from another's
+
+
+NOBODY: Final = Caller("open", b"")  # the gateway itself, named as a caller without a key is
+
+
+class KeyFile:
+    """The file of keys: one a line, a name may follow; blank lines and # lines are ignored.
+
+    Its methods may be called on any thread.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.path = Path(settings.keys or DEFAULT_KEY_FILE)
+        self.summary = ""  # who may call, in a few words, as of the last load
+        self.is_named = settings.keys is not None
+        is_loopback = re.fullmatch(r"localhost|127\.[\d.]+|::1", settings.host)
+        may_be_open = bool(is_loopback) or settings.allow_open
+        self.is_needed = self.is_named or not may_be_open
+        self._lock = threading.Lock()  # guards what follows, and `summary` where it is written
+        self._keys: dict[str, str] = {}  # names by key, as last read
+        self._emptied_at: float | None = None  # monotonic; since when the file holds no key
+        self.load()
+
+    def load(self) -> dict[str, str] | None:
+        """Return the callers' names by key: {} where anybody may call, None where nobody may."""
+        with self._lock:
+            return self._load()
+
+    def _load(self) -> dict[str, str] | None:
+        keys: dict[str, str] | None = None
+        problem = "it holds no key"
+        if not self.is_named:
+            problem += ", and --host is not loopback"
+        try:
+            keys = self._read()
+        except UnicodeDecodeError:
+            problem = "it is not UTF-8"
+        except OSError as exc:
+            problem = str(exc.strerror)
+
+        if keys:
+            summary = f"{len(keys)} in {self.path}"
+        elif keys is not None and not self.is_needed:
+            summary = "open: anyone who can connect may call"
+        else:
+            keys = None
+            summary = f"NOBODY CAN CALL: {self.path}: {problem}; see --keys and --allow-open"
+
+        if self.summary not in ("", summary):
+            log.warning("keys changed: %s", summary)
+        self.summary = summary
+        return keys
+
+    def _read(self) -> dict[str, str]:
+        """Return the callers' names by key. Raises OSError, UnicodeDecodeError.
+
+        A file that held keys and holds none is being written anew, perhaps slowly, by a shell or an
+        editor, with its comments first: what it held goes on for KEY_FILE_GRACE_S.
+        """
+        if self.path.exists() and not self.path.is_file():  # reading a pipe would block
+            raise OSError(0, "it is not a regular file")
+
+        text = ""
+        with contextlib.suppress(FileNotFoundError):
+            text = self.path.read_text("utf-8-sig")
+        keys = parse_keys(text)
+
+        now = time.monotonic()
+        if keys:
+            self._keys = keys
+            self._emptied_at = None
+        elif self._emptied_at is None:
+            self._emptied_at = now
+        if self._emptied_at is not None and now - self._emptied_at >= KEY_FILE_GRACE_S:
+            self._keys = {}
+        return self._keys
+
+
+def parse_keys(text: str) -> dict[str, str]:
+    """Return the keys of a file's text, each with its name, or with its last characters.
+
+    Only blanks and tabs part a key from its name: other white space, as Unicode has it, may be a
+    byte of the key.
+    """
+    keys: dict[str, str] = {}
+    for line in text.split("\n"):
+        key, _, words = line.strip(" \t").replace("\t", " ").partition(" ")
+        if not key or key.startswith("#"):
+            continue
+        name = re.sub(r"[^\w.@-]+", "_", words.strip())
+        if not name:
+            tail = key[-KEY_TAIL_CHARS:] if len(key) >= MIN_NAMED_KEY_CHARS else ""
+            name = f"…{tail}"
+        keys[key] = name
+    return keys
+
+
+def authenticate(keys: Mapping[str, str] | None, api_key: str, authorization: str) -> Caller:
+    """Return who calls, by the header `x-api-key`, or else by a bearer token.
+
+    `keys` is what KeyFile.load returns. Raises ApiError with status 401. Where both headers are
+    sent `x-api-key` wins, as on the public API.
+    """
+    scheme, _, token = authorization.strip(" \t").partition(" ")
+    presented = api_key.strip(" \t")
+    if not presented and scheme.lower() == "bearer":
+        presented = token.strip(" \t")
+    raw = presented.encode("latin-1", "replace")  # as it came over the wire
+    digest = hashlib.sha256(raw).digest()
+
+    if keys is not None and not keys:
+        return Caller(NOBODY.name, digest)
+
+    # Every key is compared, in constant time: neither a prefix nor a position can be timed.
+    caller: Caller | None = None
+    for key, name in (keys or {}).items():
+        is_match = hmac.compare_digest(raw, key.encode())
+        if is_match and caller is None:
+            caller = Caller(name, digest)
+    if caller is None:
+        raise ApiError("missing or invalid x-api-key header or bearer token", status=401)
+    return caller
+
+
+def cors_headers(head: Head, settings: Settings) -> dict[str, str]:
+    """Return the headers that let a page of this origin read the answer; none for others."""
+    for allowed in settings.cors_origin:
+        if allowed in ("*", head.get("origin")):
+            return {
+                "access-control-allow-origin": allowed,
+                "vary": "origin",
+                "access-control-allow-methods": "GET, POST, OPTIONS",
+                "access-control-allow-headers": "authorization, *",  # the star does not cover it
+                "access-control-expose-headers": "request-id, x-request-id, retry-after",
+                "access-control-max-age": "600",
+            }
+    return {}
+
+
+def check_origin(head: Head, settings: Settings) -> None:
+    """Refuse web pages of other origins, which a browser would let call. Raises ApiError (403).
+
+    A page of another site is known by its `origin`. A page whose name was made to resolve to this
+    machine (DNS rebinding) has the right origin, and is known by the name in `host`.
+    """
+    host = head.get("host")
+    host_name = re.sub(r":\d*\Z", "", host).lower()
+    allowed_names = [name.lower() for name in settings.allowed_host]
+    is_own_name = not host_name or _OWN_NAME.fullmatch(host_name)
+    if not is_own_name and host_name not in allowed_names:
+        raise ApiError(f"Host {sanitized(host_name, 100)} is not served; see --allowed-host", 403)
+
+    origin = head.get("origin")
+    is_own_origin = origin in ("", f"http://{host}", f"https://{host}")
+    if not is_own_origin and not cors_headers(head, settings):
+        raise ApiError(f"pages of {sanitized(origin, 100)} may not call; see --cors-origin", 403)
+
+
+# ========================================================================= Turn
+# A checked, frozen request, the same for all three APIs, and what checks it. Refused is only what
+# the CLI would silently repair, drop or choke on, and what the code itself would stumble over. All
+# else goes upstream, whose own error comes back. Pure: no I/O, any thread.
+
+MAX_JSON_DEPTH: Final = 128  # deep enough for any schema; far from both languages' stack limits
+EFFORTS: Final = ("low", "medium", "high", "xhigh", "max")
+# Models for which the CLI takes `effort` out of the body (read, 2.1.300 and 2.1.332). The API
+# refuses it for them.
+_LACKS_EFFORT: Final = re.compile(
+    r"claude-(3-|opus-4-[01]\b|opus-4-20|sonnet-4-[05]\b|sonnet-4-20|haiku-4-5\b)"
+)
+# How the block begins in which Claude Code says who it is (code.claude.com: llm-gateway-protocol).
+ATTRIBUTION_START: Final = "x-anthropic-billing-header:"
+# Top-level fields that are not merged into the CLI's own body: they have a way of their own, are
+# the CLI's to say (metadata), what it does anyway (a breakpoint on the last block), or an older
+# spelling of `output_config`.
+_NOT_IN_EXTRA_BODY: Final = (
+    "model", "messages", "system", "stream", "tools", "metadata", "cache_control",
+    "output_format", "effort",
+)  # fmt: skip
+_TYPE_NAMES: Final = {str: "string", bool: "boolean", dict: "dictionary", list: "list"}
+_BASE64: Final = re.compile("[A-Za-z0-9+/]*")
+_IMAGE_STARTS: Final = {  # the formats' magic numbers in base64
+    "image/png": "iVBORw0KGgo", "image/jpeg": "/9j/", "image/gif": "R0lGOD", "image/webp": "UklGR",
+}  # fmt: skip
+# What JavaScript's `trim` and `\s` take for white space, and so what is blank for the CLI.
+JS_WHITE_SPACE: Final = (
+    "\t\n\v\f\r \u00a0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a"
+    "\u2028\u2029\u202f\u205f\u3000\ufeff"
+)
+# Words of the CLI's own for an empty answer; it drops an answer that says only these.
+_EMPTY_ANSWERS: Final = ("", "(no content)", "[Empty text removed]")
+# The CLI drops the oldest images and documents that are over the API's number, which is higher for
+# models with a window of a million tokens. Those it knows by their names, and for others goes by
+# this beta (seen, 2.1.300 and 2.1.332: all names that they list, and others).
+MAX_MEDIA: Final = 100
+MAX_MEDIA_IN_LONG_WINDOW: Final = 600
+_HAS_LONG_WINDOW: Final = re.compile(
+    r"claude-(opus-4-[78]|opus-5|sonnet-5|fable-5|haiku-5-5)(?!\d)|.*\[1m\]\Z"
+)
+_LONG_WINDOW_BETA: Final = "context-1m-2025-08-07"
+_MEDIA_TYPES: Final = ("image", "document")
+# Betas that are passed on: not those that the CLI sends for itself.
+_BETA: Final = re.compile(r"(?!claude-code-|oauth-)[A-Za-z0-9][A-Za-z0-9_.-]*\Z")
+
+Block = JsonObject  # of a message's content, as the Messages API has it
+Located = tuple[str, JsonObject]  # an object, after the path under which the client sent it
 
 
 class Message(NamedTuple):
     """One message, its blocks as the client sent them but for cache breakpoints."""
 
     role: str  # "user" or "assistant"
-    content: list[JsonObject]
+    content: list[Block]
 
 
 @dataclass(frozen=True, slots=True)
@@ -538,56 +1281,21 @@ class Turn:
     stream: bool
     system: str  # "" means the default system prompt
     messages: tuple[Message, ...]  # roles alternating; the last one is the user's
-    digests: tuple[bytes, ...]  # one a message, alike where the model is told the same
+    digests: tuple[bytes, ...]  # one for each message (`digest_message`)
     tools: list[JsonObject]
     extra_body: JsonObject  # merged by the CLI into the top level of its request
     betas: tuple[str, ...]
-    marked: JsonObject | None  # the very block or tool that goes with a cache breakpoint
+    cache_breakpoint: JsonObject | None  # the very block or tool that is sent with cache_control
     cache_ttl: str  # "5m" or "1h", for every cache breakpoint of the request
-    media: int  # how many images and documents there are
+    media_count: int  # images and documents
     is_login: bool = False  # the CLI runs on a claude.ai login
 
 
-_KIND_NAMES: Final = {str: "string", bool: "boolean", dict: "dictionary", list: "list"}
-EFFORTS: Final = ("low", "medium", "high", "xhigh", "max")
-# Models for which the CLI takes `effort` out of the body (read, 2.1.300 and 2.1.332); the API
-# refuses it for them.
-_LACKS_EFFORT: Final = re.compile(
-    r"claude-(3-|opus-4-[01]\b|opus-4-20|sonnet-4-[05]\b|sonnet-4-20|haiku-4-5\b)"
-)
-# How the block begins in which Claude Code says who it is (code.claude.com: llm-gateway-protocol).
-ATTRIBUTION_START: Final = "x-anthropic-billing-header:"
-# Top-level fields that do not travel in CLAUDE_CODE_EXTRA_BODY: they have a way of their own, are
-# the CLI's to say (metadata), or what it does anyway (a breakpoint on the last block).
-_OURS: Final = ("model", "messages", "system", "stream", "tools", "metadata", "cache_control")
-_BASE64: Final = re.compile("[A-Za-z0-9+/]*")
-_IMAGE_STARTS: Final = {  # their magic numbers in base64
-    **{"image/png": "iVBORw0KGgo", "image/jpeg": "/9j/"},
-    **{"image/gif": "R0lGOD", "image/webp": "UklGR"},
-}
-# What JavaScript's `trim` takes off.
-_BLANK_FOR_CLI: Final = (
-    "\t\n\v\f\r \u00a0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a"
-    "\u2028\u2029\u202f\u205f\u3000\ufeff"
-)
-# What the CLI takes for text that is not blank, and for text without blank ends.
-_SAID: Final = re.compile(r"[^\s\ufeff](?:.*[^\s\ufeff])?", re.DOTALL)
-_SAYS_NOTHING: Final = ("", "(no content)", "[Empty text removed]")  # words of the CLI's own
-# The CLI drops the oldest images and documents that are over the API's number, which is higher for
-# models with a window of a million tokens. Those it knows by their names, and for others goes by
-# this beta (seen, 2.1.300 and 2.1.332: all names that they list, and others).
-MAX_MEDIA: Final = 100
-MAX_MEDIA_IN_LONG_WINDOW: Final = 600
-_HAS_LONG_WINDOW: Final = re.compile(
-    r"claude-(opus-4-[78]|opus-5|sonnet-5|fable-5|haiku-5-5)(?!\d)|.*\[1m\]\Z"
-)
-_MEDIA: Final = ("image", "document")
-_LONG_WINDOW_BETA: Final = "context-1m-2025-08-07"
-_BETA: Final = re.compile(r"(?!claude-code-|oauth-)[A-Za-z0-9][A-Za-z0-9_.-]*\Z")  # not the CLI's
-
-
 def parse_json(raw: bytes) -> JsonObject:
-    """Parse a request body: a JSON object in UTF-8 that every later step can carry."""
+    """Parse a request body: a JSON object in UTF-8 that every later step can carry.
+
+    Raises InvalidRequest.
+    """
     try:
         if fits_at_once(raw):
             body = json.loads(raw.decode("utf-8"))
@@ -596,44 +1304,53 @@ def parse_json(raw: bytes) -> JsonObject:
             body = load_in_slices(raw)
     except (RecursionError, ValueError) as exc:  # also of a lone surrogate, NaN, 4301 digits
         raise InvalidRequest(f"The request body is not valid JSON: {exc}") from None
-    level: list[Any] = [[body]]  # lists and dictionaries, level by level
-    for _ in range(MAX_JSON_DEPTH + 1):
-        nested = (node.values() if isinstance(node, dict) else node for node in level)
-        level = [child for node in nested for child in node if isinstance(child, (dict, list))]
-    if level or not isinstance(body, dict):
+
+    if not isinstance(body, dict) or is_deeper_than(MAX_JSON_DEPTH, body):
         raise InvalidRequest(f"The body is no JSON object, or nested deeper than {MAX_JSON_DEPTH}")
     return body
 
 
-def require(owner: JsonObject, name: str, kind: type[_T], path: str = "") -> _T:
-    """Return a field that must be there. `path` is the owner's, "" for the whole body."""
-    place, value = f"{path}.{name}" if path else name, owner.get(name)
+def is_deeper_than(depth: int, value: Any) -> bool:
+    """Return whether lists and objects are nested deeper than that. Does not recurse."""
+    level = [value]  # lists and objects that are equally deep
+    for _ in range(depth + 1):
+        children: list[Any] = []
+        for container in level:
+            members = container.values() if isinstance(container, dict) else container
+            children.extend(member for member in members if isinstance(member, (dict, list)))
+        level = children
+    return bool(level)
+
+
+def require(owner: JsonObject, name: str, expected: type[_T], path: str = "") -> _T:
+    """Return a field that must be there. Raises InvalidRequest with the field's path.
+
+    `path` is that of the owner, "" for the whole body.
+    """
+    field_path = f"{path}.{name}" if path else name
+    value = owner.get(name)
     if value is None:
-        raise InvalidRequest(f"{place}: Field required")
-    if not isinstance(value, kind):
-        raise InvalidRequest(f"{place}: Input should be a valid {_KIND_NAMES[kind]}")
+        raise InvalidRequest(f"{field_path}: Field required")
+    if not isinstance(value, expected):
+        raise InvalidRequest(f"{field_path}: Input should be a valid {_TYPE_NAMES[expected]}")
     return value
 
 
-def optional(owner: JsonObject, name: str, kind: type[_T], path: str = "") -> _T | None:
-    """Return a field, None where it is absent or null."""
-    return None if owner.get(name) is None else require(owner, name, kind, path)
+def optional(owner: JsonObject, name: str, expected: type[_T], path: str = "") -> _T | None:
+    """Return a field, None where it is absent or null. Raises InvalidRequest."""
+    if owner.get(name) is None:
+        return None
+    return require(owner, name, expected, path)
 
 
-def objects(owner: JsonObject, name: str, path: str = "") -> Iterator[Placed]:
-    """Yield the objects of a list, each with its path; none where the list is absent."""
-    place = f"{path}.{name}" if path else name
+def located_objects(owner: JsonObject, name: str, path: str = "") -> Iterator[Located]:
+    """Yield the objects of a list, each with its path; none where the list is absent.
+
+    Raises InvalidRequest where it is no list, or holds anything else.
+    """
+    list_path = f"{path}.{name}" if path else name
     for index, item in enumerate(optional(owner, name, list, path) or []):
-        yield f"{place}.{index}", require({str(index): item}, str(index), dict, place)
-
-
-def _object(value: Any) -> JsonObject:
-    return value if isinstance(value, dict) else {}
-
-
-def without_nulls(owner: JsonObject) -> JsonObject:
-    """Return an object less its fields that are null."""
-    return {name: value for name, value in owner.items() if value is not None}
+        yield f"{list_path}.{index}", require({str(index): item}, str(index), dict, list_path)
 
 
 def as_blocks(content: Any) -> Any:
@@ -643,111 +1360,122 @@ def as_blocks(content: Any) -> Any:
     return [{"type": "text", "text": content}] if content else []
 
 
-def parse_messages_request(body: JsonObject, betas: str = "", *, is_count: bool = False) -> Turn:
-    """Check a Messages API request, with the anthropic-beta header, and return it as a Turn."""
-    if body.get("thread") is not None:
-        # The SDKs' tool runners then resend the whole history (messages-api.md section 9).
-        problem = "thread: message threads are not supported; send the whole history"
-        raise InvalidRequest(problem, details={"error_code": "thread_unsupported_request"})
-    if body.get("max_tokens") is None and not is_count:  # the CLI would put a number of its own
-        raise InvalidRequest("max_tokens: Field required")
-    require(body, "messages", list)
-    return to_turn(body, objects(body, "messages"), betas, is_count=is_count)
-
-
 def to_turn(
-    body: JsonObject, messages: Iterable[Placed], betas: str = "", *, is_count: bool = False
+    body: JsonObject, messages: Iterable[Located], betas: str = "", *, is_count: bool = False
 ) -> Turn:
-    """Return the Turn of a body and its placed messages; one to count may end with an answer."""
+    """Return the Turn of a Messages API body. Raises InvalidRequest.
+
+    `messages` stand in for the body's own, so that an error names the path that the client knows.
+    `betas` is the anthropic-beta header. A turn whose tokens are counted may end with an answer.
+    """
     if not require(body, "model", str).strip():
         raise InvalidRequest("model: String should have at least 1 character")
-    passed = {
-        **body,
-        **dict.fromkeys(_OURS),
-        "output_format": None,
-        "effort": None,
-        "output_config": _parse_output_config(body),
-        "thinking": _parse_thinking(body),
-    }
-    parts, said = _parse_system(body), list(_parse_messages(messages))
-    system = "\n\n".join(part["text"] for part in parts)
-    if is_count and system:  # the CLI would count it as a message of its own
-        said.insert(0, ("user", "system", {"type": "text", "text": system}))
-    marks: list[Mark] = []
+    extra_body = _parse_extra_body(body)
+    system_blocks = _parse_system(body)
+    system = "\n\n".join(block["text"] for block in system_blocks)
+    entries = list(_parse_messages(messages))
+    if is_count and system:
+        # The CLI counts with a system prompt of its own (`Gateway.count_tokens`): the client's is
+        # counted as a message.
+        entries.insert(0, Entry("user", "system", {"type": "text", "text": system}))
+
+    breakpoints: list[Breakpoint] = []
     tools = []
-    for path, tool in objects(body, "tools"):
+    for path, tool in located_objects(body, "tools"):
         check_callers(f"{path}.allowed_callers", tool.get("allowed_callers"))
-        tools.append(unmarked(tool, marks))
-    merged = _merge(said, marks)
+        tools.append(strip_cache_control(tool, breakpoints))
+    merged = _merge_by_role(entries, breakpoints)
     if merged[-1].role == "assistant" and not is_count:
         problem = "This gateway does not support assistant message prefill."
         raise InvalidRequest(f"messages: {problem} The conversation must end with a user message.")
+
     # The API takes four breakpoints, and the CLI sets three: on two system blocks and the last of
-    # the messages (seen, 2.1.330). The fourth is the client's latest.
-    last = merged[-1].content[-1]
-    marked = next((block for block, _ in reversed(marks) if block is not last), None)
-    for owner in (body, *parts):  # the CLI marks these itself
-        unmarked(owner, marks)
+    # the messages (seen, 2.1.330). The fourth is the client's latest that is not on one of those.
+    last_block = merged[-1].content[-1]
+    own = [each.owner for each in breakpoints if each.owner is not last_block]
+    for owner in (body, *system_blocks):
+        strip_cache_control(owner, breakpoints)  # only for its ttl: the CLI marks these itself
+    # One for all: the API takes no 1h after a 5m, and the CLI marks before and after the client.
+    cache_ttl = "1h" if any(each.ttl == "1h" for each in breakpoints) else "5m"
+
     return Turn(
         model=body["model"],
         stream=bool(optional(body, "stream", bool)),
         system=system,
         messages=tuple(merged),
-        digests=tuple(map(digest_message, merged)),
+        digests=tuple(digest_message(message) for message in merged),
         tools=tools,
-        extra_body=without_nulls(passed),
-        betas=tuple(dict.fromkeys(filter(_BETA.match, map(str.strip, betas.split(","))))),
-        marked=marked,
-        # for all: the API takes no 1h after a 5m, and the CLI marks before and after the client
-        cache_ttl="1h" if "1h" in [ttl for _, ttl in marks] else "5m",
-        media=_count_media(merged),
+        extra_body=extra_body,
+        betas=_parse_betas(betas),
+        cache_breakpoint=own[-1] if own else None,
+        cache_ttl=cache_ttl,
+        media_count=_count_media(merged),
     )
 
 
-def for_login(turn: Turn) -> Turn:
+def with_login_caching(turn: Turn) -> Turn:
     """Return a turn for a CLI on a claude.ai login, whose breakpoints are 1h (seen, 2.1.330)."""
     return dataclasses.replace(turn, cache_ttl="1h", is_login=True)
 
 
+def _parse_betas(header: str) -> tuple[str, ...]:
+    """Return the betas of an anthropic-beta header that are passed on, each once."""
+    names = [name.strip() for name in header.split(",")]
+    return tuple(dict.fromkeys(name for name in names if _BETA.match(name)))
+
+
+def _parse_extra_body(body: JsonObject) -> JsonObject:
+    """Return the fields that the CLI merges into its own request; absent and null are alike."""
+    extra_body = dict(body)
+    for name in _NOT_IN_EXTRA_BODY:
+        extra_body.pop(name, None)
+    extra_body["output_config"] = _parse_output_config(body)
+    extra_body["thinking"] = _parse_thinking(body)
+    return without_nulls(extra_body)
+
+
 def _parse_output_config(body: JsonObject) -> JsonObject | None:
-    """Return `output_config`, with what older forms say of it; None where nothing is said."""
-    output_config = {"format": body.get("output_format"), "effort": body.get("effort")}
-    if output_config["effort"] not in (None, *EFFORTS):
-        raise InvalidRequest(f"effort: Input should be {' or '.join(map(repr, EFFORTS))}")
+    """Return `output_config`, joined with its older spellings; None where there is nothing."""
+    effort = body.get("effort")
+    if effort not in (None, *EFFORTS):
+        choices = " or ".join(repr(each) for each in EFFORTS)
+        raise InvalidRequest(f"effort: Input should be {choices}")
 
     given = without_nulls(optional(body, "output_config", dict) or {})
     if "effort" in given and _LACKS_EFFORT.match(body["model"]):
         # The CLI leaves it out for these models, by a list of names of its own.
         raise InvalidRequest("This model does not support the effort parameter.")
+    output_config = {"format": body.get("output_format"), "effort": effort}
     output_config.update(given)
     return without_nulls(output_config) or None
 
 
 def _parse_thinking(body: JsonObject) -> JsonObject | None:
-    """Return `thinking` as it goes upstream; None where the client said nothing of it."""
+    """Return `thinking` as it goes upstream; None where the client sent nothing of it."""
     thinking = optional(body, "thinking", dict)
-    if thinking is None and _is_top_p_alone(body):
-        # Said for the client, which changes nothing: models that take top_p do not think by
+    if thinking is None and is_top_p_alone(body):
+        # Added for the client, which changes nothing: models that take top_p do not think by
         # default. See `to_flag_settings`, which has to let the CLI believe that it thinks.
         thinking = {"type": "disabled"}
     return thinking
 
 
-def _is_top_p_alone(fields: JsonObject) -> bool:
+def is_top_p_alone(fields: JsonObject) -> bool:
     """Return whether a request sets top_p and leaves temperature to the API."""
     return fields.get("top_p") is not None and fields.get("temperature") is None
 
 
-def _parse_system(body: JsonObject) -> list[JsonObject]:
+def _parse_system(body: JsonObject) -> list[Block]:
     """Return the system prompt's text blocks; none for a blank string.
 
     The attribution block of a Claude Code that is the client is left out: the CLI sends its own,
     and upstream drops a block that begins so whole, with the prompt that was joined to it.
     """
-    if isinstance(body.get("system"), str):
-        blocks = [] if is_blank(body["system"]) else as_blocks(body["system"])
+    system = body.get("system")
+    if isinstance(system, str):
+        blocks: list[Block] = [] if is_blank(system) else as_blocks(system)
     else:
-        blocks = [block for _, block in objects(body, "system")]
+        blocks = [block for _, block in located_objects(body, "system")]
 
     for number, block in enumerate(blocks):
         if is_blank(require(block, "text", str, f"system.{number}")):
@@ -755,59 +1483,79 @@ def _parse_system(body: JsonObject) -> list[JsonObject]:
     return [block for block in blocks if not block["text"].startswith(ATTRIBUTION_START)]
 
 
-def _parse_messages(messages: Iterable[Placed]) -> Iterator[Said]:
-    """Check messages and yield their blocks; a `system` line would end the CLI: user text."""
+class Entry(NamedTuple):
+    """A block of a message, with the message's role and the block's own path."""
+
+    role: str
+    path: str
+    block: Block
+
+
+def _parse_messages(messages: Iterable[Located]) -> Iterator[Entry]:
+    """Check messages and yield their blocks.
+
+    A `system` message becomes user text, because a system line on stdin makes the CLI exit.
+    """
     for path, message in messages:
-        if (role := message.get("role")) not in ("user", "assistant", "system"):
+        role = message.get("role")
+        if role not in ("user", "assistant", "system"):
             raise InvalidRequest(f"{path}.role: Input should be 'user' or 'assistant'")
-        given = {"content": as_blocks(message.get("content"))}
-        content = require(given, "content", list, path)
+
+        owner = {"content": as_blocks(message.get("content"))}
+        content = require(owner, "content", list, path)
         if not content and role == "system" and "output_config" in message:
-            continue  # Claude Code's own note of the effort from here on; the request says it too
+            # Claude Code's own note of the effort from here on; the request's fields have it too.
+            continue
         if not content:
             raise InvalidRequest(f"{path}: all messages must have non-empty content")
-        for place, block in objects(given, "content", path):
-            check_block(place, block)
-            if block["type"] == "text" and not _SAID.search(block["text"]):
-                # Blank for JavaScript, as U+FEFF is. In a tool result it is handed on (seen).
-                raise InvalidRequest(f"{place}: text content blocks must be non-empty")
+
+        for block_path, block in located_objects(owner, "content", path):
+            check_block(block_path, block)
+            # The CLI drops what is blank for JavaScript, as U+FEFF is; but in a tool result it
+            # hands it on (seen).
+            if block["type"] == "text" and is_blank(block["text"], JS_WHITE_SPACE):
+                raise InvalidRequest(f"{block_path}: text content blocks must be non-empty")
             if role == "system":
-                text = require(block, "text", str, place)
-                block = {"type": "text", "text": f"<system-reminder>\n{text}\n</system-reminder>"}
-            yield role, place, block
+                block = _to_reminder(block_path, block)
+            yield Entry(role, block_path, block)
 
 
-def says_nothing(block: JsonObject) -> bool:
-    """Return whether a block of an answer counts for nothing in the CLI (seen).
+def _to_reminder(path: str, block: Block) -> Block:
+    """Return a block of a system message in the form in which Claude Code sends such text."""
+    text = require(block, "text", str, path)
+    return {"type": "text", "text": f"<system-reminder>\n{text}\n</system-reminder>"}
 
-    It drops an answer that has no other blocks, and joins what stands before and after it.
+
+def check_block(path: str, block: Block) -> None:
+    """Check one content block for what the CLI would not hand on as it is.
+
+    Raises InvalidRequest with the path as the API names it: after a block's own comes its type.
     """
-    if block["type"] == "text":
-        is_short = len(block["text"]) < SLICE_CHARS
-        return is_short and block["text"].strip(_BLANK_FOR_CLI) in _SAYS_NOTHING
-    return block["type"] in ("thinking", "redacted_thinking")
-
-
-def check_block(path: str, block: JsonObject) -> None:
-    """Check one content block for what the CLI would not hand on as it is (cli-contract.md)."""
-    kind = require(block, "type", str, path)
-    inside = f"{path}.{kind}"  # as the API names what is in a block
-    if kind == "text" and is_blank(require(block, "text", str, inside)):
-        raise InvalidRequest(f"{path}: text content blocks must be non-empty")
-    if kind == "image":
+    block_type = require(block, "type", str, path)
+    inside = f"{path}.{block_type}"
+    if block_type == "text":
+        if is_blank(require(block, "text", str, inside)):
+            raise InvalidRequest(f"{path}: text content blocks must be non-empty")
+    elif block_type == "image":
         check_image(f"{inside}.source", require(block, "source", dict, inside))
-    for name in ("id", "name") if kind in ("tool_use", "server_tool_use") else ():
-        require(block, name, str, inside)
-    if kind == "tool_use":
-        caller = optional(block, "caller", dict, inside) or {}
-        check_callers(f"{inside}.caller", [caller.get("type", "direct")])
-    if kind == "tool_result":
-        require(block, "tool_use_id", str, inside)
-        parts = {} if isinstance(block.get("content"), str) else block
-        for place, part in objects(parts, "content", inside):
-            check_block(place, part)
-            if block.get("is_error") and part["type"] != "text":  # the CLI would drop it
-                raise InvalidRequest(f"{place}: all content must be type `text` in an error")
+    elif block_type in ("tool_use", "server_tool_use"):
+        require(block, "id", str, inside)
+        require(block, "name", str, inside)
+        if block_type == "tool_use":
+            caller = optional(block, "caller", dict, inside) or {}
+            check_callers(f"{inside}.caller", [caller.get("type", "direct")])
+    elif block_type == "tool_result":
+        _check_tool_result(inside, block)
+
+
+def _check_tool_result(path: str, block: Block) -> None:
+    require(block, "tool_use_id", str, path)
+    if isinstance(block.get("content"), str):
+        return
+    for part_path, part in located_objects(block, "content", path):
+        check_block(part_path, part)
+        if block.get("is_error") and part["type"] != "text":  # the CLI would drop it
+            raise InvalidRequest(f"{part_path}: all content must be type `text` in an error")
 
 
 def check_callers(path: str, callers: Any) -> None:
@@ -818,49 +1566,182 @@ def check_callers(path: str, callers: Any) -> None:
 
 
 def check_image(path: str, source: JsonObject) -> None:
-    """Check an image's bytes: what is no image the CLI would turn into a text note."""
+    """Refuse data that is not an image of its media type: the CLI would make a text note of it."""
     if source.get("type") != "base64":
         return
-    media_type, data = str(source.get("media_type")), require(source, "data", str, f"{path}.base64")
-    end = len(data) - (2 if data.endswith("==") else 1 if data.endswith("=") else 0)
-    is_base64 = len(data) % 4 == 0 and all(
-        _BASE64.fullmatch(data, at, min(at + SLICE_CHARS, end)) for at in range(0, end, SLICE_CHARS)
-    )
-    if not is_base64 or not data.startswith(_IMAGE_STARTS.get(media_type, "no image")):
+    media_type = str(source.get("media_type"))
+    data = require(source, "data", str, f"{path}.base64")
+    is_image = data.startswith(_IMAGE_STARTS.get(media_type, "no image"))
+    if not is_image or not _is_base64(data):
         raise InvalidRequest(f"{path}.base64.data: Could not process image as {media_type}")
 
 
-def _merge(said: Iterable[Said], marks: list[Mark]) -> list[Message]:
-    """Join the messages of one role, as the API does (the CLI would itself, but add a newline)."""
+def _is_base64(data: str) -> bool:
+    if len(data) % 4 != 0:
+        return False
+
+    end = len(data)
+    if data.endswith("=="):
+        end -= 2
+    elif data.endswith("="):
+        end -= 1
+    for start in range(0, end, SLICE_CHARS):
+        if not _BASE64.fullmatch(data, start, min(start + SLICE_CHARS, end)):
+            return False
+    return True
+
+
+def _merge_by_role(entries: Iterable[Entry], breakpoints: list[Breakpoint]) -> list[Message]:
+    """Return messages whose roles alternate: consecutive ones of one role are joined.
+
+    The API does so, and the CLI too, but it would add a newline. A system message joins the
+    user's. Raises InvalidRequest.
+    """
     merged: list[Message] = []
-    seen: set[str] = set()
-    asked: dict[str, str] = {}  # the calls of the message before, each with its path
-    for is_answer, each in itertools.groupby(said, lambda one: one[0] == "assistant"):
-        group = list(each)
-        if any(role == "system" for role, _, _ in group):  # tool results must stay in front
-            group.sort(key=lambda one: one[2]["type"] != "tool_result")
-        if is_answer and all(says_nothing(block) for _, _, block in group):
-            problem = "The final block in an assistant message cannot be `thinking`."
-            if any(block["type"] == "text" for _, _, block in group):
-                problem = (
-                    "an answer of `(no content)` or `[Empty text removed]` alone cannot be sent"
-                )
-            raise InvalidRequest(f"{group[-1][1].rpartition('.content.')[0]}: {problem}")
-        asked = _check_tool_pairs(group, asked, seen)
-        content = [unmarked(block, marks) for _, _, block in group]
+    seen_ids: set[str] = set()
+    pending: dict[str, str] = {}  # the tool calls of the message before, each with its path
+    for is_answer, group in itertools.groupby(entries, lambda entry: entry.role == "assistant"):
+        joined = list(group)
+        if any(entry.role == "system" for entry in joined):
+            # Tool results must stay in front of what became text. The sort keeps the order else.
+            joined.sort(key=lambda entry: entry.block["type"] != "tool_result")
+        if is_answer:
+            _check_says_something(joined)
+        pending = _check_tool_pairs(joined, pending, seen_ids)
+        content = [strip_cache_control(entry.block, breakpoints) for entry in joined]
         merged.append(Message("assistant" if is_answer else "user", content))
+
     if not merged:
         raise InvalidRequest("messages: at least one message is required")
     return merged
 
 
+def _check_says_something(answer: list[Entry]) -> None:
+    """Refuse an answer that counts for nothing in the CLI.
+
+    It drops an answer that has only such blocks, and joins what stands before and after it (seen).
+    """
+    if not all(_says_nothing(entry.block) for entry in answer):
+        return
+
+    problem = "The final block in an assistant message cannot be `thinking`."
+    if any(entry.block["type"] == "text" for entry in answer):
+        problem = "an answer of `(no content)` or `[Empty text removed]` alone cannot be sent"
+    raise InvalidRequest(f"{_message_path(answer[-1].path)}: {problem}")
+
+
+def _says_nothing(block: Block) -> bool:
+    if block["type"] == "text":
+        is_short = len(block["text"]) < SLICE_CHARS
+        return is_short and block["text"].strip(JS_WHITE_SPACE) in _EMPTY_ANSWERS
+    return block["type"] in ("thinking", "redacted_thinking")
+
+
+def _message_path(block_path: str) -> str:
+    return block_path.rpartition(".content.")[0]
+
+
+def _check_tool_pairs(
+    entries: list[Entry], pending: dict[str, str], seen_ids: set[str]
+) -> dict[str, str]:
+    """Return a message's tool calls, each id with its path.
+
+    `pending` are those of the message before. Raises InvalidRequest for a call without its result
+    and a result without its call, which the CLI would silently repair, and for an id that was
+    `seen` before.
+    """
+    calls: dict[str, str] = {}
+    unanswered = dict(pending)
+    # Also the results of tools that upstream runs itself: they stand in the same message.
+    answered_here = {str(entry.block.get("tool_use_id")) for entry in entries}
+    for _, path, block in entries:
+        call_id = str(block.get("id"))
+        if block["type"] == "tool_result":
+            if unanswered.pop(block["tool_use_id"], None) is None:
+                problem = "unexpected `tool_use_id` found in `tool_result` blocks"
+                raise InvalidRequest(f"{path}: {problem}: {block['tool_use_id']}")
+        elif block["type"] == "tool_use":
+            if call_id in seen_ids:
+                raise InvalidRequest(f"{path}: `tool_use` ids must be unique")
+            seen_ids.add(call_id)
+            calls[call_id] = path
+        elif block["type"] == "server_tool_use" and call_id not in answered_here:
+            unanswered[call_id] = path
+
+    if unanswered:
+        path = _message_path(next(iter(unanswered.values())))
+        problem = "`tool_use` ids were found without `tool_result` blocks immediately after"
+        raise InvalidRequest(f"{path}: {problem}: {', '.join(unanswered)}")
+    return calls
+
+
+class Breakpoint(NamedTuple):
+    """A cache breakpoint that the client set."""
+
+    owner: JsonObject  # the block or tool, in its copy without cache_control
+    ttl: Any
+
+
+def strip_cache_control(owner: JsonObject, breakpoints: list[Breakpoint]) -> JsonObject:
+    """Return a copy of a block or tool without cache_control.
+
+    Each breakpoint found, also those inside a tool result, is appended to `breakpoints` as one of
+    this copy.
+    """
+    stripped = dict(owner)
+    found: list[Breakpoint] = []
+    if stripped.get("type") == "tool_result" and isinstance(stripped.get("content"), list):
+        stripped["content"] = [
+            strip_cache_control(as_object(part), found) for part in stripped["content"]
+        ]
+    cache_control = as_object(stripped.get("cache_control"))
+    if cache_control.get("type") == "ephemeral":
+        del stripped["cache_control"]
+        found.append(Breakpoint(stripped, cache_control.get("ttl")))
+    breakpoints.extend(Breakpoint(stripped, each.ttl) for each in found)
+    return stripped
+
+
+def digest_message(message: Message) -> bytes:
+    """Return a hash that is equal for messages that mean the same to the model.
+
+    How they are spelled in JSON makes no difference.
+    """
+    digest = hashlib.sha256()
+    canonical = [message.role, _canonical(message.content)]
+    for piece in json_pieces(canonical, sort_keys=True):
+        digest.update(piece.encode("ascii"))
+    return digest.digest()
+
+
+def _canonical(node: Any) -> Any:
+    """Drop what makes no difference to the model; a tool's input is verbatim."""
+    if isinstance(node, list):
+        return [_canonical(item) for item in node]
+    if not isinstance(node, dict):
+        return node
+
+    if node.get("type") == "tool_result":
+        node = {**node, "content": as_blocks(node.get("content") or "")}
+    canonical = {}
+    for name, value in node.items():
+        if value is None or value is False or name == "caller":  # the CLI drops `caller`
+            continue
+        is_verbatim = isinstance(value, str) or name == "input"
+        canonical[name] = value if is_verbatim else _canonical(value)
+    return canonical
+
+
 def check_media(turn: Turn, model: str) -> None:
-    """Refuse more images and documents than the CLI hands on; `model` is an id, not an alias."""
-    is_long = _LONG_WINDOW_BETA in turn.betas or _HAS_LONG_WINDOW.match(model)
-    most = MAX_MEDIA_IN_LONG_WINDOW if is_long else MAX_MEDIA
-    if turn.media > most:
-        problem = f"{turn.media} images and documents, where {model} takes {most} in a request"
-        raise InvalidRequest(f"messages: too many of them: {problem}")
+    """Refuse more images and documents than the CLI hands on. Raises InvalidRequest.
+
+    `model` is an id, not an alias.
+    """
+    has_long_window = _LONG_WINDOW_BETA in turn.betas or _HAS_LONG_WINDOW.match(model)
+    limit = MAX_MEDIA_IN_LONG_WINDOW if has_long_window else MAX_MEDIA
+    if turn.media_count > limit:
+        problem = f"{turn.media_count} images and documents, where {model} takes {limit}"
+        raise InvalidRequest(f"messages: too many of them: {problem} in a request")
 
 
 def _count_media(messages: Iterable[Message]) -> int:
@@ -868,443 +1749,65 @@ def _count_media(messages: Iterable[Message]) -> int:
     count = 0
     for message in messages:
         for block in message.content:
-            parts = block.get("content") if block["type"] == "tool_result" else None
-            inside = parts if isinstance(parts, list) else []
-            count += sum(_object(each).get("type") in _MEDIA for each in (block, *inside))
+            parts = [block]
+            if block["type"] == "tool_result" and isinstance(block.get("content"), list):
+                parts += block["content"]
+            count += sum(1 for part in parts if as_object(part).get("type") in _MEDIA_TYPES)
     return count
 
 
-def _check_tool_pairs(said: list[Said], due: dict[str, str], seen: set[str]) -> dict[str, str]:
-    """Return a message's calls. Refuses a call or result alone: the CLI would silently mend it."""
-    calls: dict[str, str] = {}
-    results = {str(block.get("tool_use_id")) for _, _, block in said}  # of servers' tools, too
-    for _, path, block in said:
-        kind, call = block["type"], str(block.get("id"))
-        if kind == "tool_result" and due.pop(block["tool_use_id"], None) is None:
-            problem = "unexpected `tool_use_id` found in `tool_result` blocks"
-            raise InvalidRequest(f"{path}: {problem}: {block['tool_use_id']}")
-        if kind == "tool_use":
-            if call in seen:
-                raise InvalidRequest(f"{path}: `tool_use` ids must be unique")
-            seen.add(call)
-            calls[call] = path
-        if kind == "server_tool_use" and call not in results:
-            due[call] = path
-    if due:
-        problem = "`tool_use` ids were found without `tool_result` blocks immediately after"
-        path = next(iter(due.values())).rpartition(".content.")[0]
-        raise InvalidRequest(f"{path}: {problem}: {', '.join(due)}")
-    return calls
+# ======================================================================= Models
+# The names under which clients ask for models, and the list that they are shown. Pure.
 
-
-def unmarked(block: JsonObject, marks: list[Mark]) -> JsonObject:
-    """Return a block or tool without breakpoints; `marks` gets those, as on the outermost."""
-    kept, found = dict(block), list[Mark]()
-    if kept.get("type") == "tool_result" and isinstance(kept.get("content"), list):
-        kept["content"] = [unmarked(_object(part), found) for part in kept["content"]]
-    if _object(kept.get("cache_control")).get("type") == "ephemeral":
-        found.append((kept, kept.pop("cache_control").get("ttl")))
-    marks += [(kept, ttl) for _, ttl in found]
-    return kept
-
-
-def digest_message(message: Message) -> bytes:
-    """Return what two messages have in common that tell the model the same, however written."""
-    digest = hashlib.sha256()
-    for piece in json_pieces([message.role, _canonical(message.content)], sort_keys=True):
-        digest.update(piece.encode("ascii"))
-    return digest.digest()
-
-
-def _canonical(node: Any) -> Any:
-    """Drop what makes no difference to the model; tool input is verbatim."""
-    if isinstance(node, list):
-        return [_canonical(item) for item in node]
-    if not isinstance(node, dict):
-        return node
-    if node.get("type") == "tool_result":
-        node = {**node, "content": as_blocks(node.get("content") or "")}
-    return {  # strings are looked at first: a long history has many
-        name: value if isinstance(value, str) or name == "input" else _canonical(value)
-        for name, value in node.items()
-        if value is not None and value is not False and name != "caller"  # the CLI drops that
-    }
-
-
-# ======================================================================== Lines
-# What a turn is in the CLI's own protocol: settings, lines, tool results. Pure: no I/O, no state.
-
-TOOL_SERVER: Final = "t"  # the MCP server under which a request's tools are registered
-# The size in tokens from which on the CLI refuses to call upstream ("Prompt is too long").
-CALL_LIMIT: Final = "CLAUDE_CODE_BLOCKING_LIMIT_OVERRIDE"
-_RESULT_KEYS: Final = frozenset(("type", "tool_use_id", "content", "is_error"))
-
-
-def _marked(turn: Turn, items: Iterable[JsonObject]) -> list[JsonObject]:
-    """Return blocks or tools, the one that is marked with its breakpoint."""
-    mark = {"type": "ephemeral"} | ({"ttl": turn.cache_ttl} if turn.cache_ttl != "5m" else {})
-    return [{**item, "cache_control": mark} if item is turn.marked else item for item in items]
-
-
-def to_flag_settings(turn: Turn, model: str) -> JsonObject:
-    """Return the settings of `apply_flag_settings` for a turn; every per-request one is given."""
-    # `model` is no alias: with one a later change of the system prompt is refused;
-    # the CLI goes on sending tools that were taken off its list, so every body says which
-    body = {**turn.extra_body, "tools": _marked(turn, turn.tools)}
-    # With thinking off the CLI sends `temperature: 1` to models that take one, and upstream
-    # refuses that beside top_p. With thinking on it sends `thinking`, which the body overrides.
-    is_thinking_off = _object(body.get("thinking")).get("type", "disabled") == "disabled"
-    is_thinking_told_by_cli = not is_thinking_off or _is_top_p_alone(body)
-    has_effort = "effort" in _object(body.get("output_config"))
-    variables = {
-        "CLAUDE_CODE_EXTRA_BODY": dump_json(body),
-        "ANTHROPIC_BETAS": ",".join(turn.betas),
-        "CLAUDE_CODE_PROMPT_CACHE_TTL": turn.cache_ttl,
-        "CLAUDE_CODE_DISABLE_THINKING": "" if is_thinking_told_by_cli else "1",
-        # "unset" keeps the CLI's own effort out of the body; empty leaves it to the CLI.
-        "CLAUDE_CODE_EFFORT_LEVEL": "unset" if has_effort else "",
-        # the body's max_tokens is in extra_body; this is for the CLI's own sums
-        "CLAUDE_CODE_MAX_OUTPUT_TOKENS": str(turn.extra_body.get("max_tokens", "")),
-        "MCP_TOOL_TIMEOUT": "100000000",  # ms; tool calls wait as long as they must
-        CALL_LIMIT: "1000000000",  # what is too long is upstream's to say
-    }
-    return {"env": variables, "model": model}
-
-
-LOG_LINE: Final = "cc2api_log"  # the type of a line that stands for a message of the CLI's log
-_LOG_FORMAT: Final = re.compile(rb"\d{4}-\d\d-\d\dT[\d:.]+Z \[(?:DEBUG|ERROR)\] (.*)", re.DOTALL)
-
-
-def read_log_line(raw: bytes) -> str | None:
-    """Return the message of a line of the CLI's log; None for anything else on stderr."""
-    found = _LOG_FORMAT.fullmatch(raw.rstrip())
-    if found is None:
-        return None
-    text = found[1].decode("utf-8", "replace")
-    if text.startswith('"'):  # what has several lines is written as one JSON string
-        with contextlib.suppress(ValueError):
-            text = str(json.loads(text))
-    return text
-
-
-def to_name(tool: JsonObject) -> str:
-    """Return the name under which a tool is registered."""
-    return str(tool.get("name") or tool.get("type"))
-
-
-def to_line(turn: Turn, index: int, model: str, *, is_query: bool = False) -> JsonObject:
-    """Return the stdin line of a turn's message; one that `is_query` starts the call."""
-    role, content = turn.messages[index]
-    message: JsonObject = {"role": role, "content": _marked(turn, content)}
-    line: JsonObject = {"type": role, "message": message, "uuid": str(uuid.uuid4())}
-    line |= {"parent_tool_use_id": None, "session_id": ""}
-    if role == "user":
-        # composed: verbatim, no @paths and no commands
-        return {**line, "client_composed": True, "shouldQuery": is_query}
-    message |= {"id": line["uuid"], "type": "message", "stop_reason": "end_turn"}
-    message["model"] = model.removesuffix("[1m]")  # of another the CLI would drop thinking blocks
-    message["usage"] = {"input_tokens": 0, "output_tokens": 0}  # others would be counted as real
-    return line
-
-
-def to_tool_results(query: Message, asked: Sequence[str]) -> list[JsonObject] | None:
-    """Return a message's MCP results in the order of their calls; None: the CLI would change it."""
-    # It orders results by their calls, strips and joins errors, words empty results, and writes
-    # large ones to disk (all seen). Images and text beside the results go no better.
-    if [block.get("tool_use_id") for block in query.content] != list(asked):
-        return None
-    results, size = [], 0
-    for block in query.content:
-        if not block.keys() <= _RESULT_KEYS:
-            return None  # the channel has no place for what is newer than this file
-        parts = as_blocks(block.get("content") or [])
-        texts = [part.get("text") for part in parts]
-        is_plain = bool(parts) and parts == [{"type": "text", "text": text} for text in texts]
-        if not (is_plain and all(map(_SAID.search, texts))):
-            return None
-        is_error, first = bool(block.get("is_error")), texts[0]
-        is_kept = len(texts) == 1 and len(first) <= MAX_TOOL_ERROR_CHARS and _SAID.fullmatch(first)
-        if is_error and not is_kept:
-            return None
-        size += sum(map(len, texts))
-        results.append({"content": parts, "isError": is_error})
-    return results if size <= MAX_TOOL_RESULT_CHARS else None
+DEFAULT_MODEL_NAME: Final = "claude-code"  # the name under which clients ask for the CLI's default
+# The CLI lists a model with this ending where it may use a window of a million tokens.
+LONG_WINDOW_SUFFIX: Final = "[1m]"
+_UNKNOWN_DATE: Final = "1970-01-01T00:00:00Z"  # what the API's documentation says for unknown
 
 
 def resolve_model(name: str, models: Iterable[JsonObject]) -> str:
-    """Return the id that the CLI will use for a model name or alias, by its own list."""
+    """Return the id that the CLI will use for a model's name or alias.
+
+    `models` is the CLI's own list, of objects with `value`, `resolvedModel` and `displayName`. A
+    name that it does not list is an id.
+    """
     wanted = "default" if name == DEFAULT_MODEL_NAME else name
-    found = (model.get("resolvedModel") for model in models if model.get("value") == wanted)
-    return str(next(found, None) or name)
+    for model in models:
+        if model.get("value") == wanted:
+            return str(model.get("resolvedModel") or name)
+    return name
 
 
 def to_model_list(models: Iterable[JsonObject]) -> list[JsonObject]:
-    """Return the CLI's models as both SDKs parse them (messages-api.md section 6), newest first."""
+    """Return the CLI's models in a form that Anthropic's and OpenAI's SDKs parse, newest first."""
     items: dict[str, JsonObject] = {}
     for model in models:
-        model_id = resolve_model(str(model.get("value")), [model]).removesuffix("[1m]")
-        item = {"type": "model", "object": "model", "id": model_id, "owned_by": "anthropic"}
-        dates = {"created_at": "1970-01-01T00:00:00Z", "created": 0}  # unknown, by the API's docs
-        items[model_id] = {**item, **dates, "display_name": model.get("displayName") or model_id}
-    versions = {model_id: list(map(int, re.findall(r"\d+", model_id))) for model_id in items}
-    return sorted(items.values(), key=lambda item: versions[item["id"]], reverse=True)
+        model_id = resolve_model(str(model.get("value")), [model])
+        model_id = model_id.removesuffix(LONG_WINDOW_SUFFIX)
+        items[model_id] = {
+            "type": "model",
+            "object": "model",
+            "id": model_id,
+            "owned_by": "anthropic",
+            "created_at": _UNKNOWN_DATE,
+            "created": 0,
+            "display_name": model.get("displayName") or model_id,
+        }
+    return sorted(items.values(), key=_version_numbers, reverse=True)
 
 
-# get_context_usage takes 500 tokens off all tools together, and counts them beside a message of 8.
-COUNTED_TOOLS_DEDUCTION: Final = 492
-# Counted with the tools, so that their sum is never below the deduction, and by themselves.
-PADDING_TOOLS: Final[list[JsonObject]] = [
-    {"name": name, "description": "word " * 1000, "input_schema": {"type": "object"}}
-    for name in ("cc2api_padding", "cc2api_padding2")
-]
+def _version_numbers(item: JsonObject) -> list[int]:
+    return [int(digits) for digits in re.findall(r"\d+", item["id"])]
 
 
-def to_counts(usage: JsonObject) -> tuple[int, int]:
-    """Return the tokens of messages, and of tools less COUNTED_TOOLS_DEDUCTION."""
-    # Where upstream does not count, the CLI silently guesses a token for four characters; of the
-    # system prompt of `Service.count_tokens` every true count is twice that.
-    counts = {c.get("name"): int(c.get("tokens") or 0) for c in usage.get("categories") or []}
-    if counts.get("System prompt", 0) < 32:
-        raise CliFailed("upstream did not count the tokens")
-    return counts.get("Messages", 0), counts.get("MCP tools", 0)
+# ================================================================== CLI program
+# Where the CLI is, its version and sign-in; the flags, the environment and the directories that its
+# processes run with.
 
-
-# ======================================================================= Events
-# The CLI's lines to Anthropic events, and events to one message. Pure: no I/O, no threads.
-
-Event = JsonObject
-
-# For failures that carry no status: the CLI's own word for them, on its `assistant` line.
-_STATUS_BY_CLI_ERROR: Final = {
-    **{"authentication_failed": 401, "billing_error": 402, "oauth_org_not_allowed": 403},
-    **{"invalid_request": 400, "max_output_tokens": 400, "model_not_found": 404, "rate_limit": 429},
-}
-# How the messages of the CLI's log begin that PROCESS_FLAGS ask for (seen, 2.1.300 and 2.1.332).
-_CALL_LEAVES: Final = "[API:timing] dispatching to "
-_CALL_FAILED: Final = "API error (attempt "
-MAX_FOREIGN_ERROR_CHARS: Final = 1000  # of a proxy's page of HTML
-# What the CLI puts around upstream's message (seen, 2.1.330 and 2.1.248).
-_DECORATION: Final = re.compile(
-    r"(?s)\A(?:Failed to authenticate\. |Please run /login · )?API Error: "
-    r"(?:(?:Request rejected|Server is temporarily limiting requests) \([^)]*\) · |\d{3} )?"
-    r"|\. This is a server-side issue, usually temporary.*"
-)
-
-
-@contextlib.contextmanager
-def upstream_protocol() -> Iterator[None]:
-    """Take what an event lacks for a failure of upstream's, not of ours."""
-    try:
-        yield
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as exc:
-        raise CliFailed(f"upstream broke the protocol of its answers: {exc!r}") from exc
-
-
-class AnswerReader:
-    """Turn the lines of one answer into events, and tell when it is complete."""
-
-    def __init__(self) -> None:
-        self.is_called = False  # the CLI's call to upstream is on its way
-        self.done = False
-        self.has_left = False  # that call has left: its body and headers are made
-        self.refusal: ApiError | None = None  # upstream's, as the CLI's log has it
-        self.asks_again = False  # the CLI has gone on after a refusal
-        self.has_failed = False  # the CLI has ended its turn without an answer
-        self.content: list[JsonObject] = []  # the finished blocks, as the CLI remembers them
-        self.rate_limits: dict[str, str] = {}  # the plan's state as headers, where it was told
-        self._started = False  # message_start was seen
-        self._stop_reason: str | None = None
-        self._cli_error: str | None = None
-
-    @property
-    def can_go_on(self) -> bool:
-        """Whether the CLI holds the conversation as the client was told it, and asks no more."""
-        # After any other stop reason (max_tokens, refusal, model_context_window_exceeded), and
-        # after an empty answer, it asks upstream again by itself (seen, 2.1.330).
-        says = self.calls or any(str(block.get("text") or "").strip() for block in self.content)
-        reasons = ("tool_use",) if self.calls else ("end_turn", "stop_sequence")
-        return bool(says) and self._stop_reason in reasons
-
-    @property
-    def calls(self) -> dict[str, str]:
-        """The ids of the answer's tool calls in order, each with the tool's name."""
-        return {call["id"]: call["name"] for call in self.content if call["type"] == "tool_use"}
-
-    def feed(self, line: JsonObject) -> list[Event]:
-        """Return the events that a line brings. Raises the ApiError that a failure line means."""
-        kind = line.get("type")
-        if line.get("parent_tool_use_id") is not None or self.done:
-            return []
-        if kind == "stream_event":
-            return self._feed_event(line["event"])
-        if kind == LOG_LINE:
-            self._note_log(line["text"])
-            return []
-        if kind == "result":
-            self.has_failed = True
-            error = read_error(line, self._cli_error)
-            raise self.refusal if self.refusal and not error.is_for_operator else error
-        if line.get("status") == "requesting":
-            self.is_called = True
-        elif kind == "rate_limit_event":
-            self.rate_limits = to_rate_limit_headers(line.get("rate_limit_info"))
-        elif kind == "assistant":
-            self._cli_error = line.get("error") or self._cli_error
-            self.content += map(dict, _object(line.get("message")).get("content") or ())
-        return []
-
-    def _note_log(self, text: str) -> None:
-        """Take a message of the CLI's log: a call leaves, or has failed.
-
-        Some refusals the CLI mends by itself, and calls again without what was refused (images,
-        signatures of thinking, effort, a stream: seen on 2.1.300 and 2.1.332). Then a second call
-        leaves, or fails, after the refusal.
-        """
-        is_call = text.startswith(_CALL_LEAVES)
-        is_failure = text.startswith(_CALL_FAILED)
-        if self.refusal and (is_call or is_failure):
-            self.asks_again = True
-        elif is_call:
-            # The line that announces the call may still be unread: it comes by the other pipe.
-            self.is_called = self.has_left = True
-        elif is_failure:
-            self.refusal = read_refusal(text)
-
-    def _feed_event(self, event: Event) -> list[Event]:
-        kind, reason = event["type"], _object(event.get("delta")).get("stop_reason")
-        # After a failure come closing events of the CLI's own making, without a stop reason, and
-        # then `result`; after a refusal the true message_delta.
-        if (self._cli_error and not reason) or self._started == (kind == "message_start"):
-            return []
-        if kind == "message_start":
-            self._started = self.is_called = self.has_left = True
-        elif kind == "message_delta" and isinstance(reason, str):
-            self._stop_reason, self.done = reason, True
-            # it always follows; made here, the process can be stopped before it goes on
-            return [event, {"type": "message_stop"}]
-        elif kind == "message_stop":
-            # without a stop reason: upstream's stream broke between two blocks, and the CLI is
-            # about to ask for the rest by a second call (seen, 2.1.330)
-            raise CliFailed("upstream's stream ended before its answer was complete")
-        return [event]
-
-
-def read_refusal(text: str) -> ApiError | None:
-    """Return upstream's own error, by the CLI's log line of a call that failed.
-
-    The line reads `API error (attempt 1/1): 400 400 {"type":"error","error":{...}}`: the status,
-    and the SDK's message, which is the status and the body (seen, 2.1.300 and 2.1.332). None where
-    there is no status: the call did not reach upstream, and the `result` line says why.
-    """
-    found = re.match(r"API error \([^)]*\): ([45]\d\d)(?: \1)? (.*)", text, re.DOTALL)
-    if found is None:
-        return None
-
-    status, said = int(found[1]), found[2]
-    body: object = None
-    with contextlib.suppress(ValueError, RecursionError):
-        body = json.loads(said)
-    error = _object(_object(body).get("error"))
-    message = error.get("message")
-    if not isinstance(message, str):  # of something between the CLI and upstream
-        return ApiError(said[:MAX_FOREIGN_ERROR_CHARS], status)
-    details = _object(error.get("details")) or None
-    return ApiError(message, status, str(error.get("type") or ""), details)
-
-
-def to_rate_limit_headers(info: Any) -> dict[str, str]:
-    """Return a plan's state as the headers that Claude Code reads (messages-api.md 1.2)."""
-    windows = _object(_object(info).get("unifiedWindows"))
-    states = {"": info, "-5h": windows.get("five_hour"), "-7d": windows.get("seven_day")}
-    headers = {}
-    for name, state in states.items():
-        for key, ending in (("status", "status"), ("resetsAt", "reset"), ("utilization",) * 2):
-            value = str(_object(state).get(key, ""))
-            if re.fullmatch(r"[a-z_]+|[0-9.]+", value) and (name or key != "utilization"):
-                headers[f"anthropic-ratelimit-unified{name}-{ending}"] = value
-    return headers
-
-
-def read_error(result: JsonObject, cli_error: str | None = None) -> ApiError:
-    """Return upstream's error by a `result` line, else one by the CLI's word for it, else 502."""
-    text = str(result.get("result") or f"claude gave no answer: {result.get('errors')}")
-    kind, status = str(result.get("api_error_type")), result.get("api_error_status")
-    if not result.get("is_error"):  # the text is then the model's
-        return CliFailed("claude ended its turn without an answer")
-    if text.startswith(("Not logged in", "Invalid API key")):
-        problem = "claude is not signed in on the gateway's machine, or its sign-in was refused"
-        hint = f"{problem}: run `claude auth login` there"
-        return ApiError(hint, status=401, is_for_operator=True)
-    if result.get("terminal_reason") == "blocking_limit":  # by HOLD_CALLS, too early
-        return CliFailed("claude held its call back; nothing was sent upstream", status=503)
-    if text.startswith("Prompt is too long"):
-        return InvalidRequest("prompt is too long for the model's context window")
-    if model := re.match(r"(?s)There's an issue with the selected model \((.*?)\)", text):
-        return ApiError(f"model: {model.group(1)}", status=404)
-    if not isinstance(status, int) or not 400 <= status <= 599:
-        status = STATUS_BY_TYPE.get(kind) or _STATUS_BY_CLI_ERROR.get(str(cli_error), 502)
-    return ApiError(_DECORATION.sub("", text), status, kind if kind in STATUS_BY_TYPE else "")
-
-
-class AnswerWriter:
-    """Writes one answer as a stream or whole: here as the Messages API does, which is the base."""
-
-    end = b""  # of a stream
-    ping: Sequence[JsonObject] = ({"type": "ping"},)
-    fails_in_stream = False  # with a status of 200, also where nothing was written yet
-
-    def __init__(self, calls: Mapping[str, JsonObject] | None = None) -> None:
-        """`calls`: what the call of a tool says it is, by the tool's name upstream."""
-        self.calls = calls or {}
-        self.message: JsonObject = {}  # as far as it has come
-        self.pieces: list[str] = []  # what the deltas of the latest block say; it gets them whole
-
-    def whole(self) -> JsonObject:
-        """Return the answer once all events have been fed."""
-        return self.message
-
-    def live(self) -> Sequence[JsonObject]:
-        """Return events that show life in a stream that is silent; for none a comment does."""
-        return self.ping if self.message else []  # so early it confuses some clients
-
-    def fail(self, error: ApiError, body: JsonObject) -> list[JsonObject]:
-        """Return what ends a stream that fails; `body` tells the error whole."""
-        return [body]
-
-    def feed(self, event: Event) -> list[JsonObject]:
-        """Take the next event that an AnswerReader gave out; return what a stream says of it."""
-        kind, delta = event["type"], _object(event.get("delta"))
-        content = self.message.get("content", [])
-        if kind == "message_start":
-            usage = dict(event["message"].get("usage") or {})
-            self.message = {**event["message"], "content": [], "usage": usage}
-        elif kind == "content_block_start":
-            content.append(dict(event["content_block"]))
-            self.pieces = []
-        elif kind == "content_block_delta":
-            self.pieces += [delta[of] for of in ("text", "thinking", "partial_json") if of in delta]
-            content[-1] |= {of: delta[of] for of in ("signature", "content") if of in delta}
-            if "citation" in delta:
-                citations = content[-1].get("citations") or []
-                content[-1]["citations"] = [*citations, delta["citation"]]
-        elif kind == "content_block_stop" and (said := "".join(self.pieces)):
-            if (block := content[-1]["type"]) in ("text", "thinking"):
-                content[-1][block] += said
-            else:
-                content[-1]["input"] = {}  # also where it was cut short
-                with contextlib.suppress(ValueError, RecursionError):
-                    given = json.loads(said)
-                    json.dumps([[[[[[given]]]]]], allow_nan=False)  # as deep as in an answer
-                    content[-1]["input"] = given
-        elif kind == "message_delta":
-            extra = {"context_management": event.get("context_management")}
-            self.message |= {**delta, **without_nulls(extra)}
-            self.message["usage"] |= without_nulls(event.get("usage") or {})
-        return [event]
-
-
-# ====================================================================== The CLI
-# Where the CLI is, its version and sign-in; the flags and environment that its processes run with.
+MIN_CLI_VERSION: Final = (2, 1, 300)  # older leave `/model` text in a used process (2.1.248)
+DEFAULT_SYSTEM_PROMPT: Final = "You are a helpful assistant."
+CONTROL_TIMEOUT_S: Final = 15.0  # for an answer of the CLI; it needs 0.1 s, and 1 s to start
+TOOL_SERVER: Final = "t"  # the MCP server under which a request's tools are registered
 
 INSTALL_HINT: Final = (
     "Install it from https://claude.com/claude-code, or `pip install claude-agent-sdk`, which"
@@ -1410,13 +1913,13 @@ PROCESS_FLAGS: Final = (
     "--no-session-persistence",  # no transcript on disk
     "--settings", json.dumps(PINNED_SETTINGS),
     "--system-prompt", DEFAULT_SYSTEM_PROMPT,
-    "--allowedTools", "mcp__t", "--permission-mode", "dontAsk",  # of the TOOL_SERVER
+    "--allowedTools", f"mcp__{TOOL_SERVER}", "--permission-mode", "dontAsk",
     # Its log to stderr, of these categories only: that a call leaves, and the failure of one.
     "--debug-to-stderr", "--debug=api:timing,api error (attempt 1/1)",
 )  # fmt: skip
-# Of the variables that start with CLAUDE those alone are handed down that say who signs in, by
-# which provider, and how it is reached. The rest are the CLI's own switches, some of which no
-# settings win over (STREAM_EVENT_HOLD_MS, REMOTE, ENTRYPOINT: seen, 2.1.300 and 2.1.332).
+# Of the variables that start with CLAUDE only those are handed down that say who signs in, by which
+# provider, and how it is reached. The rest are the CLI's own switches, some of which no settings
+# win over (STREAM_EVENT_HOLD_MS, REMOTE, ENTRYPOINT: seen, 2.1.300 and 2.1.332).
 _HANDED_DOWN: Final = re.compile(
     r"CLAUDE_CONFIG_DIR|CLAUDE_SECURESTORAGE_CONFIG_DIR"
     r"|CLAUDE_CODE_OAUTH_\w+|CLAUDE_CODE_API_KEY_HELPER_TTL_MS|CLAUDE_CODE_ORGANIZATION_UUID"
@@ -1425,8 +1928,9 @@ _HANDED_DOWN: Final = re.compile(
     r"|CLAUDE_CODE_CLIENT_(CERT|KEY|KEY_PASSPHRASE)|CLAUDE_CODE_CERT_STORE"
     r"|CLAUDE_CODE_(HTTPS?_PROXY|PROXY_\w+|ENABLE_PROXY_AUTH_HELPER)"
 )
-# The same for what is told with each request.
-_PER_REQUEST: Final = ("ANTHROPIC_BETAS",)
+# Variables that are not handed down because each request sets them.
+_SET_BY_REQUESTS: Final = ("ANTHROPIC_BETAS",)
+_MAX_SHOWN_OUTPUT_CHARS: Final = 200  # of what was not a version
 
 
 class CliUnusable(Exception):
@@ -1445,24 +1949,35 @@ class Cli(NamedTuple):
 
 def find_cli(choice: str | None, environ: Mapping[str, str]) -> Cli:
     """Find `choice`, or else the first claude there is, new enough. Raises CliUnusable."""
-    places = ["claude", "~/.local/bin/claude", "~/.claude/local/claude"]
-    sdk = importlib.util.find_spec("claude_agent_sdk")
-    places += [f"{root}/_bundled/claude" for root in (sdk and sdk.submodule_search_locations) or ()]
-    tried = [os.path.expanduser(place) for place in ([choice] if choice else places)]
-    found = next(filter(None, map(shutil.which, tried)), None)
+    if choice:
+        places = [choice]
+    else:
+        places = ["claude", "~/.local/bin/claude", "~/.claude/local/claude"]
+        sdk = importlib.util.find_spec("claude_agent_sdk")
+        if sdk and sdk.submodule_search_locations:
+            places += [f"{root}/_bundled/claude" for root in sdk.submodule_search_locations]
+    places = [os.path.expanduser(place) for place in places]
+
+    executables = [shutil.which(place) for place in places]
+    found = next((executable for executable in executables if executable), None)
     if found is None:
-        where = choice or f"claude on PATH, nor at {', '.join(tried[1:])}"
+        where = choice or f"claude on PATH, nor at {', '.join(places[1:])}"
         raise CliUnusable(f"found no executable {where}. {INSTALL_HINT}")
+
     path = os.path.abspath(found)
     output = _cli_output(path, ["--version"], environ)
     version = re.search(r"(\d+)\.(\d+)\.(\d+)", output)
     if version is None or tuple(map(int, version.groups())) < MIN_CLI_VERSION:
-        needed = ".".join(map(str, MIN_CLI_VERSION)) + f" or newer is needed. {INSTALL_HINT}"
-        raise CliUnusable(f"{path} --version printed {output.strip()[:200]!r}; {needed}")
+        shown = output.strip()[:_MAX_SHOWN_OUTPUT_CHARS]
+        needed = ".".join(str(number) for number in MIN_CLI_VERSION)
+        raise CliUnusable(
+            f"{path} --version printed {shown!r}; {needed} or newer is needed. {INSTALL_HINT}"
+        )
     return Cli(path, version.group())
 
 
 def _cli_output(path: str, args: list[str], environ: Mapping[str, str]) -> str:
+    """Run the CLI, and return what it printed. Raises CliUnusable."""
     try:
         done = subprocess.run(
             [path, *args], env=environ, input=b"", capture_output=True, timeout=CONTROL_TIMEOUT_S
@@ -1473,10 +1988,10 @@ def _cli_output(path: str, args: list[str], environ: Mapping[str, str]) -> str:
 
 
 IN_DEMO: Final = "DEMO: a script answers, no account is used"
-UNKNOWN: Final = "unknown (`claude auth status` does not say)"
-NOT_SIGNED_IN: Final = "NOT SIGNED IN: "  # begins what tells that requests will fail
+UNKNOWN_SIGN_IN: Final = "unknown (`claude auth status` does not say)"
+NOT_SIGNED_IN: Final = "NOT SIGNED IN: "  # how a sign-in begins with which requests will fail
 # By `authMethod` of `claude auth status` (seen, 2.1.300 and 2.1.331).
-_PAYERS: Final = {
+_BILLING_BY_AUTH_METHOD: Final = {
     "claude.ai": "claude.ai login ({subscriptionType}): draws on the plan's limits",
     "api_key": "API key from {apiKeySource}: billed to the API",
     "api_key_helper": "API key from apiKeyHelper: billed to the API",
@@ -1484,46 +1999,64 @@ _PAYERS: Final = {
     "oauth_token": "token of `claude setup-token`: draws on the plan's limits",
     "third_party": "{apiProvider}: billed by the cloud provider",
 }
+_CREDENTIAL_VARIABLES: Final = (
+    "ANTHROPIC_AUTH_TOKEN", "ANTHROPIC_API_KEY", "CLAUDE_CODE_OAUTH_TOKEN",
+)  # fmt: skip
 
 
-def ask_sign_in(cli: Cli, environ: Mapping[str, str], *, bare: bool) -> str:
-    """Say which credential the CLI will use, and who pays. Raises CliUnusable."""
-
-    def ask(environ: Mapping[str, str]) -> JsonObject:
-        status: object = None
-        with contextlib.suppress(ValueError):
-            status = json.loads(_cli_output(cli.path, ["auth", "status"], environ))
-        return collections.defaultdict(str, _object(status))
-
-    others = {"ANTHROPIC_AUTH_TOKEN", "ANTHROPIC_API_KEY", "CLAUDE_CODE_OAUTH_TOKEN"} & set(environ)
-    status = ask(environ)
+def describe_sign_in(cli: Cli, environ: Mapping[str, str], *, bare: bool) -> str:
+    """Return which credential the CLI will use, and who pays. Raises CliUnusable."""
+    status = _auth_status(cli, environ)
     method = str(status["authMethod"])
     if status["loggedIn"] is False:
         return f"{NOT_SIGNED_IN}run `{cli.path} auth login`, or try `cc2api --demo` without one"
     if method == "claude.ai" and bare:
         return f"{NOT_SIGNED_IN}with --bare claude reads no claude.ai login"
-    if method == "oauth_token" and "ANTHROPIC_AUTH_TOKEN" in others:
-        method = "ANTHROPIC_AUTH_TOKEN"
-    text = _PAYERS.get(method, UNKNOWN).format_map(status)
-    without = {name: value for name, value in environ.items() if name not in others}
-    wins = others and method in _PAYERS and method != "claude.ai"
-    if wins and ask(without)["authMethod"] == "claude.ai":
-        text += "; WINS OVER the claude.ai login that is there too"
-    return text
+
+    if method == "oauth_token" and "ANTHROPIC_AUTH_TOKEN" in environ:
+        method = "ANTHROPIC_AUTH_TOKEN"  # `auth status` does not tell the two apart
+    if method not in _BILLING_BY_AUTH_METHOD:
+        return UNKNOWN_SIGN_IN
+    billing = _BILLING_BY_AUTH_METHOD[method].format_map(status)
+
+    # A variable that was left in the environment wins over a login, which people do not expect.
+    without_variables = {
+        name: value for name, value in environ.items() if name not in _CREDENTIAL_VARIABLES
+    }
+    if method != "claude.ai" and len(without_variables) < len(environ):
+        if _auth_status(cli, without_variables)["authMethod"] == "claude.ai":
+            billing += "; WINS OVER the claude.ai login that is there too"
+    return billing
+
+
+def _auth_status(cli: Cli, environ: Mapping[str, str]) -> JsonObject:
+    """Return what `claude auth status` says; a field that it lacks is ""."""
+    status: object = None
+    with contextlib.suppress(ValueError):
+        status = json.loads(_cli_output(cli.path, ["auth", "status"], environ))
+    return collections.defaultdict(str, as_object(status))
 
 
 def upstream_url(environ: Mapping[str, str]) -> str:
-    """Return the API's address where the CLI is told of one, without a password."""
+    """Return the API's address where the CLI is told one, without a password, else ""."""
     return re.sub("//[^/]*@", "//", environ.get("ANTHROPIC_BASE_URL", ""))
 
 
-def wants_bare(choice: bool | None, environ: Mapping[str, str]) -> bool:
-    """Decide on `--bare`: as chosen, else where an API key or a cloud provider is configured."""
-    # the CLI then adds nothing of its own to the messages, and never reads a claude.ai login
-    names = ["ANTHROPIC_API_KEY", "ANTHROPIC_AUTH_TOKEN"]
-    names += [f"CLAUDE_CODE_USE_{provider}" for provider in ("BEDROCK", "VERTEX", "FOUNDRY")]
-    values = {environ.get(name, "").lower() for name in names}
-    return bool(values - {"", "0", "false", "no", "off"}) if choice is None else choice
+def uses_bare(choice: bool | None, environ: Mapping[str, str]) -> bool:
+    """Return whether to run the CLI with `--bare`.
+
+    It then adds nothing of its own to the messages, and never reads a claude.ai login. So without a
+    choice it is used where an API key or a cloud provider is configured.
+    """
+    if choice is not None:
+        return choice
+    names = [
+        "ANTHROPIC_API_KEY", "ANTHROPIC_AUTH_TOKEN", "CLAUDE_CODE_USE_BEDROCK",
+        "CLAUDE_CODE_USE_VERTEX", "CLAUDE_CODE_USE_FOUNDRY",
+    ]  # fmt: skip
+    return any(
+        environ.get(name, "").lower() not in ("", "0", "false", "no", "off") for name in names
+    )
 
 
 # Run in place of the CLI and turned into it: asks Linux to kill it when the thread that forked it
@@ -1538,85 +2071,93 @@ os.execv(sys.argv[2], sys.argv[2:])
 """
 
 
-def process_start(
+def command_and_environment(
     cli: Cli, settings: Settings, environ: Mapping[str, str], temp_dir: str
 ) -> tuple[list[str], dict[str, str]]:
-    """Return a process's arguments, with nothing of a request, and its predictable environment."""
+    """Return with what a process is started; nothing of a request is in it."""
     command = [cli.path, *PROCESS_FLAGS, "--setting-sources", settings.setting_sources]
-    command += ["--bare"] if wants_bare(settings.bare, environ) else []
-    shim = [sys.executable, "-I", "-S", "-c", _DIE_WITH_PARENT, str(os.getpid())]
-    kept = {
-        name: value
-        for name, value in environ.items()
-        if name not in _PER_REQUEST
-        and (not name.startswith("CLAUDE") or _HANDED_DOWN.fullmatch(name))
-    }
-    kept.update(PINNED_VARIABLES)
-    kept["SHELL"] = "/bin/sh"  # with a login the model is told of it
-    kept["TMPDIR"] = temp_dir  # the CLI leaves sockets and probe files: they go where we clean up
+    if uses_bare(settings.bare, environ):
+        command.append("--bare")
+    if sys.platform == "linux":
+        shim = [sys.executable, "-I", "-S", "-c", _DIE_WITH_PARENT, str(os.getpid())]
+        command = shim + command
+
+    environment = {}
+    for name, value in environ.items():
+        is_foreign = not name.startswith("CLAUDE")
+        if name not in _SET_BY_REQUESTS and (is_foreign or _HANDED_DOWN.fullmatch(name)):
+            environment[name] = value
+    environment.update(PINNED_VARIABLES)
+    environment["SHELL"] = "/bin/sh"  # with a login the model is told of it
+    # The CLI leaves sockets and probe files: they go where we clean up.
+    environment["TMPDIR"] = temp_dir
     # It keeps notes on its tool servers, with the names of a request's tools and the text of failed
     # results, a file for each process: but not where no directory can be made (seen).
-    kept["XDG_CACHE_HOME"] = os.devnull
-    return [*(shim if sys.platform == "linux" else ()), *command], kept
+    environment["XDG_CACHE_HOME"] = os.devnull
+    return command, environment
 
 
 class Workplace:
     """The directories of a gateway's processes: the one they run in, and one for their files.
 
-    With a login the model is told the name of the first: so that name tells nothing, and is the
-    same after a restart, or every conversation would miss the API's prompt cache. All gateways of
-    one user share it. The second is this gateway's own, and goes with it: while it is in use it is
+    With a login the model is told the name of the first. So that name says nothing, and is the same
+    after a restart, or every conversation would miss the API's prompt cache. All gateways of one
+    user share it. The second is this gateway's own, and goes with it. While it is in use it is
     locked, so that the next gateway can tell what a killed one has left.
     """
 
     def __init__(self, parent: Path, config_dir: Path) -> None:
         """`parent`: where temporary files go; `config_dir`: where the CLI has its own files."""
-        self._registry = config_dir / "sessions"
+        self._sessions_dir = config_dir / "sessions"
         self._root = parent / f"cc-{os.getuid()}"
         self.work_dir = self._root / "work"
         self.temp_dir = self._root / f"tmp-{uuid.uuid4().hex[:8]}"
-        self._lock = -1  # a descriptor of temp_dir, once it is locked
+        self._lock: int | None = None  # a descriptor of temp_dir, once it is locked
 
     def prepare(self) -> None:
         """Make what is missing: a cleaner may have removed it. Raises OSError."""
-        for path in (self._root, self.work_dir):
-            _make_private(path)
-        # Of its own the CLI runs git at every apply_flag_settings, to see whether the directory's
-        # settings are tracked there; with this file it takes them to be (seen: 7 ms, then 4.5).
-        config_dir = self.work_dir / ".claude"
-        config_dir.mkdir(exist_ok=True)
-        (config_dir / ".git").touch()
+        _make_private(self._root)
+        _make_private(self.work_dir)
+        # By itself the CLI runs git at every apply_flag_settings, to see whether the directory's
+        # settings are tracked there. With this file it takes them to be (seen: 7 ms, then 4.5).
+        settings_dir = self.work_dir / ".claude"
+        settings_dir.mkdir(exist_ok=True)
+        (settings_dir / ".git").touch()
 
         if not self._holds_temp_dir():
             self._take_temp_dir()
         _make_private(self.temp_dir)  # a CLI may have made it again, readable by others
-        self.forget_killed()
+        self.remove_leftovers()
 
     def clean_up(self) -> None:
         """Remove what is this gateway's own, once its processes have ended."""
         shutil.rmtree(self.temp_dir, ignore_errors=True)
         self._unlock()
-        self.forget_killed()
+        self.remove_leftovers()
 
-    def forget_killed(self) -> None:
-        """Remove the entries that killed processes have left in the CLI's list of its sessions.
+    def remove_leftovers(self) -> None:
+        """Remove what killed processes have left: their entries in the CLI's list, and sockets.
 
-        The CLI removes its entry, and a key beside it, when it ends by itself (seen, 2.1.300 and
-        2.1.332). Only what ran in `work_dir` is looked at. Does not raise.
+        A CLI that ends by itself removes its entry, and a key beside it (seen, 2.1.300 and
+        2.1.332). Only entries of what ran in `work_dir` are looked at. Does not raise.
         """
-        for entry in self._registry.glob("[0-9]*.json"):
+        for entry in self._sessions_dir.glob("[0-9]*.json"):
             with contextlib.suppress(OSError, ValueError):
-                ran_in = _object(json.loads(entry.read_bytes())).get("cwd")
+                ran_in = as_object(json.loads(entry.read_bytes())).get("cwd")
                 if ran_in == str(self.work_dir) and not _is_running(int(entry.stem)):
-                    for path in (entry, *self._registry.glob(f"{entry.stem}.*.key")):
-                        path.unlink(missing_ok=True)
-        for path in (self.temp_dir / "cc-socks").glob("[0-9]*.sock"):
+                    entry.unlink(missing_ok=True)
+                    for key in self._sessions_dir.glob(f"{entry.stem}.*.key"):
+                        key.unlink(missing_ok=True)
+
+        for socket_path in (self.temp_dir / "cc-socks").glob("[0-9]*.sock"):
             with contextlib.suppress(OSError, ValueError):
-                if not _is_running(int(path.stem)):
-                    path.unlink(missing_ok=True)
+                if not _is_running(int(socket_path.stem)):
+                    socket_path.unlink(missing_ok=True)
 
     def _holds_temp_dir(self) -> bool:
-        """Return whether the directory is there, and the one that was locked."""
+        """Return whether the directory is there, and is the one that was locked."""
+        if self._lock is None:
+            return False
         with contextlib.suppress(OSError):
             return os.path.samestat(os.fstat(self._lock), self.temp_dir.lstat())
         return False
@@ -1626,7 +2167,7 @@ class Workplace:
         self._unlock()
         root = os.open(self._root, os.O_RDONLY)
         try:
-            # Or another gateway that starts now could find this one before it is locked.
+            # Without this, another gateway that starts now could remove ours before it is locked.
             fcntl.flock(root, fcntl.LOCK_EX)
             for path in self._root.glob("tmp-*"):
                 _remove_unlocked(path)
@@ -1637,20 +2178,21 @@ class Workplace:
             os.close(root)
 
     def _unlock(self) -> None:
-        if self._lock >= 0:
+        if self._lock is not None:
             os.close(self._lock)
-            self._lock = -1
+            self._lock = None
 
 
 def _process_state(pid: int) -> str:
-    """Return a process's state as proc(5) has it, one letter. Raises OSError where nobody tells."""
+    """Return a process's state as proc(5) has it, one letter. Raises OSError off Linux."""
     return Path(f"/proc/{pid}/stat").read_text("latin-1").rpartition(")")[2].split()[0]
 
 
 def _is_running(pid: int) -> bool:
     """Return whether there is a process with this number that has not ended, ours or another's."""
-    with contextlib.suppress(OSError):  # Linux: nobody may have asked yet how it ended
-        return _process_state(pid) != "Z"
+    with contextlib.suppress(OSError):
+        is_zombie = _process_state(pid) == "Z"  # it has ended, and its parent has not asked yet
+        return not is_zombie
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -1684,18 +2226,433 @@ def _make_private(path: Path) -> None:
     """
     with contextlib.suppress(FileExistsError):
         path.mkdir(mode=0o700)
+
     found = path.lstat()
     is_own = stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid()
-    if not is_own or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+    is_writable_by_others = found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    if not is_own or is_writable_by_others:
         raise OSError(f"{path} must be a directory that is yours alone: remove it, or set TMPDIR")
     if stat.S_IMODE(found.st_mode) != 0o700:  # a CLI has made it again, readable by others
         path.chmod(0o700)
 
 
+# ================================================================= CLI messages
+# What is written to a process and what is read from it, in the CLI's own protocol: settings, stdin
+# messages, tool results; stream lines to Anthropic's events, and error lines to API errors. Pure.
+
+# Through the tool channel: the CLI saves larger results to disk, and shortens longer errors
+# (10,000 characters).
+MAX_TOOL_RESULT_CHARS: Final = 100_000
+MAX_TOOL_ERROR_CHARS: Final = 5_000
+MAX_FOREIGN_ERROR_CHARS: Final = 1000  # of a proxy's page of HTML
+# From this size in tokens on the CLI refuses to call upstream ("Prompt is too long").
+BLOCKING_LIMIT_VARIABLE: Final = "CLAUDE_CODE_BLOCKING_LIMIT_OVERRIDE"
+# Settings for when a call has left, so that the process makes no other one, whatever comes back.
+# The limit, now 1 token, ends a turn that would go on after its answer ("Prompt is too long"). What
+# calls again below that, after a refusal, gets a header that no HTTP client sends, and fails inside
+# the CLI. Both are certain once the CLI has acknowledged them; before, only a kill helps.
+BLOCK_UPSTREAM_CALLS: Final[JsonObject] = {
+    "env": {
+        BLOCKING_LIMIT_VARIABLE: "1",
+        "CLAUDE_CODE_EXTRA_BODY": json.dumps({"betas": ["held\nback"]}),
+    }
+}
+
+Event = JsonObject  # of Anthropic's stream
+Line = JsonObject  # one JSON line of the CLI's protocol
+LOG_LINE: Final = "cc2api_log"  # the type of a line that stands for a message of the CLI's log
+_LOG_FORMAT: Final = re.compile(rb"\d{4}-\d\d-\d\dT[\d:.]+Z \[(?:DEBUG|ERROR)\] (.*)", re.DOTALL)
+# How the messages of the CLI's log begin that PROCESS_FLAGS ask for (seen, 2.1.300 and 2.1.332).
+_CALL_LEAVES: Final = "[API:timing] dispatching to "
+_CALL_FAILED: Final = "API error (attempt "
+
+_TOOL_RESULT_FIELDS: Final = frozenset(("type", "tool_use_id", "content", "is_error"))
+# For failures that carry no status: the CLI's own word for them, on its `assistant` line.
+_STATUS_BY_CLI_ERROR: Final = {
+    "authentication_failed": 401, "billing_error": 402, "oauth_org_not_allowed": 403,
+    "invalid_request": 400, "max_output_tokens": 400, "model_not_found": 404, "rate_limit": 429,
+}  # fmt: skip
+# What the CLI puts around upstream's message (seen, 2.1.330 and 2.1.248).
+_DECORATION: Final = re.compile(
+    r"(?s)\A(?:Failed to authenticate\. |Please run /login · )?API Error: "
+    r"(?:(?:Request rejected|Server is temporarily limiting requests) \([^)]*\) · |\d{3} )?"
+    r"|\. This is a server-side issue, usually temporary.*"
+)
+
+
+def with_cache_control(turn: Turn, owners: Iterable[JsonObject]) -> list[JsonObject]:
+    """Return blocks or tools, the turn's `cache_breakpoint` among them with its cache_control."""
+    cache_control = {"type": "ephemeral"}
+    if turn.cache_ttl != "5m":
+        cache_control["ttl"] = turn.cache_ttl
+
+    marked = []
+    for owner in owners:
+        if owner is turn.cache_breakpoint:
+            owner = {**owner, "cache_control": cache_control}
+        marked.append(owner)
+    return marked
+
+
+def to_flag_settings(turn: Turn, model: str) -> JsonObject:
+    """Return the settings of `apply_flag_settings` for a turn: {"env": {...}, "model": ...}.
+
+    Every setting that a request can change is always included, so none is left over from the turn
+    before. `model` is an id: with an alias the CLI refuses a later change of the system prompt.
+    """
+    # Every body says which tools there are, because the CLI goes on sending tools that were taken
+    # off its list.
+    body = {**turn.extra_body, "tools": with_cache_control(turn, turn.tools)}
+
+    # With thinking off the CLI sends `temperature: 1` to models that take one, and upstream refuses
+    # that beside top_p. With thinking on it sends `thinking`, which the body overrides.
+    thinking = as_object(body.get("thinking")).get("type", "disabled")
+    disables_thinking = thinking == "disabled" and not is_top_p_alone(body)
+    has_effort = "effort" in as_object(body.get("output_config"))
+    variables = {
+        "CLAUDE_CODE_EXTRA_BODY": dump_json(body),
+        "ANTHROPIC_BETAS": ",".join(turn.betas),
+        "CLAUDE_CODE_PROMPT_CACHE_TTL": turn.cache_ttl,
+        "CLAUDE_CODE_DISABLE_THINKING": "1" if disables_thinking else "",
+        # "unset" keeps the CLI's own effort out of the body; empty leaves it to the CLI.
+        "CLAUDE_CODE_EFFORT_LEVEL": "unset" if has_effort else "",
+        # The body's max_tokens is in extra_body; this is for the CLI's own sums.
+        "CLAUDE_CODE_MAX_OUTPUT_TOKENS": str(turn.extra_body.get("max_tokens", "")),
+        "MCP_TOOL_TIMEOUT": "100000000",  # ms; tool calls wait as long as they must
+        BLOCKING_LIMIT_VARIABLE: "1000000000",  # what is too long is for upstream to say
+    }
+    return {"env": variables, "model": model}
+
+
+def to_tool_name(tool: JsonObject) -> str:
+    """Return the name under which a tool is registered: its own, else its type."""
+    return str(tool.get("name") or tool.get("type"))
+
+
+def to_stdin_message(turn: Turn, index: int, model: str, *, is_query: bool = False) -> Line:
+    """Return the stdin line of a turn's message; one that `is_query` starts the call."""
+    role, content = turn.messages[index]
+    message_id = str(uuid.uuid4())
+    message: JsonObject = {"role": role, "content": with_cache_control(turn, content)}
+    line: Line = {
+        "type": role,
+        "message": message,
+        "uuid": message_id,
+        "parent_tool_use_id": None,
+        "session_id": "",
+    }
+    if role == "user":
+        line["client_composed"] = True  # verbatim: no @paths and no commands
+        line["shouldQuery"] = is_query
+        return line
+
+    message["id"] = message_id
+    message["type"] = "message"
+    message["stop_reason"] = "end_turn"
+    # With another model the CLI would drop thinking blocks.
+    message["model"] = model.removesuffix(LONG_WINDOW_SUFFIX)
+    # Other figures would be counted as real.
+    message["usage"] = {"input_tokens": 0, "output_tokens": 0}
+    return line
+
+
+def to_tool_results(query: Message, call_ids: Sequence[str]) -> list[JsonObject] | None:
+    """Return a message's tool results in MCP's form, in the order of their calls.
+
+    None where the CLI would alter them on the way; the turn is then replayed as a user message. It
+    orders results by their calls, strips and joins errors, words empty results, and writes large
+    ones to disk (all seen). Images, and text beside the results, go no better.
+    """
+    answered_ids = [block.get("tool_use_id") for block in query.content]
+    if answered_ids != list(call_ids):
+        return None
+
+    results: list[JsonObject] = []
+    chars = 0
+    for block in query.content:
+        if not block.keys() <= _TOOL_RESULT_FIELDS:
+            return None  # MCP has no place for a field that is newer than this file
+
+        parts = as_blocks(block.get("content") or [])
+        texts = [part.get("text") for part in parts]
+        is_plain_text = parts == [{"type": "text", "text": text} for text in texts]
+        if not parts or not is_plain_text:
+            return None
+        if any(is_blank(text, JS_WHITE_SPACE) for text in texts):
+            return None
+
+        is_error = bool(block.get("is_error"))
+        if is_error:
+            text = texts[0]
+            is_altered = len(text) > MAX_TOOL_ERROR_CHARS or text.strip(JS_WHITE_SPACE) != text
+            if len(texts) > 1 or is_altered:
+                return None
+        chars += sum(len(text) for text in texts)
+        results.append({"content": parts, "isError": is_error})
+    return results if chars <= MAX_TOOL_RESULT_CHARS else None
+
+
+def read_log_line(raw: bytes) -> str | None:
+    """Return the message of a line of the CLI's log; None for anything else on stderr."""
+    match = _LOG_FORMAT.fullmatch(raw.rstrip())
+    if match is None:
+        return None
+    text = match[1].decode("utf-8", "replace")
+    if text.startswith('"'):  # a message of several lines is written as one JSON string
+        with contextlib.suppress(ValueError):
+            text = str(json.loads(text))
+    return text
+
+
+# get_context_usage takes 500 tokens off all tools together, and counts them beside a message of 8.
+COUNTED_TOOLS_DEDUCTION: Final = 492
+# Counted with the tools, so that their sum is never below the deduction, and by themselves.
+PADDING_TOOLS: Final[list[JsonObject]] = [
+    {"name": name, "description": "word " * 1000, "input_schema": {"type": "object"}}
+    for name in ("cc2api_padding", "cc2api_padding2")
+]
+# Of the system prompt of `Gateway.count_tokens` every true count is twice that.
+_MIN_COUNTED_SYSTEM_TOKENS: Final = 32
+
+
+class TokenCounts(NamedTuple):
+    """What the CLI's context usage says."""
+
+    messages: int
+    tools: int  # less COUNTED_TOOLS_DEDUCTION
+
+
+def to_token_counts(usage: JsonObject) -> TokenCounts:
+    """Return the counts of a `get_context_usage` response. Raises CliFailed.
+
+    Where upstream does not count, the CLI silently guesses a token for four characters.
+    """
+    counts: dict[str, int] = {}
+    for category in usage.get("categories") or []:
+        counts[str(category.get("name"))] = int(category.get("tokens") or 0)
+    if counts.get("System prompt", 0) < _MIN_COUNTED_SYSTEM_TOKENS:
+        raise CliFailed("upstream did not count the tokens")
+    return TokenCounts(counts.get("Messages", 0), counts.get("MCP tools", 0))
+
+
+@contextlib.contextmanager
+def malformed_as_502() -> Iterator[None]:
+    """Turn errors that a malformed upstream event causes into a 502: they are no bugs of ours."""
+    try:
+        yield
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as exc:
+        raise CliFailed(f"upstream broke the protocol of its answers: {exc!r}") from exc
+
+
+class StreamParser:
+    """Turns the lines of one answer into Anthropic's events, and knows when it is complete."""
+
+    def __init__(self) -> None:
+        # Three marks on a call's way upstream, in this order; is_calling may be missed.
+        self.is_calling = False  # the CLI said that it is about to call
+        self.has_left = False  # the call has left: its body and headers are made
+        self.is_done = False  # its stop_reason came
+        self.refusal: ApiError | None = None  # upstream's, as the CLI's log has it
+        self.called_again = False  # the CLI has gone on by itself after a refusal
+        self.has_failed = False  # the CLI has ended its turn without an answer
+        self.content: list[Block] = []  # the finished blocks, as the CLI remembers them
+        self.rate_limits: dict[str, str] = {}  # the plan's state as headers, where it was sent
+        self._has_started = False  # message_start was seen
+        self._stop_reason: str | None = None
+        self._cli_error: str | None = None
+
+    @property
+    def can_go_on(self) -> bool:
+        """Whether the CLI's conversation equals the client's, and the CLI will not call again.
+
+        After any other stop reason (max_tokens, refusal, model_context_window_exceeded), and after
+        an empty answer, the CLI calls upstream again by itself (seen, 2.1.330).
+        """
+        if self.tool_calls:
+            return self._stop_reason == "tool_use"
+        has_text = any(str(block.get("text") or "").strip() for block in self.content)
+        return has_text and self._stop_reason in ("end_turn", "stop_sequence")
+
+    @property
+    def tool_calls(self) -> dict[str, str]:
+        """The ids of the answer's tool calls in order, each with the tool's name."""
+        return {call["id"]: call["name"] for call in self.content if call["type"] == "tool_use"}
+
+    def feed(self, line: Line) -> list[Event]:
+        """Return the events that a line brings. Raises the ApiError that a failure line means."""
+        if line.get("parent_tool_use_id") is not None or self.is_done:
+            return []
+
+        line_type = line.get("type")
+        if line_type == "stream_event":
+            return self._feed_event(line["event"])
+        if line_type == LOG_LINE:
+            self._feed_log_message(line["text"])
+        elif line_type == "result":
+            self.has_failed = True
+            error = to_api_error(line, self._cli_error)
+            raise self.refusal if self.refusal and not error.is_for_operator else error
+        elif line.get("status") == "requesting":
+            self.is_calling = True
+        elif line_type == "rate_limit_event":
+            self.rate_limits = to_rate_limit_headers(line.get("rate_limit_info"))
+        elif line_type == "assistant":
+            self._cli_error = line.get("error") or self._cli_error
+            blocks = as_object(line.get("message")).get("content") or []
+            self.content.extend(dict(block) for block in blocks)
+        return []
+
+    def _feed_log_message(self, text: str) -> None:
+        """Learn from the CLI's log that a call leaves, or has failed.
+
+        Some refusals the CLI mends by itself, and calls again without what was refused (images,
+        signatures of thinking, effort, a stream: seen on 2.1.300 and 2.1.332). Then a second call
+        leaves, or fails, after the refusal.
+        """
+        leaves = text.startswith(_CALL_LEAVES)
+        has_failed = text.startswith(_CALL_FAILED)
+        if self.refusal and (leaves or has_failed):
+            self.called_again = True
+        elif leaves:
+            # The line that announces the call may still be unread: it comes by the other pipe.
+            self.is_calling = True
+            self.has_left = True
+        elif has_failed:
+            self.refusal = to_refusal(text)
+
+    def _feed_event(self, event: Event) -> list[Event]:
+        event_type = event["type"]
+        stop_reason = as_object(event.get("delta")).get("stop_reason")
+        if self._cli_error and not stop_reason:
+            # After a failure come closing events of the CLI's own making, without a stop reason,
+            # and then `result`; after a refusal the true message_delta.
+            return []
+        if event_type == "message_start" and self._has_started:
+            return []  # a second start
+        if event_type != "message_start" and not self._has_started:
+            return []  # nothing counts before the start
+
+        if event_type == "message_start":
+            self._has_started = True
+            self.is_calling = True
+            self.has_left = True
+        elif event_type == "message_delta" and isinstance(stop_reason, str):
+            self._stop_reason = stop_reason
+            self.is_done = True
+            # message_stop always follows. It is made here, so that the process can be stopped
+            # before it goes on.
+            return [event, {"type": "message_stop"}]
+        elif event_type == "message_stop":
+            # Without a stop reason: upstream's stream broke between two blocks, and the CLI is
+            # about to ask for the rest by a second call (seen, 2.1.330).
+            raise CliFailed("upstream's stream ended before its answer was complete")
+        return [event]
+
+
+def to_refusal(text: str) -> ApiError | None:
+    """Return upstream's own error, by the CLI's log message of a call that failed.
+
+    It reads `API error (attempt 1/1): 400 400 {"type":"error","error":{...}}`: the status, and the
+    SDK's message, which is the status and the body (seen, 2.1.300 and 2.1.332). None where there is
+    no status: the call did not reach upstream, and the `result` line says why.
+    """
+    match = re.match(r"API error \([^)]*\): ([45]\d\d)(?: \1)? (.*)", text, re.DOTALL)
+    if match is None:
+        return None
+
+    status = int(match[1])
+    body: object = None
+    with contextlib.suppress(ValueError, RecursionError):
+        body = json.loads(match[2])
+    error = as_object(as_object(body).get("error"))
+    message = error.get("message")
+    if not isinstance(message, str):  # from something between the CLI and upstream
+        return ApiError(match[2][:MAX_FOREIGN_ERROR_CHARS], status)
+    details = as_object(error.get("details")) or None
+    return ApiError(message, status, str(error.get("type") or ""), details)
+
+
+def to_api_error(result: Line, cli_error: str | None = None) -> ApiError:
+    """Return the error that a `result` line means.
+
+    That is upstream's, else one by `cli_error`, the CLI's own word for it, else a 502.
+    """
+    text = str(result.get("result") or f"claude gave no answer: {result.get('errors')}")
+    if not result.get("is_error"):  # the text is then the model's
+        return CliFailed("claude ended its turn without an answer")
+    if text.startswith(("Not logged in", "Invalid API key")):
+        problem = "claude is not signed in on the gateway's machine, or its sign-in was refused"
+        hint = f"{problem}: run `claude auth login` there"
+        return ApiError(hint, status=401, is_for_operator=True)
+    if result.get("terminal_reason") == "blocking_limit":  # BLOCK_UPSTREAM_CALLS came too early
+        return CliFailed("claude held its call back; nothing was sent upstream", status=503)
+    if text.startswith("Prompt is too long"):
+        return InvalidRequest("prompt is too long for the model's context window")
+    model = re.match(r"(?s)There's an issue with the selected model \((.*?)\)", text)
+    if model:
+        return ApiError(f"model: {model.group(1)}", status=404)
+
+    error_type = str(result.get("api_error_type"))
+    status = result.get("api_error_status")
+    if not isinstance(status, int) or not 400 <= status <= 599:
+        by_cli_error = _STATUS_BY_CLI_ERROR.get(str(cli_error), 502)
+        status = STATUS_BY_TYPE.get(error_type) or by_cli_error
+    known_type = error_type if error_type in STATUS_BY_TYPE else ""
+    return ApiError(_DECORATION.sub("", text), status, known_type)
+
+
+_RATE_LIMIT_PREFIX: Final = "anthropic-ratelimit-unified"
+LONGEST_RETRY_S: Final = 60  # what SDKs wait for without seeming to hang
+
+
+def to_rate_limit_headers(info: Any) -> dict[str, str]:
+    """Return a plan's state as the headers that upstream sends and Claude Code reads.
+
+    `info` is {"status", "resetsAt", "unifiedWindows": {"five_hour": {"status", "resetsAt",
+    "utilization"}, "seven_day": {...}}}, all of it optional.
+    """
+    windows = as_object(as_object(info).get("unifiedWindows"))
+    sources = (
+        ("", "status", info, "status"),
+        ("", "reset", info, "resetsAt"),
+        ("-5h", "status", windows.get("five_hour"), "status"),
+        ("-5h", "reset", windows.get("five_hour"), "resetsAt"),
+        ("-5h", "utilization", windows.get("five_hour"), "utilization"),
+        ("-7d", "status", windows.get("seven_day"), "status"),
+        ("-7d", "reset", windows.get("seven_day"), "resetsAt"),
+        ("-7d", "utilization", windows.get("seven_day"), "utilization"),
+    )
+    headers = {}
+    for window, ending, state, name in sources:
+        value = str(as_object(state).get(name, ""))
+        if re.fullmatch(r"[a-z_]+|[0-9.]+", value):  # nothing else is put into a header
+            headers[f"{_RATE_LIMIT_PREFIX}{window}-{ending}"] = value
+    return headers
+
+
+def with_retry_after(error: ApiError, rate_limits: Mapping[str, str]) -> ApiError:
+    """Add to an error when a plan's used-up window opens again; until then retries are in vain."""
+    reset = rate_limits.get(f"{_RATE_LIMIT_PREFIX}-reset", "")
+    is_rejected = rate_limits.get(f"{_RATE_LIMIT_PREFIX}-status") == "rejected"
+    if error.status != 429 or not is_rejected or not reset.isdigit():
+        return error
+
+    left_s = max(1, int(reset) - int(time.time()))
+    return dataclasses.replace(error, retry_after_s=left_s, should_retry=left_s <= LONGEST_RETRY_S)
+
+
 # ====================================================================== Process
-# One running `claude`: pipes, whole lines, its end; and its control protocol. Used by one thread at
-# a time (the pool hands it over); that thread moves all of its pipes while it waits for a line, so
-# neither side can block the other and no pipe needs a thread of its own.
+# One running `claude`: its pipes, whole lines, and its end. Used by one thread at a time (the pool
+# hands it over). That thread moves all three pipes while it waits for a line, so neither side can
+# block the other, and no pipe needs a thread of its own.
+
+# An answer of 128k tokens is about 1 MB. But where a message is rewound the CLI prints its text:
+# that is not longer than the body that it came in, and is given as much again for what it is
+# wrapped in and how it is escaped.
+MAX_LINE_BYTES: Final = 2 * MAX_BODY_BYTES
+MAX_LOG_LINE_BYTES: Final = 64 * 1024  # of the CLI's log; upstream's errors are far shorter
+STDERR_TAIL_BYTES: Final = 2000  # enough for a stack trace's first lines in an error message
+EXIT_STATUS_S: Final = 1.0  # from a closed stdout to the exit status; a dying process needs 0.01 s
 
 
 class ProcessDied(Exception):
@@ -1706,81 +2663,76 @@ class CliRefused(ProcessDied):
     """The CLI does not do what a used process needs, or does not answer: take a fresh one."""
 
 
-class Patience:
-    """How long to wait until `late` is raised; meanwhile `tick` is called, which may raise too."""
-
-    def __init__(self, seconds: float, tick: Callable[[], None], late: Exception) -> None:
-        self._tick, self._late, self._deadline = tick, late, time.monotonic() + seconds
-
-    def slice_s(self) -> float:
-        """Return how long to wait now before calling again."""
-        self._tick()
-        left = self._deadline - time.monotonic()
-        if left <= 0:
-            raise self._late
-        return min(left, TICK_S)
-
-    def at_most(self, seconds: float, late: Exception) -> Patience:
-        """Return a patience that ends earlier, with another exception."""
-        other = Patience(seconds, self._tick, late)
-        return other if other._deadline < self._deadline else self
-
-
 class Process:
-    """One running CLI. Its owner ends it: by `kill` or `finish`, and `close` once it has ended."""
+    """One running CLI.
+
+    Its owner ends it, by `kill` or `close_stdin`, and calls `close` once it has ended.
+    """
 
     def __init__(self, command: Sequence[str], environment: Mapping[str, str], cwd: str) -> None:
         """Start it. Raises OSError."""
         self.started_at = time.monotonic()
-        pipes: Any = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
-        # a session of its own: a Ctrl-C at the terminal is the gateway's, not the process's
         self._popen = subprocess.Popen(
-            command, env=environment, cwd=cwd, bufsize=0, start_new_session=True, **pipes
+            command,
+            env=environment,
+            cwd=cwd,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            bufsize=0,
+            # A Ctrl-C at the terminal is the gateway's, not the process's.
+            start_new_session=True,
         )
         self.pid = self._popen.pid
-        # raw and not blocking: they read and write None where nothing can be moved now
-        self._pipes: list[Any] = [self._popen.stdin, self._popen.stdout, self._popen.stderr]
-        self._stdin, self._stdout, self._stderr = self._pipes
+        self.lines: collections.deque[Line] = collections.deque()  # read and not yet taken
+
+        # The pipes are raw and do not block: `read` and `write` return None where nothing can be
+        # moved now.
+        self._stdin: Any = self._popen.stdin
+        self._stdout: Any = self._popen.stdout
+        self._stderr: Any = self._popen.stderr
+        self._pipes: list[Any] = [self._stdin, self._stdout, self._stderr]
         for pipe in self._pipes:
             os.set_blocking(pipe.fileno(), False)
-        self._sources = [self._stdout, self._stderr]  # that are not at their end
-        self._queue = collections.deque[Iterator[str]]()  # lines to be written, in pieces
-        self._outbox = bytearray()  # the next pieces, as bytes
-        self._partial = bytearray()  # the start of a line not yet whole
-        self._partial_log = b""  # the same of stderr
-        self.lines: collections.deque[JsonObject] = collections.deque()  # read and not yet taken
-        self._last_words = b""
+        self._open_outputs: list[Any] = [self._stdout, self._stderr]  # that are not at their end
+        self._unwritten: collections.deque[Iterator[str]] = collections.deque()  # lines, in pieces
+        self._write_buffer = bytearray()  # the next pieces, as bytes
+        self._partial_line = bytearray()  # of stdout
+        self._partial_log_line = b""  # of stderr
+        self._stderr_tail = b""
 
     def is_alive(self) -> bool:
         return self._popen.poll() is None
 
     def is_stopped(self) -> bool:
-        """Return whether it was stopped by a signal or a debugger, as far as that can be seen."""
-        with contextlib.suppress(OSError):  # Linux alone tells
-            return _process_state(self.pid) in "Tt"
+        """Return whether it was stopped by a signal or a debugger, where the system says so."""
+        with contextlib.suppress(OSError):  # only Linux does
+            return _process_state(self.pid) in ("T", "t")
         return False
 
-    def send(self, line: JsonObject) -> None:
-        """Queue a line, and write what goes without waiting; the rest goes while it waits."""
-        self._queue.append(itertools.chain(json_pieces(line), ["\n"]))
+    def send(self, line: Line) -> None:
+        """Queue a line, and write what goes without waiting; `wait` writes the rest."""
+        self._unwritten.append(itertools.chain(json_pieces(line), ["\n"]))
         self._write_some()
 
-    def wait(self, patience: Patience) -> None:
-        """Wait until there are lines. Raises ProcessDied, CliFailed, what the patience raises."""
+    def wait(self, deadline: Deadline) -> None:
+        """Wait until there are lines. Raises ProcessDied, CliFailed, what the deadline raises."""
         while not self.lines:
             poll = select.poll()
-            for pipe in self._sources:
+            for pipe in self._open_outputs:
                 poll.register(pipe, select.POLLIN)
-            if self._outbox or self._queue:
+            if self._write_buffer or self._unwritten:
                 poll.register(self._stdin, select.POLLOUT)
-            poll.poll(patience.slice_s() * 1000)
+
+            deadline.check()
+            poll.poll(deadline.next_wait_s() * 1000)
             self._write_some()
-            self._read_output()
+            self._read_some()
 
     def has_lines(self) -> bool:
-        """Say whether there is a line, after one look. Raises ProcessDied, CliFailed."""
+        """Return whether there is a line, after one look. Raises ProcessDied, CliFailed."""
         if not self.lines:
-            self._read_output()
+            self._read_some()
         return bool(self.lines)
 
     def kill(self) -> None:
@@ -1789,8 +2741,8 @@ class Process:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self.pid, signal.SIGKILL)
 
-    def finish(self) -> None:
-        """Close its stdin: the CLI ends by itself after what it is doing. Nothing is sent then."""
+    def close_stdin(self) -> None:
+        """Let the CLI end by itself, after what it is doing. Nothing may be sent any more."""
         self._stdin.close()
 
     def close(self) -> None:
@@ -1801,243 +2753,347 @@ class Process:
     def _write_some(self) -> None:
         """Write what goes without waiting."""
         try:
-            while self._has_output():
-                written = self._stdin.write(self._outbox[:READ_BYTES])
+            self._fill_write_buffer()
+            while self._write_buffer:
+                written = self._stdin.write(self._write_buffer[:READ_BYTES])
                 if not written:
                     return
-                del self._outbox[:written]
-        except (OSError, ValueError):  # it has closed its stdin, or `finish` has
-            self._outbox.clear()  # what it still prints tells why
-            self._queue.clear()
+                del self._write_buffer[:written]
+                self._fill_write_buffer()
+        except (OSError, ValueError):  # it has closed its stdin, or `close_stdin` has
+            self._write_buffer.clear()  # what it still prints says why
+            self._unwritten.clear()
 
-    def _has_output(self) -> bool:
-        """Encode the next pieces, as many as a write may take; say whether there are any."""
-        while self._queue and len(self._outbox) < READ_BYTES:
-            piece = next(self._queue[0], None)
+    def _fill_write_buffer(self) -> None:
+        """Encode the next pieces, as many as one write may take."""
+        while self._unwritten and len(self._write_buffer) < READ_BYTES:
+            piece = next(self._unwritten[0], None)
             if piece is None:
-                self._queue.popleft()
+                self._unwritten.popleft()
             else:
-                self._outbox += piece.encode("ascii")
-        return bool(self._outbox)
+                self._write_buffer += piece.encode("ascii")
 
-    def _read_output(self) -> None:
-        """Take what both pipes hold, so that no log line comes behind what was said after it."""
+    def _read_some(self) -> None:
+        """Take what both pipes hold, so that no log line comes after what was printed later."""
         chunk: bytes | None = self._stdout.read(READ_BYTES)
         self._read_stderr()
         if chunk == b"":
             raise ProcessDied(self._explain_death())
-        first, *rest = (chunk or b"").split(b"\n")
-        self._partial += first
-        if len(self._partial) > MAX_LINE_BYTES:
+
+        first, *others = (chunk or b"").split(b"\n")
+        self._partial_line += first
+        if len(self._partial_line) > MAX_LINE_BYTES:
             raise CliFailed(f"claude printed a line of over {MAX_LINE_BYTES} bytes")
-        for following in rest:
-            with contextlib.suppress(ValueError, RecursionError):  # what is not JSON is skipped
-                if isinstance(line := load_json(self._partial), dict):
-                    self.lines.append(line)
-            self._partial = bytearray(following)
+        for start_of_next in others:
+            line: object = None
+            with contextlib.suppress(ValueError, RecursionError):
+                line = load_json(self._partial_line)
+            if isinstance(line, dict):  # anything else is skipped
+                self.lines.append(line)
+            self._partial_line = bytearray(start_of_next)
 
     def _read_stderr(self) -> None:
         chunk: bytes | None = self._stderr.read(READ_BYTES)
         if chunk == b"":
-            self._sources = [self._stdout]
-        *whole, partial = (self._partial_log + (chunk or b"")).split(b"\n")
-        for raw in whole:
-            if (text := read_log_line(raw)) is not None:
+            self._open_outputs = [self._stdout]
+
+        *lines, partial = (self._partial_log_line + (chunk or b"")).split(b"\n")
+        for raw in lines:
+            text = read_log_line(raw)
+            if text is not None:
                 self.lines.append({"type": LOG_LINE, "text": text})
             else:
-                self._last_words = (self._last_words + raw + b"\n")[-STDERR_TAIL_BYTES:]
-        self._partial_log = partial[-MAX_LOG_LINE_BYTES:]
+                self._stderr_tail = (self._stderr_tail + raw + b"\n")[-STDERR_TAIL_BYTES:]
+        self._partial_log_line = partial[-MAX_LOG_LINE_BYTES:]
 
     def _explain_death(self) -> str:
         """Describe how it ended; waits a moment for its exit status."""
         how = "claude closed its output"
         with contextlib.suppress(subprocess.TimeoutExpired):
             how = f"claude ended with status {self._popen.wait(EXIT_STATUS_S)}"
-        self._read_stderr()  # what it said last may still be in the pipe
-        # on one line, and nothing in it that could pass for a line of its own
-        last_words = self._last_words + self._partial_log[-STDERR_TAIL_BYTES:]
-        words = " ".join(last_words.decode("ascii", "replace").split())
+        self._read_stderr()  # what it printed last may still be in the pipe
+
+        # On one line, and nothing in it that could pass for a log line of its own.
+        tail = self._stderr_tail + self._partial_log_line[-STDERR_TAIL_BYTES:]
+        words = " ".join(tail.decode("ascii", "replace").split())
         return f"{how}: {words}" if words else how
 
 
+# ============================================================== Control channel
+# The CLI's control protocol: requests to it with their responses, and its requests to the MCP
+# server that the gateway plays, where the model's tool calls wait for the client's results.
+
+REUSE_TIMEOUT_S: Final = 5.0  # for a rewind, prompt, tools, the end of a turn; they take 0.01 s
+INTERRUPT_TIMEOUT_S: Final = 2.0  # for a turn to end when its client has left; it needs 0.01 s
+MAX_COST_USD: Final = 1e9  # of a process, to keep nonsense out of the sums
+# Requests that a used process depends on, and that a later CLI may not know.
+REUSE_REQUESTS: Final = ("rewind_conversation", "set_model", "mcp_message")
 SERVER_INFO: Final[JsonObject] = {
     "protocolVersion": "2025-11-25",
     "capabilities": {"tools": {"listChanged": True}},
     "serverInfo": {"name": TOOL_SERVER, "version": __version__},
 }
-# Requests that a used process depends on, and that a later CLI may not know.
-_CHANGES: Final = ("rewind_conversation", "set_model", "mcp_message")
-# Settings for when a call has left, so that the process makes no other one, whatever comes back.
-# The limit of size, now 1 token, ends a turn that would go on after its answer ("Prompt is too
-# long"). What calls again below that, after a refusal, gets a header that no HTTP client sends: it
-# fails inside the CLI. From the acknowledgement on that is certain; before, only a kill helps.
-HOLD_CALLS: Final[JsonObject] = {
-    "env": {CALL_LIMIT: "1", "CLAUDE_CODE_EXTRA_BODY": json.dumps({"betas": ["held\nback"]})}
-}
 
 
-class Channel:
-    """The control protocol of one process: requests, and the MCP server where its calls wait."""
+class ToolServer:
+    """The MCP server of one process: a request's tools are listed there, and their calls wait.
+
+    What the model is told of the tools goes upstream in CLAUDE_CODE_EXTRA_BODY. They are listed
+    here only so that the CLI hands the calls on.
+    """
 
     def __init__(self, process: Process) -> None:
-        self.process = process
-        self.results_due = 0  # `result` lines that the CLI has still to print, one a user line
-        self.tools: Sequence[JsonObject] = ()  # as last offered
-        self.known_tools: dict[str, JsonObject] = {}  # as the CLI was first told of each name
-        self.calls: dict[str, JsonObject] = {}  # tools/call lines that wait, by tool_use id
-        self.settings: JsonObject = {}  # as last sent
-        self.applying = ""  # id of the last `apply`, until it is acknowledged
-        self.cost_usd = 0.0  # of all turns whose `result` was read
-        self._tools: list[JsonObject] = []
-        self._is_listed = False  # the CLI has asked for the tools since they were last set
+        self.tools: Sequence[JsonObject] = ()  # the request's, as last set
+        self.known_tools: dict[str, JsonObject] = {}  # by name, as the CLI first saw each
+        self.waiting_calls: dict[str, Line] = {}  # tools/call lines by tool_use id
+        self.is_listed = False  # the CLI has asked for the tools since they were last set
+        self._process = process
+        self._manifest: list[JsonObject] = []  # the tools in MCP's form
 
-    def next(self, patience: Patience | None = None) -> JsonObject:
-        """Take the next line, and note what the protocol needs. No patience: it must be there."""
-        if patience:
-            self.process.wait(patience)
-        line = self.process.lines.popleft()
-        message = _object(_object(line.get("request")).get("message"))
-        method, response = str(message.get("method")), _object(line.get("response"))
+    def set_tools(self, tools: Sequence[JsonObject]) -> None:
+        self.tools = tools
+        self.is_listed = False
+        for tool in tools:
+            self.known_tools.setdefault(to_tool_name(tool), tool)
+        self._manifest = [_to_mcp_tool(tool) for tool in tools]
+
+    def initialize_fields(self) -> JsonObject:
+        """Return the fields of the CLI's `initialize` request that describe this server."""
+        manifest = {"initializeResult": SERVER_INFO, "toolsListResult": {"tools": self._manifest}}
+        return {"sdkMcpServers": [TOOL_SERVER], "sdkMcpServerManifests": {TOOL_SERVER: manifest}}
+
+    def feed(self, line: Line) -> bool:
+        """Answer an MCP request, or let a tool call wait; return whether the line was for MCP."""
+        message = as_object(as_object(line.get("request")).get("message"))
+        method = message.get("method")
         if method == "tools/call":
-            meta = _object(_object(message.get("params")).get("_meta"))
-            self.calls[str(meta.get("claudecode/toolUseId"))] = line
-        elif "id" in message:
-            self._is_listed = self._is_listed or method == "tools/list"
-            replies = {"initialize": SERVER_INFO, "tools/list": {"tools": self._tools}}
-            self._reply(line, replies.get(method, {}))
-        elif response.get("request_id") == self.applying and response.get("subtype") == "success":
-            self.applying = ""
-        elif line.get("type") == "result":
-            self.results_due -= 1
+            meta = as_object(as_object(message.get("params")).get("_meta"))
+            self.waiting_calls[str(meta.get("claudecode/toolUseId"))] = line
+            return True
+        if "id" not in message:  # not MCP, or a notification, which wants no answer
+            return False
+
+        result: JsonObject = {}
+        if method == "initialize":
+            result = SERVER_INFO
+        elif method == "tools/list":
+            result = {"tools": self._manifest}
+            self.is_listed = True
+        self._reply(line, result)
+        return True
+
+    def send_result(self, tool_use_id: str, result: JsonObject) -> None:
+        """Answer a waiting call: {"content": [blocks], "isError": bool}."""
+        self._reply(self.waiting_calls.pop(tool_use_id), result)
+
+    def _reply(self, line: Line, result: JsonObject) -> None:
+        reply = {"jsonrpc": "2.0", "id": line["request"]["message"]["id"], "result": result}
+        response = {
+            "subtype": "success",
+            "request_id": line.get("request_id"),
+            "response": {"mcp_response": reply},
+        }
+        self._process.send({"type": "control_response", "response": response})
+
+
+def _to_mcp_tool(tool: JsonObject) -> JsonObject:
+    return {
+        "name": to_tool_name(tool),
+        # Anthropic's own tools have neither a description nor a schema.
+        "description": tool.get("description") or json.dumps(tool),
+        "inputSchema": tool.get("input_schema") or {"type": "object", "properties": {}},
+        "annotations": {"readOnlyHint": True},  # else calls wait for each other
+        "_meta": {"anthropic/maxResultSizeChars": 2 * MAX_TOOL_RESULT_CHARS},
+    }
+
+
+class ControlChannel:
+    """The control protocol of one process. Its methods raise ProcessDied and CliFailed."""
+
+    def __init__(self, process: Process) -> None:
+        self.tool_server = ToolServer(process)
+        self.pending_results = 0  # `result` lines that the CLI has still to print, one a user line
+        self.settings: JsonObject = {}  # as last sent
+        self.cost_usd = 0.0  # of all turns whose `result` was read
+        self._process = process
+        self._pending_settings_id = ""  # of the last `apply`, until it is acknowledged
+
+    @property
+    def is_applying(self) -> bool:
+        """Whether settings that were sent are not yet acknowledged."""
+        return bool(self._pending_settings_id)
+
+    @property
+    def is_blocked(self) -> bool:
+        """Whether the CLI has acknowledged BLOCK_UPSTREAM_CALLS: it makes no call any more."""
+        return self.settings is BLOCK_UPSTREAM_CALLS and not self.is_applying
+
+    def read_line(self, deadline: Deadline | None = None) -> Line:
+        """Take the next line, and do what the protocol needs. No deadline: it must be there."""
+        if deadline:
+            self._process.wait(deadline)
+        line = self._process.lines.popleft()
+        if self.tool_server.feed(line):
+            return line
+
+        response = as_object(line.get("response"))
+        if line.get("type") == "result":
+            self.pending_results -= 1
             cost = line.get("total_cost_usd")
             # Not a number that no sum survives: infinity, or an integer beyond all floats.
             if isinstance(cost, (int, float)) and 0 <= cost < MAX_COST_USD:
                 self.cost_usd = float(cost)
+        elif response.get("request_id") == self._pending_settings_id:
+            if response.get("subtype") == "success":
+                self._pending_settings_id = ""
         return line
 
-    def send(self, line: JsonObject) -> None:
+    def send(self, line: Line) -> None:
         """Send a message's line; each of the user's ends in a `result`."""
-        self.results_due += line["type"] == "user"
-        self.process.send(line)
+        if line["type"] == "user":
+            self.pending_results += 1
+        self._process.send(line)
 
-    def request(self, subtype: str, patience: Patience, **fields: Any) -> JsonObject:
-        """Return a request's response. Raises ProcessDied, or CliRefused for one of _CHANGES."""
-        kind, seconds = ProcessDied, CONTROL_TIMEOUT_S
-        if subtype in _CHANGES:
-            kind, seconds = CliRefused, CHANGE_TIMEOUT_S
-        request_id = self._ask(subtype, **fields)
-        late = kind(f"claude did not answer {subtype} within {seconds:.0f} s")
-        short, response = patience.at_most(seconds, late), JsonObject()
+    def request(self, subtype: str, deadline: Deadline, **fields: Any) -> JsonObject:
+        """Send a control request and wait for its response.
+
+        Raises CliRefused for one of REUSE_REQUESTS that is refused or not answered, for any other
+        ProcessDied.
+        """
+        failure: type[ProcessDied] = ProcessDied
+        timeout_s = CONTROL_TIMEOUT_S
+        if subtype in REUSE_REQUESTS:
+            failure = CliRefused
+            timeout_s = REUSE_TIMEOUT_S
+
+        request_id = self._send_control_request(subtype, **fields)
+        too_late = failure(f"claude did not answer {subtype} within {timeout_s:.0f} s")
+        capped = deadline.capped(timeout_s, too_late)
+        response: JsonObject = {}
         while response.get("request_id") != request_id:
-            response = _object(self.next(short).get("response"))
+            response = as_object(self.read_line(capped).get("response"))
         if response.get("subtype") != "success":
-            raise kind(f"claude refused {subtype}: {response.get('error')}")
-        return _object(response.get("response"))
+            raise failure(f"claude refused {subtype}: {response.get('error')}")
+        return as_object(response.get("response"))
 
-    def apply(self, settings: JsonObject) -> None:
-        """Change settings. Does not wait: what comes next does."""
-        self.applying = self._ask("apply_flag_settings", settings=settings)
+    def apply_settings(self, settings: JsonObject, deadline: Deadline) -> None:
+        """Change settings, and wait until the CLI has taken them."""
+        self.settings = settings
+        self.request("apply_flag_settings", deadline, settings=settings)
 
-    @property
-    def is_held(self) -> bool:
-        """Whether the CLI has acknowledged HOLD_CALLS: it makes no call any more."""
-        return self.settings is HOLD_CALLS and not self.applying
+    def start_applying(self, settings: JsonObject) -> None:
+        """Change settings without waiting; `is_applying` until they are acknowledged."""
+        self.settings = settings
+        request_id = self._send_control_request("apply_flag_settings", settings=settings)
+        self._pending_settings_id = request_id
 
     def interrupt(self) -> bool:
-        """End the turn whose answer nobody wants any more; say whether nothing is left of it."""
-        patience = Patience(LEAVE_S, lambda: None, ProcessDied("claude did not stop its answer"))
-        reply = self.request("interrupt", patience)
-        self.come_to_rest(patience)
+        """End the turn whose answer nobody wants any more; return whether nothing is left of it."""
+        too_late = ProcessDied("claude did not stop its answer")
+        deadline = Deadline(INTERRUPT_TIMEOUT_S, no_hook, too_late)
+        reply = self.request("interrupt", deadline)
+        self.wait_until_idle(deadline)
         return not reply.get("still_queued")
 
-    def come_to_rest(self, patience: Patience) -> None:
-        """Wait for all that is due. Raises ProcessDied where it does not come."""
-        short = patience.at_most(CONTROL_TIMEOUT_S, ProcessDied("claude did not end its turn"))
-        while self.results_due or self.applying:
-            self.next(short)
+    def wait_until_idle(self, deadline: Deadline) -> None:
+        """Wait for every result and acknowledgement. Raises ProcessDied where one does not come."""
+        too_late = ProcessDied("claude did not end its turn")
+        capped = deadline.capped(CONTROL_TIMEOUT_S, too_late)
+        while self.pending_results or self.is_applying:
+            self.read_line(capped)
 
-    def cut(self, fields: JsonObject, patience: Patience) -> None:
-        """Take back what follows a place; nothing of it is ever sent upstream again."""
-        reply = self.request("rewind_conversation", patience, **fields)
+    def rewind(self, fields: JsonObject, deadline: Deadline) -> None:
+        """Take back a message and what follows it; nothing of it is ever sent upstream again.
+
+        `fields` are those of `rewind_conversation` (`Conversation.rewind`). Raises CliRefused.
+        """
+        reply = self.request("rewind_conversation", deadline, **fields)
         if reply.get("rewound") is not True:
-            raise CliRefused(f"claude did not cut its conversation: {reply}")
-        self.come_to_rest(patience)
-        self.calls.clear()
+            raise CliRefused(f"claude did not rewind its conversation: {reply}")
+        self.wait_until_idle(deadline)
+        self.tool_server.waiting_calls.clear()
 
-    def settle(self, due: set[str], patience: Patience) -> None:
-        """Wait until its turn has ended, or made the calls due; raise ProcessDied if it goes on."""
-        short = patience.at_most(CHANGE_TIMEOUT_S, ProcessDied("claude did not settle"))
+    def wait_for_turn_end(self, tool_calls: set[str], deadline: Deadline) -> None:
+        """Wait until the turn has ended, or until these tool calls of it wait for results.
+
+        Raises ProcessDied if the CLI goes on in place of that: its conversation would then differ
+        from the client's.
+        """
+        capped = deadline.capped(REUSE_TIMEOUT_S, ProcessDied("claude did not settle"))
         while True:
-            is_there = self.calls.keys() >= due if due else self.results_due == 0
-            if is_there and not (self.applying or self.process.has_lines()):
+            if tool_calls:
+                has_ended = self.tool_server.waiting_calls.keys() >= tool_calls
+            else:
+                has_ended = self.pending_results == 0
+            if has_ended and not self.is_applying and not self._process.has_lines():
                 return
-            line = self.next(short)
-            kind, has_failed = line.get("type"), line.get("is_error")
-            if (kind == "result" and (due or has_failed)) or (kind == "user" and due):
+
+            line = self.read_line(capped)
+            is_failure = line.get("type") == "result" and line.get("is_error")
+            went_on = bool(tool_calls) and line.get("type") in ("result", "user")
+            if is_failure or went_on:
                 raise ProcessDied("claude did not keep its conversation")
 
-    def _ask(self, subtype: str, **fields: Any) -> str:
+    def replace_tools(self, tools: Sequence[JsonObject], deadline: Deadline) -> None:
+        """Set other tools, and wait until the CLI has asked for them. Raises CliRefused."""
+        self.tool_server.set_tools(tools)
+        message = {"jsonrpc": "2.0", "method": "notifications/tools/list_changed"}
+        self.request("mcp_message", deadline, server_name=TOOL_SERVER, message=message)
+
+        too_late = CliRefused("claude did not ask for its tools")
+        capped = deadline.capped(REUSE_TIMEOUT_S, too_late)
+        while not self.tool_server.is_listed:
+            self.read_line(capped)
+
+    def send_tool_results(self, results: Mapping[str, JsonObject], deadline: Deadline) -> None:
+        """Answer the waiting tool calls, by tool_use id, in this order."""
+        too_late = ProcessDied("claude took no tool result")
+        capped = deadline.capped(CONTROL_TIMEOUT_S, too_late)
+        for number, (tool_use_id, result) in enumerate(results.items(), 1):
+            self.tool_server.send_result(tool_use_id, result)
+            # One at a time: the CLI puts results in the order in which it has dealt with them.
+            if number < len(results):
+                self._wait_for_echo(tool_use_id, capped)
+
+    def _wait_for_echo(self, tool_use_id: str, deadline: Deadline) -> None:
+        """Wait until the CLI prints the user message that it has made of a tool result."""
+        while True:
+            line = self.read_line(deadline)
+            if line.get("type") == "user" and tool_use_id in json.dumps(line.get("message")):
+                return
+
+    def _send_control_request(self, subtype: str, **fields: Any) -> str:
+        """Send a request; return its id."""
         request_id = f"{subtype} {uuid.uuid4()}"
-        self.settings = fields.get("settings", self.settings)
         request = {"subtype": subtype, **fields}
-        self.process.send({"type": "control_request", "request_id": request_id, "request": request})
+        self._process.send(
+            {"type": "control_request", "request_id": request_id, "request": request}
+        )
         return request_id
 
-    def offer(self, tools: Sequence[JsonObject]) -> JsonObject:
-        """Set the tools; return the fields of `initialize` that tell of them."""
-        # for calls to wait under their names: CLAUDE_CODE_EXTRA_BODY tells upstream of the tools
-        self.tools, self._is_listed = tools, False
-        self.known_tools = {to_name(tool): tool for tool in tools} | self.known_tools
-        self._tools = [
-            {
-                "name": to_name(tool),
-                "description": tool.get("description") or json.dumps(tool),  # without a schema
-                "inputSchema": tool.get("input_schema") or {"type": "object", "properties": {}},
-                "annotations": {"readOnlyHint": True},  # else calls wait for each other
-                "_meta": {"anthropic/maxResultSizeChars": 2 * MAX_TOOL_RESULT_CHARS},
-            }
-            for tool in tools
-        ]
-        told = {"initializeResult": SERVER_INFO, "toolsListResult": {"tools": self._tools}}
-        return {"sdkMcpServers": [TOOL_SERVER], "sdkMcpServerManifests": {TOOL_SERVER: told}}
 
-    def change_tools(self, tools: Sequence[JsonObject], patience: Patience) -> None:
-        """Offer other tools, and wait until the CLI has asked for them. Raises CliRefused."""
-        self.offer(tools)
-        message = {"jsonrpc": "2.0", "method": "notifications/tools/list_changed"}
-        self.request("mcp_message", patience, server_name=TOOL_SERVER, message=message)
-        short = patience.at_most(CHANGE_TIMEOUT_S, CliRefused("claude did not ask for its tools"))
-        while not self._is_listed:
-            self.next(short)
+# ====================================================================== Session
+# A process and the conversation in it, and how a request is brought to it: rewind to the part that
+# both share, tell what differs (settings, system prompt, tools), append the rest, then call or
+# count. To go on with a conversation rewinds nothing, to edit or branch it rewinds to the middle,
+# to begin another one rewinds all.
 
-    def answer_calls(self, results: Mapping[str, JsonObject], patience: Patience) -> None:
-        """Give the calls that wait their results, by tool_use id."""
-        short = patience.at_most(CONTROL_TIMEOUT_S, ProcessDied("claude took no tool result"))
-        *_, last = results
-        for tool_use_id, result in results.items():
-            self._reply(self.calls.pop(tool_use_id), result)
-            # one by one: the CLI puts results in the order in which it has dealt with them
-            while tool_use_id != last:
-                line = self.next(short)
-                if line.get("type") == "user" and tool_use_id in json.dumps(line.get("message")):
-                    break
-
-    def _reply(self, line: JsonObject, result: JsonObject) -> None:
-        reply = {"jsonrpc": "2.0", "id": line["request"]["message"]["id"], "result": result}
-        more = {"request_id": line.get("request_id"), "response": {"mcp_response": reply}}
-        self.process.send({"type": "control_response", "response": {"subtype": "success", **more}})
+CALL_TIMEOUT_S: Final = 60.0  # from the query to the call; 0.02 s, and some for 32 MB of images
+SETUP_ATTEMPTS: Final = 3  # for one request; see `SessionRequest.count_failure`
+COUNT_ATTEMPTS: Final = 10  # the tools that the CLI was just given may take it a moment
 
 
-# ================================================================= Conversation
-# What a process holds, and how a request is brought to it: cut back to the common prefix, tell what
-# differs (settings, system prompt, tools), append the rest, then ask or count. To go on is to cut
-# nothing, to edit or branch to cut to the middle, to begin anew to cut to the beginning.
+class PoolKey(NamedTuple):
+    """What a process is bound to with its first request; it never serves another one."""
+
+    caller: Caller
+    betas: tuple[str, ...]
 
 
-class Told(NamedTuple):
-    """What a process was told for a turn, as far as the next turn is compared with it.
+class PrefixKey(NamedTuple):
+    """What a turn must have in common with the one before, for any message to be reused.
 
-    Not the turn itself: its messages may take 32 MB, and what counts of them is in Conversation.
+    Kept in place of the turn, whose messages may take 32 MB.
     """
 
     model: str
@@ -2045,333 +3101,467 @@ class Told(NamedTuple):
     cache_ttl: str
 
     @classmethod
-    def of(cls, turn: Turn) -> Told:
+    def of(cls, turn: Turn) -> PrefixKey:
         return cls(turn.model, turn.system, turn.cache_ttl)
 
 
-class Held(NamedTuple):
+class HeldMessage(NamedTuple):
     """One message inside a process."""
 
     digest: bytes
-    uuid: str | None = None  # of the user line that brought it; answers and answered calls: none
-    is_place: bool = False  # can be cut at: a user message without tool results
+    # Of the user line that added it. None for answers, and for results that answered tool calls.
+    uuid: str | None = None
+    is_rewind_point: bool = False  # a user message without tool results
 
 
 class Conversation:
-    """The messages that a process holds. What is done to the process is a Session's."""
+    """The messages that a process holds. What is done to the process is Session's part."""
 
     def __init__(self) -> None:
-        self.held: list[Held] = []
-        self.is_loose = False  # the last message got no answer that counts: cut before use
-        self.calls_due: list[str] = []  # ids of the tool calls that the last answer makes
+        self.messages: list[HeldMessage] = []
+        # The last message is a query whose answer was not kept: it is rewound before the next turn.
+        self.has_unanswered_query = False
+        self.pending_tool_calls: list[str] = []  # ids of the calls that the last answer makes
 
-    def kept(self, turn: Turn, told: Told | None) -> int:
-        """Return how many messages can stay for a turn that comes after what was told last."""
-        if told != Told.of(turn):
-            return 0  # with another model or system prompt no conversation goes on
-        whole = len(self.held) - self.is_loose
-        pairs = zip(self.held[:whole], turn.digests[:-1], strict=False)
-        same = [held.digest == digest for held, digest in pairs]
-        common = [*same, False].index(False)
-        given = turn.messages[common:]  # maybe to the calls that wait
-        is_answer = len(given) == 1 and to_tool_results(given[0], self.calls_due)
-        if common == len(self.held) and (is_answer or not self.calls_due):
+    def reusable_prefix(self, turn: Turn, previous: PrefixKey | None) -> int:
+        """Return how many of the held messages a turn can go on from; the others are rewound.
+
+        `previous` is that of the turn before. There are three cases:
+
+        1. Nothing can be reused, because the model or the system prompt differs.
+        2. All of it, because the turn goes on where the conversation ended. If that was with tool
+           calls, the turn has to bring their results, in a form that passes through MCP.
+        3. The part before the last rewind point at or before the first difference: a message can be
+           rewound only together with those that follow it, and only if it is a user's own.
+        """
+        if previous != PrefixKey.of(turn):
+            return 0
+
+        held = self.messages[:-1] if self.has_unanswered_query else self.messages
+        common = 0
+        # The turn's last message is the query, which is always sent anew.
+        for message, digest in zip(held, turn.digests[:-1], strict=False):
+            if message.digest != digest:
+                break
+            common += 1
+
+        if common == len(self.messages) and self._can_be_followed_by(turn.messages[common:]):
             return common
-        places = [at for at, held in enumerate(self.held[: common + 1]) if held.is_place]
-        return max(places, default=0)
+        for index in range(min(common, len(self.messages) - 1), -1, -1):
+            if self.messages[index].is_rewind_point:
+                return index
+        return 0
 
-    def cut(self, kept: int) -> JsonObject:
-        """Hold no more than the first messages; return the fields of the request that does it."""
-        place, last = self.held[kept].uuid, [held.uuid for held in self.held if held.uuid][-1]
-        del self.held[kept:]
-        self.is_loose, self.calls_due = False, []
-        fields = {"target_message_uuid": place, "last_seen_user_message_uuid": last}
-        return {**fields, "interrupt_if_running": True}  # ends a turn whose tool calls wait
+    def _can_be_followed_by(self, following: Sequence[Message]) -> bool:
+        """Return whether messages can be appended: after tool calls only results MCP can carry."""
+        if not self.pending_tool_calls:
+            return True
+        if len(following) != 1:
+            return False
+        return to_tool_results(following[0], self.pending_tool_calls) is not None
 
-    def add(self, turn: Turn, index: int, line: JsonObject | None) -> None:
-        """Hold a turn's message, sent by this line, or None where through the tool channel."""
-        brought_by = line["uuid"] if line and line["type"] == "user" else None
+    def rewind(self, length: int) -> JsonObject:
+        """Hold only the first messages; return the fields of the `rewind_conversation` request."""
+        uuids = [message.uuid for message in self.messages if message.uuid]
+        fields = {
+            "target_message_uuid": self.messages[length].uuid,
+            "last_seen_user_message_uuid": uuids[-1],
+            "interrupt_if_running": True,  # ends a turn whose tool calls wait
+        }
+        del self.messages[length:]
+        self.has_unanswered_query = False
+        self.pending_tool_calls = []
+        return fields
+
+    def add(self, turn: Turn, index: int, line: Line | None) -> None:
+        """Hold a message of a turn. `line` added it; None: it answered the pending tool calls."""
+        is_user_line = line is not None and line["type"] == "user"
+        added_by = line["uuid"] if line is not None and is_user_line else None
         has_results = any(b["type"] == "tool_result" for b in turn.messages[index].content)
-        is_place = bool(brought_by) and not has_results
-        self.held.append(Held(turn.digests[index], brought_by, is_place))
-        self.is_loose, self.calls_due = line is None or line.get("shouldQuery", False), []
+        is_rewind_point = is_user_line and not has_results
+        self.messages.append(HeldMessage(turn.digests[index], added_by, is_rewind_point))
 
-    def add_answer(self, reader: AnswerReader) -> None:
-        self.held.append(Held(digest_message(Message("assistant", reader.content))))
-        self.is_loose, self.calls_due = False, list(reader.calls)
+        self.has_unanswered_query = line is None or line.get("shouldQuery", False)
+        self.pending_tool_calls = []
 
-
-# Two turns of no meaning, with other system prompts and tools: what any two requests may differ in.
-_QUESTION: Final = {"role": "user", "content": "rehearsal"}
-_REHEARSAL: Final = {"model": DEFAULT_MODEL_NAME, "max_tokens": 1024, "messages": [_QUESTION]}
-_OTHER: Final = {"system": "rehearsal", "tools": [{"name": "rehearsal", "input_schema": {}}]}
-REHEARSALS: Final = [parse_messages_request(_REHEARSAL | more) for more in ({}, _OTHER)]
-
-Base = tuple[Caller, tuple[str, ...]]  # the betas; no process ever serves another
+    def add_answer(self, parser: StreamParser) -> None:
+        digest = digest_message(Message("assistant", parser.content))
+        self.messages.append(HeldMessage(digest))
+        self.has_unanswered_query = False
+        self.pending_tool_calls = list(parser.tool_calls)
 
 
 @dataclass(eq=False)
-class Demand:
-    """A request's wish for a session: what for, and what has failed so far."""
+class SessionRequest:
+    """What a request needs a session for, and what has failed so far."""
 
     turn: Turn
-    base: Base
-    patience: Patience
+    key: PoolKey
+    deadline: Deadline
     is_count: bool = False  # of its tokens, under a system prompt that no session holds
-    deaths: int = 0  # of processes that it was lent; from the first on it wants new ones
+    failed_attempts: int = 0
     arrived_at: float = field(default_factory=time.monotonic)  # its place among those who wait
 
-    def note_death(self, death: ProcessDied) -> None:
-        """Be ready to ask for a new process. Raises CliFailed where that makes no sense."""
-        log.warning("%s; nothing was sent upstream, a new process is asked", death)
-        self.deaths += 1
-        if self.deaths == SETUP_ATTEMPTS:
+    @property
+    def wants_new(self) -> bool:
+        """Whether only a new process will do: one that was lent has died."""
+        return self.failed_attempts > 0
+
+    def count_failure(self, death: ProcessDied) -> None:
+        """Count a process that died before anything was sent upstream, which has cost nothing.
+
+        So SETUP_ATTEMPTS are made: one with a process of the pool's, then with new ones. After them
+        CliFailed is raised.
+        """
+        log.warning("%s; nothing was sent upstream, retrying on a new process", death)
+        self.failed_attempts += 1
+        if self.failed_attempts == SETUP_ATTEMPTS:
             raise CliFailed(str(death), status=503) from death
+
+
+def _warmup_turn(**fields: Any) -> Turn:
+    body = {"model": DEFAULT_MODEL_NAME, "max_tokens": 1024, **fields}
+    return to_turn(body, [("messages.0", {"role": "user", "content": "rehearsal"})])
+
+
+# Two turns of no meaning, with other system prompts and tools: what any two requests may differ in.
+WARMUP_TURNS: Final = (
+    _warmup_turn(),
+    _warmup_turn(system="rehearsal", tools=[{"name": "rehearsal", "input_schema": {}}]),
+)
 
 
 class Session:
     """A process and the conversation in it. One owner at a time; nobody else writes its fields.
 
-    A request goes `bring`, `ask` and `read`, or `count`, then `rest`. All raise ProcessDied and
-    CliFailed, and what their patience raises.
+    A request calls `prepare`, `start_call` and `read_events`, or `count_tokens`; then
+    `finish_turn`. All raise ProcessDied and CliFailed, and what their deadline raises.
     """
 
     def __init__(self, process: Process) -> None:
         self.process = process
-        self.base: Base | None = None  # None: blank, it has served nobody
+        self.key: PoolKey | None = None  # None: it is spare, it has served nobody
         self.is_new = True  # not initialised
         self.models: list[JsonObject] = []  # as the CLI lists them
         self.turns = 0
-        self.reader = AnswerReader()  # of the turn that is asked, or was last
-        self._channel = Channel(process)
+        self.parser = StreamParser()  # of the turn that is answered, or was last
+        self._channel = ControlChannel(process)
         self._conversation = Conversation()
-        self._told: Told | None = None  # for the last turn; None while one is told in part
-        self._turn: Turn | None = None  # that turn, from `bring` to `ask`
-        self._settings: JsonObject = {}  # its
-        self._taken_usd = 0.0  # what of the cost was told of
+        self._previous: PrefixKey | None = None  # of the last turn; None while one is prepared
+        self._turn: Turn | None = None  # that turn, from `prepare` to `start_call`
+        self._settings: JsonObject = {}  # that turn's
+        self._booked_usd = 0.0  # the part of the cost that `take_cost` has returned
 
-    def distance(self, demand: Demand, *, may_cut: bool) -> int | None:
-        """Return the messages that a turn would append and lose here; None: it cannot be served."""
-        turn, told, known = demand.turn, self._told, self._channel.known_tools
-        if self.base not in (None, demand.base) or (demand.deaths and not self.is_new):
+    def distance(self, request: SessionRequest, *, may_rewind: bool) -> int | None:
+        """Return how many messages a turn would append and lose here; None: it cannot be served.
+
+        With a login a lost message counts double, because a cached prefix is lost with it.
+        """
+        turn = request.turn
+        if self.key not in (None, request.key):
             return None
-        if demand.is_count and any(known.get(to_name(tool), tool) != tool for tool in turn.tools):
-            return None  # the CLI counts the tool that first had a name
-        if self.base is None or told is None:
+        if request.wants_new and not self.is_new:
+            return None
+        if request.is_count and not self._can_count(turn.tools):
+            return None
+        if self.key is None or self._previous is None:
             return len(turn.messages)
-        kept = self._conversation.kept(turn, told)
-        lost, is_loose = len(self._conversation.held) - kept, self._conversation.is_loose
-        differs = (turn.system, turn.tools) != (told.system, self._channel.tools)
-        if not may_cut and (lost or differs):
+
+        held = len(self._conversation.messages)
+        reusable = self._conversation.reusable_prefix(turn, self._previous)
+        lost = held - reusable
+        differs = turn.system != self._previous.system or turn.tools != self._tools()
+        if not may_rewind and (lost or differs):
             return None
-        lost = lost if lost > is_loose else 0  # a query without its answer is no loss
-        # with a login they weigh double, as a cached prefix is lost with them
-        return len(turn.messages) - kept + lost * (2 if turn.is_login else 1)
+        if lost == 1 and self._conversation.has_unanswered_query:
+            lost = 0  # only a query without an answer
+        weight = 2 if turn.is_login else 1
+        return len(turn.messages) - reusable + weight * lost
+
+    def _can_count(self, tools: Iterable[JsonObject]) -> bool:
+        """Return whether the CLI would count these tools, and not others of their names.
+
+        It counts the tool that first had a name.
+        """
+        known = self._channel.tool_server.known_tools
+        return all(known.get(to_tool_name(tool), tool) == tool for tool in tools)
+
+    def _tools(self) -> Sequence[JsonObject]:
+        return self._channel.tool_server.tools
 
     def take_cost(self) -> float:
-        """Return the dollars that the process has newly told of, in the lines that were read."""
-        before = self._taken_usd
-        self._taken_usd = self._channel.cost_usd
-        return self._taken_usd - before
+        """Return the dollars that the process has newly reported, in the lines that were read."""
+        new_usd = self._channel.cost_usd - self._booked_usd
+        self._booked_usd = self._channel.cost_usd
+        return new_usd
 
     def read_last_lines(self) -> None:
-        """Read what an ended process has still said; its cost may be in there. Does not raise."""
+        """Read what an ended process has still printed; its cost may be there. Does not raise."""
         with contextlib.suppress(ProcessDied, CliFailed):
             while self.process.has_lines():
-                self._channel.next()
+                self._channel.read_line()
 
-    def prime(self, patience: Patience) -> None:
-        """Warm up a new process by a held query, and prove that it can be used again and again."""
-        first, second = (Demand(turn, (NOBODY, ()), patience) for turn in REHEARSALS)
-        self.bring(first)
-        self._channel.request("apply_flag_settings", patience, settings=HOLD_CALLS)
-        self.ask(patience)
-        self._wait_for_held_end(patience)
-        self.bring(second)
-        self.turns, self.base, self._turn = 0, None, None
+    def warm_up(self, deadline: Deadline) -> None:
+        """Warm up a new process by a blocked query, and prove that it can be used again and again.
 
-    def bring(self, demand: Demand) -> None:
-        """Make it hold all but the last message, or all to count; nothing goes upstream."""
-        assert self.base in (None, demand.base)
-        self.base = demand.base  # for good
+        Raises CliRefused where it cannot.
+        """
+        first, second = WARMUP_TURNS
+        key = PoolKey(NOBODY, ())
+        self.prepare(SessionRequest(first, key, deadline))
+        self._channel.apply_settings(BLOCK_UPSTREAM_CALLS, deadline)
+        self.start_call(deadline)
+        self._wait_for_blocked_end(deadline)
+        self.prepare(SessionRequest(second, key, deadline))
+        self.turns = 0
+        self.key = None
+        self._turn = None
+
+    def prepare(self, request: SessionRequest) -> None:
+        """Make the process hold all messages but the last, or all to count; none goes upstream."""
+        if self.key not in (None, request.key):
+            raise RuntimeError("a session must never change its caller")
+        self.key = request.key  # for good
         self.turns += 1
-        turn, patience, told, self._told = demand.turn, demand.patience, self._told, None
-        channel, conversation = self._channel, self._conversation
+        turn = request.turn
+        deadline = request.deadline
+        previous = self._previous
+        self._previous = None  # not reusable until the last line of this method has run
+
         if self.is_new:
-            prompt = {"systemPrompt": [turn.system]} if turn.system else {}
-            fields = {"hooks": None, **prompt, **channel.offer(turn.tools)}
-            self.models = channel.request("initialize", patience, **fields).get("models") or []
-            self.is_new = False
-        kept = conversation.kept(turn, told)
-        if kept < len(conversation.held):
-            channel.cut(conversation.cut(kept), patience)
+            self._initialize(turn, deadline)
+
+        conversation = self._conversation
+        reusable = conversation.reusable_prefix(turn, previous)
+        if reusable < len(conversation.messages):
+            self._channel.rewind(conversation.rewind(reusable), deadline)
         else:
-            channel.settle(set(conversation.calls_due), patience)
-        # Where something is held the CLI's own breakpoints are on it: with one more of the client's
-        # in each turn they would soon be over the four that the API takes.
-        turn = dataclasses.replace(turn, marked=None) if kept else turn
-        end = len(turn.messages) if demand.is_count else len(turn.messages) - 1
-        first_asked = next((i for i, each in enumerate(turn.messages) if each.role == "user"), end)
-        is_new_on_login = turn.is_login and kept == 0 and not demand.is_count
-        takes_additions = is_new_on_login and first_asked < end
-        self._tell(turn, told, patience, holds_calls=takes_additions)
-        for index in range(kept, end):
-            if takes_additions and turn.messages[index].role == "user":
-                self._append_held(turn, index, patience)
-                takes_additions = False
+            self._channel.wait_for_turn_end(set(conversation.pending_tool_calls), deadline)
+
+        if reusable:
+            # The CLI's own breakpoints are on the messages that it holds. With one more of the
+            # client's in each turn they would soon be over the four that the API takes.
+            turn = dataclasses.replace(turn, cache_breakpoint=None)
+        end = len(turn.messages) if request.is_count else len(turn.messages) - 1
+        blocked_index = None
+        if turn.is_login and reusable == 0 and not request.is_count:
+            blocked_index = _first_user_index(turn.messages[:end])
+        self._apply_settings(turn, previous, deadline, blocked=blocked_index is not None)
+
+        for index in range(reusable, end):
+            if index == blocked_index:
+                self._append_blocked(turn, index, deadline)
             else:
                 self._append(turn, index)
-                # User lines are queued but assistant lines applied at once: wait, or the order
-                # is lost.
-                channel.come_to_rest(patience)
-        self._told = Told.of(turn)
+                # User lines are queued but assistant lines applied at once: without a wait the
+                # order would be lost.
+                self._channel.wait_until_idle(deadline)
         self._turn = turn
+        self._previous = PrefixKey.of(turn)
 
-    def ask(self, patience: Patience) -> None:
-        """Start the call: give the tool calls that wait their results, or send the last message."""
-        assert self._turn, "bring comes first"
-        turn, self._turn = self._turn, None  # an idle process keeps nothing of a large request
+    def start_call(self, deadline: Deadline) -> None:
+        """Start the call: send the results of the tool calls that wait, or the last message."""
+        if self._turn is None:
+            raise RuntimeError("`prepare` comes first")
+        turn = self._turn
+        self._turn = None  # an idle process keeps nothing of a large request
+        self.parser = StreamParser()
+
         last = len(turn.messages) - 1
-        asked = self._conversation.calls_due
-        self.reader = AnswerReader()
-        if asked:
-            self._conversation.add(turn, last, None)
-            results = to_tool_results(turn.messages[last], asked) or []
-            self._channel.answer_calls(dict(zip(asked, results, strict=True)), patience)
-        else:
+        call_ids = self._conversation.pending_tool_calls
+        if not call_ids:
             self._append(turn, last, is_query=True)
+            return
+        results = to_tool_results(turn.messages[last], call_ids) or []
+        self._conversation.add(turn, last, None)
+        self._channel.send_tool_results(dict(zip(call_ids, results, strict=True)), deadline)
 
-    def count(self, demand: Demand) -> JsonObject:
-        """Return the CLI's count of a turn; it asks upstream's count_tokens for it."""
-        self.bring(demand)
-        told, self._told, self._turn = self._told, None, None
-        names = {to_name(tool) for tool in demand.turn.tools}
+    def read_events(self, deadline: Deadline) -> Generator[list[Event], None, list[Event]]:
+        """Yield the answer's events in batches of those that were ready together.
+
+        Returns the last batch. Raises ApiError; ProcessDied only while nothing went upstream.
+        """
+        parser = self.parser
+        silent = ProcessDied(f"claude did not call upstream within {CALL_TIMEOUT_S:.0f} s")
+        until_called = deadline.capped(CALL_TIMEOUT_S, silent)
+        batch: list[Event] = []
+        while not parser.is_done:
+            if batch and not self.process.lines:
+                yield batch
+                batch = []
+            try:
+                line = self._channel.read_line(deadline if parser.is_calling else until_called)
+                with malformed_as_502():
+                    batch += parser.feed(line)
+                if parser.has_left and self._channel.settings is not BLOCK_UPSTREAM_CALLS:
+                    self._channel.start_applying(BLOCK_UPSTREAM_CALLS)
+                if parser.refusal:
+                    if not self._channel.is_blocked:
+                        raise parser.refusal  # at once, for `finish_turn` has to end the process
+                    deadline = deadline.capped(INTERRUPT_TIMEOUT_S, parser.refusal)
+            except ApiError:
+                yield batch  # what came just before it
+                raise
+            except ProcessDied as exc:
+                self._read_to_the_end()
+                if not parser.is_calling:
+                    raise  # the CLI says so before it calls: nothing was sent upstream
+                log.error("%s", exc)
+                yield batch
+                raise CliFailed("claude ended before its answer was complete") from exc
+        return batch
+
+    def count_tokens(self, request: SessionRequest) -> TokenCounts:
+        """Return the CLI's count of a turn; for it the CLI asks upstream's count_tokens."""
+        self.prepare(request)
+        previous = self._previous
+        self._previous = None
+        self._turn = None
+
+        names = {to_tool_name(tool) for tool in request.turn.tools}
         for _ in range(COUNT_ATTEMPTS):
-            usage = self._channel.request("get_context_usage", demand.patience)
+            usage = self._channel.request("get_context_usage", request.deadline)
             if {tool.get("name") for tool in usage.get("mcpTools") or []} == names:
-                self._told = told
-                return usage
-            time.sleep(POLL_S)
+                self._previous = previous
+                return to_token_counts(usage)
+            time.sleep(POLL_INTERVAL_S)
         raise CliFailed("claude did not take the tools that are to be counted")
 
-    def _tell(
-        self, turn: Turn, told: Told | None, patience: Patience, *, holds_calls: bool
-    ) -> None:
-        """Tell what a turn needs, as far as it was not told before; maybe with its calls held."""
+    def finish_turn(self) -> bool:
+        """End a turn, however it went; return whether the session can be used again.
+
+        It can where nothing of this turn can reach upstream any more. Raises ProcessDied,
+        CliFailed; takes up to INTERRUPT_TIMEOUT_S.
+        """
         channel = self._channel
-        if turn.tools != channel.tools:  # first: they take the CLI a moment
-            channel.change_tools(turn.tools, patience)
+        conversation = self._conversation
+        parser = self.parser
+        if self._previous is None:
+            return False  # a turn is prepared only in part
+        if conversation.messages and not conversation.messages[0].is_rewind_point:
+            return False  # no other conversation could begin: there is nothing to rewind to
+        if not conversation.has_unanswered_query:
+            return True  # nothing was called
+
+        if parser.refusal:
+            # Where the CLI has gone on it remembers what it left out, and leaves it out for good.
+            return parser.has_failed and not parser.called_again
+        if parser.has_failed:
+            return True
+        if not parser.is_done:
+            return parser.is_calling and channel.interrupt()
+
+        tool_names = {to_tool_name(tool) for tool in self._tools()}
+        if not parser.can_go_on or not tool_names.issuperset(parser.tool_calls.values()):
+            return channel.is_blocked  # the CLI would call again: certain not to, or killed
+
+        conversation.add_answer(parser)
+        # The settings are likely those of the next turn too. But while tool calls wait the block
+        # stays: when its stdin ends the CLI lets them fail, and calls upstream.
+        if not channel.is_applying and not conversation.pending_tool_calls:
+            channel.start_applying(self._settings)
+        return True
+
+    def _initialize(self, turn: Turn, deadline: Deadline) -> None:
+        """Send the first request of a process, which can set the system prompt and tools."""
+        tool_server = self._channel.tool_server
+        tool_server.set_tools(turn.tools)
+        fields: JsonObject = {"hooks": None}
+        if turn.system:
+            fields["systemPrompt"] = [turn.system]
+        fields.update(tool_server.initialize_fields())
+        response = self._channel.request("initialize", deadline, **fields)
+        self.models = response.get("models") or []
+        self.is_new = False
+
+    def _apply_settings(
+        self, turn: Turn, previous: PrefixKey | None, deadline: Deadline, *, blocked: bool
+    ) -> None:
+        """Tell what a turn needs, as far as it differs from before.
+
+        `blocked`: until the next settings no call goes upstream (`_append_blocked`).
+        """
+        channel = self._channel
+        if turn.tools != self._tools():  # first: they take the CLI a moment
+            channel.replace_tools(turn.tools, deadline)
+
         model = resolve_model(turn.model, self.models)
         self._settings = to_flag_settings(turn, model)
         settings = self._settings
-        if holds_calls:
-            settings = {**settings, "env": {**settings["env"], **HOLD_CALLS["env"]}}
+        if blocked:
+            settings = {**settings, "env": settings["env"] | BLOCK_UPSTREAM_CALLS["env"]}
         if settings != channel.settings:
-            channel.request("apply_flag_settings", patience, settings=settings)
-        if told and turn.system != told.system:
-            prompt = turn.system or DEFAULT_SYSTEM_PROMPT
-            change = {"model": model, "system_prompt": prompt, "only_if_model_is_current": True}
-            channel.request("set_model", patience, **change)
+            channel.apply_settings(settings, deadline)
+
+        if previous and turn.system != previous.system:
+            channel.request(
+                "set_model",
+                deadline,
+                model=model,
+                system_prompt=turn.system or DEFAULT_SYSTEM_PROMPT,
+                only_if_model_is_current=True,
+            )
 
     def _append(self, turn: Turn, index: int, *, is_query: bool = False) -> None:
-        line = to_line(turn, index, self._settings["model"], is_query=is_query)
+        line = to_stdin_message(turn, index, self._settings["model"], is_query=is_query)
         self._conversation.add(turn, index, line)
         self._channel.send(line)
 
-    def _append_held(self, turn: Turn, index: int, patience: Patience) -> None:
-        """Append a message by a query; `_tell` has held the calls back, so none goes upstream.
+    def _append_blocked(self, turn: Turn, index: int, deadline: Deadline) -> None:
+        """Append a message by a query that cannot go upstream: `_apply_settings` blocked it.
 
         With a login the CLI adds its reminders (environment, model, date) to the message that is
         queried first, for good. That has to be the first message of the user's in any process:
         another one would change the bytes that upstream has cached, and the text of tool results.
         """
         self._append(turn, index, is_query=True)
-        self._wait_for_held_end(patience)
-        self._channel.request("apply_flag_settings", patience, settings=self._settings)
+        self._wait_for_blocked_end(deadline)
+        self._channel.apply_settings(self._settings, deadline)
 
-    def _wait_for_held_end(self, patience: Patience) -> None:
-        """Wait until a query that is held back has ended. Raises CliRefused if it was answered."""
-        while self._channel.results_due:
-            if self._channel.next(patience).get("type") == "stream_event":
+    def _wait_for_blocked_end(self, deadline: Deadline) -> None:
+        """Wait until a blocked query has ended. Raises CliRefused if it was answered."""
+        while self._channel.pending_results:
+            if self._channel.read_line(deadline).get("type") == "stream_event":
                 raise CliRefused("claude does not hold its calls back")
-
-    def read(self, patience: Patience) -> Generator[list[Event], None, list[Event]]:
-        """Yield the answer's events in batches of those that were ready together.
-
-        Returns the last batch. Raises ApiError; ProcessDied only while nothing went upstream.
-        """
-        reader = self.reader
-        channel = self._channel
-        silent = ProcessDied(f"claude did not call upstream within {CALL_TIMEOUT_S:.0f} s")
-        until_called = patience.at_most(CALL_TIMEOUT_S, silent)
-        batch: list[Event] = []
-        while not reader.done:
-            if batch and not self.process.lines:
-                yield batch
-                batch = []
-            try:
-                line = channel.next(patience if reader.is_called else until_called)
-                with upstream_protocol():
-                    batch += reader.feed(line)
-                if reader.has_left and channel.settings is not HOLD_CALLS:
-                    channel.apply(HOLD_CALLS)
-                if reader.refusal:
-                    if not channel.is_held:
-                        raise reader.refusal  # at once, for `rest` has to end the process
-                    patience = patience.at_most(LEAVE_S, reader.refusal)
-            except ApiError:
-                yield batch  # what came just before it
-                raise
-            except ProcessDied as exc:
-                self._read_to_the_end()
-                if not reader.is_called:
-                    raise  # the CLI tells before it calls, so nothing was sent upstream
-                log.error("%s", exc)
-                yield batch
-                raise CliFailed("claude ended before its answer was complete") from exc
-        return batch
 
     def _read_to_the_end(self) -> None:
         """Kill the process, and learn from its last lines whether it has called upstream."""
         self.process.kill()
-        late = ProcessDied("claude did not end")
-        with contextlib.suppress(ProcessDied, ApiError), upstream_protocol():
+        too_late = ProcessDied("claude did not end")
+        with contextlib.suppress(ProcessDied, ApiError), malformed_as_502():
             while True:
-                self.reader.feed(self._channel.next(Patience(LEAVE_S, lambda: None, late)))
+                deadline = Deadline(INTERRUPT_TIMEOUT_S, no_hook, too_late)
+                self.parser.feed(self._channel.read_line(deadline))
 
-    def rest(self) -> bool:
-        """Come to rest after a turn, however it ended; say whether the session can be used again.
 
-        It can where nothing of this turn can reach upstream any more. Raises; takes up to LEAVE_S.
-        """
-        channel, conversation, reader = self._channel, self._conversation, self.reader
-        if self._told is None or not all(held.is_place for held in conversation.held[:1]):
-            return False  # told in part, or nothing that could be cut to
-        if not conversation.is_loose:
-            return True  # it was asked nothing
-        if reader.refusal:
-            # Where the CLI has gone on it remembers what it left out, and leaves it out for good.
-            return reader.has_failed and not reader.asks_again
-        if not reader.done:
-            return reader.has_failed or (reader.is_called and channel.interrupt())
-        names = set(map(to_name, channel.tools))
-        if not (reader.can_go_on and names.issuperset(reader.calls.values())):
-            # it would ask again: certain not to, or killed
-            return channel.is_held
-        conversation.add_answer(reader)
-        # not while calls wait: when its stdin ends the CLI lets them fail, and asks upstream
-        if not (channel.applying or conversation.calls_due):
-            channel.apply(self._settings)  # likely those of the next turn too
-        return True
+def _first_user_index(messages: Sequence[Message]) -> int | None:
+    for index, message in enumerate(messages):
+        if message.role == "user":
+            return index
+    return None
 
 
 # ========================================================================= Pool
 # Who has which session, and who waits. A session is owned by the pool or by one request, never by
-# both, and nothing blocks while holding the lock. One keeper thread starts and reaps processes, a
-# spare is primed on a thread of its own, the public methods run on request threads.
+# both, and nothing blocks while the lock is held. One thread, the supervisor, starts and reaps
+# processes. A spare is warmed up on a thread of its own. The public methods run on request threads.
+
+MAX_SESSION_AGE_S: Final = 3600.0  # old processes may hold stale sign-ins, or be an old CLI's
+MAX_SESSION_TURNS: Final = 1000  # measured: time and memory stay flat over as many turns
+IDLE_TIMEOUT_S: Final = 300.0  # after a burst, for processes beyond --processes
+# Wait for so long before the next spare is started, so that its 0.45 s of processor time do not
+# delay the call of the request that took the last one.
+SPARE_DELAY_S: Final = 0.1
+# What using a spare costs, in messages: replaying so many takes as long as a spare's slower first
+# turn.
+SPARE_COST_MESSAGES: Final = 25
+SUPERVISOR_INTERVAL_S: Final = 5.0  # how soon a dead or stale spare is noticed without a request
+REUSE_RETRY_S: Final = 600.0  # a CLI that could not be used again may be busy, not another one
+EXIT_GRACE_S: Final = 5.0  # from EOF on stdin to SIGKILL; the CLI needs 0.04 s
+OVERLOADED_RETRY_AFTER_S: Final = 5  # told to clients that find the queue full
 
 _CLOSING: Final = "the gateway is shutting down"
-STATES: Final = ("spare", "starting", "idle", "busy", "ending")  # a spare is blank: no caller's yet
+STATES: Final = ("spare", "starting", "idle", "busy", "ending")
 
 
 class Fleet:
@@ -2379,313 +3569,832 @@ class Fleet:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        # with since when (monotonic); those that are longest in their state come first
+        # Session -> (state, time.monotonic() when it was entered), oldest entry first.
         self._states: dict[Session, tuple[str, float]] = {}
 
-    def put(self, session: Session, state: str) -> None:
+    def move(self, session: Session, state: str) -> None:
+        """Put a session into a state; a new one is added."""
         self._states.pop(session, None)
         self._states[session] = (state, time.monotonic())
 
-    def all(self, *states: str) -> list[Session]:
+    def in_state(self, *states: str) -> list[Session]:
         """Return the sessions in these states, the longest there first."""
         return [session for session, (state, _) in self._states.items() if state in states]
 
-    def room(self) -> int:
+    def free_slots(self) -> int:
         """Return how many more sessions may be lent."""
-        return self.settings.max_concurrency - len(self.all("busy"))
+        return self.settings.max_concurrency - len(self.in_state("busy"))
 
-    def nearest(self, demand: Demand, *, may_cut: bool) -> Session | None:
-        """Return the idle session that is nearest, the longest idle of equal ones.
+    def nearest(self, request: SessionRequest, *, may_rewind: bool) -> Session | None:
+        """Return the session in which a request costs least, the longest idle of equal ones.
 
-        A blank one rather than a conversation that would be lost, up to the number that is kept;
-        from then on only for a conversation that is worth another process.
+        A spare costs 1 extra while fewer processes are in use than are kept when idle, so that no
+        conversation is thrown away needlessly. Above that number it costs SPARE_COST_MESSAGES,
+        because it means one more process.
         """
-        kept = min(self.settings.processes - 1, self.settings.max_concurrency)
-        of_blank = 1 if len(self.all("busy", "idle")) < kept else BLANK_DISTANCE
-        distances = {}
-        for session in self.all("spare", "idle"):
-            if (distance := session.distance(demand, may_cut=may_cut)) is not None:
-                distances[session] = distance + of_blank * (session.base is None)
-        found = min(distances, key=distances.__getitem__, default=None)
-        if found and found.process.is_stopped():
-            log.warning("claude (pid %d) was stopped, and is ended", found.process.pid)
-            found.process.kill()
-            self.put(found, "ending")
-            return self.nearest(demand, may_cut=may_cut)
-        return found
+        kept_in_use = min(self.settings.processes - 1, self.settings.max_concurrency)
+        has_room = len(self.in_state("busy", "idle")) < kept_in_use
+        spare_cost = 1 if has_room else SPARE_COST_MESSAGES
+
+        nearest: Session | None = None
+        lowest_cost = 0
+        for session in self.in_state("spare", "idle"):
+            cost = session.distance(request, may_rewind=may_rewind)
+            if cost is None:
+                continue
+            if session.key is None:
+                cost += spare_cost
+            if nearest is None or cost < lowest_cost:
+                nearest = session
+                lowest_cost = cost
+
+        if nearest and nearest.process.is_stopped():
+            log.warning("claude (pid %d) was stopped, and is ended", nearest.process.pid)
+            nearest.process.kill()
+            self.move(nearest, "ending")
+            return self.nearest(request, may_rewind=may_rewind)
+        return nearest
 
     def end(self, session: Session) -> None:
-        """Let an idle process end by itself, one that may be in mid-turn at once."""
-        if session in self.all("spare", "idle"):
-            session.process.finish()
+        """Let an idle process end by itself; kill one that may be in the middle of a turn."""
+        if session in self.in_state("spare", "idle"):
+            session.process.close_stdin()
         else:
             session.process.kill()
-        self.put(session, "ending")
+        self.move(session, "ending")
 
-    def tidy(self, *, incoming: bool = False) -> None:
-        """End the dead, the old, and what is over the numbers to be kept."""
-        now, kept = time.monotonic(), self.settings.processes
-        for session in self.all("spare", "idle"):
+    def evict(self, *, incoming: bool = False) -> None:
+        """End idle sessions: the dead, the old, and those over the numbers to be kept.
+
+        `incoming`: one more is about to be started for a request, and needs a slot.
+        """
+        now = time.monotonic()
+        for session in self.in_state("spare", "idle"):
             is_old = now - session.process.started_at >= MAX_SESSION_AGE_S
             if is_old or not session.process.is_alive():
                 self.end(session)
-        used = self.all("idle") if kept else self.all("spare", "idle")
-        over, room = len(self.all("spare", "idle", "starting")) - kept, self.room() - incoming
-        for rank, session in enumerate(used):
-            was_long_idle = now - self._states[session][1] > IDLE_S
-            if rank < len(used) - room or (rank < over and was_long_idle):
+
+        kept = self.settings.processes
+        candidates = self.in_state("idle") if kept else self.in_state("spare", "idle")
+        surplus = len(self.in_state("spare", "idle", "starting")) - kept
+        free_slots = self.free_slots() - 1 if incoming else self.free_slots()
+        without_slot = len(candidates) - free_slots
+        for rank, session in enumerate(candidates):  # the longest idle first
+            _, idle_since = self._states[session]
+            was_long_idle = now - idle_since > IDLE_TIMEOUT_S
+            if rank < without_slot or (rank < surplus and was_long_idle):
                 self.end(session)
 
-    def take_gone(self) -> list[Session]:
-        """Return the processes that have ended; kill those whose grace is over."""
-        gone = []
-        for session in self.all("ending"):
+    def reap(self) -> list[Session]:
+        """Return the ending sessions whose process has ended; kill those whose grace is over."""
+        now = time.monotonic()
+        ended = []
+        for session in self.in_state("ending"):
+            _, ending_since = self._states[session]
             if not session.process.is_alive():
                 del self._states[session]
-                gone.append(session)
-            elif time.monotonic() >= self._states[session][1] + EXIT_GRACE_S:
+                ended.append(session)
+            elif now >= ending_since + EXIT_GRACE_S:
                 session.process.kill()
-        return gone
+        return ended
 
 
 class Pool:
-    """Sessions, interchangeable but for their base, and who waits for one."""
+    """Sessions, interchangeable but for their key, and the requests that wait for one."""
 
     def __init__(
-        self, start: Callable[[], Session], fleet: Fleet, ended: Callable[[Session], None]
+        self, start: Callable[[], Session], fleet: Fleet, on_end: Callable[[Session], None]
     ) -> None:
-        """`start` may raise anything; `ended` is called with each session that was given up."""
-        self.failure = ""  # why none starts, until one does: a spare is tried for that in any case
-        self.refusal = ""  # why the CLI's processes cannot be used again; no spares meanwhile
-        self._start, self._fleet, self._ended = start, fleet, ended
-        # Guarded by _changed: all fields, those above too where they are written.
+        """`start` may raise anything; `on_end` is called with each session that has ended."""
+        # Why the last process could not start, "" once one does. While it is set the pool keeps
+        # trying, even with --processes 0, so that /healthz recovers.
+        self.failure = ""
+        # Why the CLI's processes cannot be used again; meanwhile no spares are made.
+        self.reuse_problem = ""
+        self._start = start
+        self._fleet = fleet
+        self._on_end = on_end
+        # Guarded by _changed: all that follows, and those above where they are written.
         self._changed = threading.Condition()
-        self._waiters: dict[Demand, Future[Session]] = {}  # in order, each with what it waits for
-        self._spare_at = 0.0  # monotonic; when the next spare may be started
-        self._closed = False
+        self._waiters: dict[SessionRequest, Future[Session]] = {}  # in the order of their arrival
+        self._next_spare_at = 0.0  # monotonic; no spare is started before
+        self._is_closed = False
         # One thread forks all processes, since on Linux they die with the thread that forked them.
-        self._keeper = threading.Thread(target=self._keep, name="cc2api-keeper", daemon=True)
-        self._keeper.start()
+        self._supervisor = threading.Thread(
+            target=self._supervise, name="cc2api-supervisor", daemon=True
+        )
+        self._supervisor.start()
 
-    def acquire(self, waiter: Demand) -> Session:
-        """Take the nearest session; wait in order. Raises ApiError, as the patience."""
-        served = Future[Session]()
+    def acquire(self, waiter: SessionRequest) -> Session:
+        """Take the nearest session; wait in order. Raises ApiError, and what the deadline does."""
+        assigned: Future[Session] = Future()
         try:
             with self._changed:
-                if self._closed:
-                    raise CliFailed(_CLOSING, status=503)
-                most = self._fleet.settings.max_queue + self._fleet.room()
-                if len(self._waiters) >= most and not waiter.deaths:
-                    words = "Overloaded: too many requests are waiting"
-                    raise ApiError(words, status=529, retry_after_s=OVERLOADED_RETRY_AFTER_S)
-                self._waiters[waiter] = served
-                if waiter.deaths:  # its process died: it has waited already, and has its place
-                    in_order = sorted(self._waiters, key=lambda each: each.arrived_at)
-                    self._waiters = {each: self._waiters[each] for each in in_order}
-                self._serve_waiters()
-                if not served.done():  # else the keeper would only take the processor
+                self._enqueue(waiter, assigned)
+                self._assign_sessions()
+                if not assigned.done():  # else the supervisor would only take the processor
                     self._changed.notify_all()
             while True:
+                waiter.deadline.check()
                 with contextlib.suppress(FutureTimeout):
-                    return served.result(waiter.patience.slice_s())
+                    return assigned.result(waiter.deadline.next_wait_s())
         except BaseException:
             with self._changed:
                 self._waiters.pop(waiter, None)
-            if served.done() and not served.exception():  # in the last moment
-                self.give_back(served.result(), usable=not served.result().is_new)
+            # A session that was assigned in the last moment must not be lost.
+            if assigned.done() and not assigned.exception():
+                session = assigned.result()
+                self.release(session, usable=not session.is_new)
             raise
 
-    def give_back(self, session: Session, *, usable: bool) -> None:
+    def release(self, session: Session, *, usable: bool) -> None:
         """Take a session back: keep it where it can be used again, else end it at once."""
         with self._changed:
             if usable:
-                self.failure = self.failure if session.is_new else ""
-                self._fleet.put(session, "spare" if session.base is None else "idle")
-            # none is kept; a blank one is for a waiter
-            is_spent = session.base and not self._fleet.settings.processes
-            if not usable or is_spent or session.turns >= MAX_SESSION_TURNS or self._closed:
+                if not session.is_new:
+                    self.failure = ""
+                self._fleet.move(session, "spare" if session.key is None else "idle")
+
+            # With --processes 0 a used session is ended. A new one was started for a waiter.
+            is_used = session.key is not None
+            is_surplus = is_used and self._fleet.settings.processes == 0
+            is_worn_out = session.turns >= MAX_SESSION_TURNS
+            if not usable or is_surplus or is_worn_out or self._is_closed:
                 self._fleet.end(session)
                 self._changed.notify_all()
-            self._serve_waiters()
+            self._assign_sessions()
 
     def snapshot(self) -> tuple[dict[str, list[int]], int]:
         """Return the pids of the processes by state, and how many requests wait."""
         with self._changed:
-            pids = {state: [s.process.pid for s in self._fleet.all(state)] for state in STATES}
+            pids = {}
+            for state in STATES:
+                pids[state] = [session.process.pid for session in self._fleet.in_state(state)]
             return pids, len(self._waiters)
 
     def close(self) -> None:
         """End every process, lent ones too, and wait for that, up to EXIT_GRACE_S and a little."""
         with self._changed:
-            self._closed = True
-            for session in self._fleet.all("spare", "idle"):
+            self._is_closed = True
+            for session in self._fleet.in_state("spare", "idle"):
                 self._fleet.end(session)
-            for session in self._fleet.all("busy", "starting"):
-                session.process.kill()  # whoever has it notices, and gives it back
+            for session in self._fleet.in_state("busy", "starting"):
+                session.process.kill()  # whoever has it notices, and releases it
             while self._waiters:
-                self._waiters.popitem()[1].set_exception(CliFailed(_CLOSING, status=503))
+                _, assigned = self._waiters.popitem()
+                assigned.set_exception(CliFailed(_CLOSING, status=503))
             self._changed.notify_all()
-        self._keeper.join(EXIT_GRACE_S + 1)
+        self._supervisor.join(EXIT_GRACE_S + 1)
 
-    # ---- these two hold the lock; those that follow take it by themselves
+    # ---- The next methods need the lock held by the caller; those after them take it.
 
-    def _serve_waiters(self) -> None:
-        """Lend what is idle to those who wait, in order, each what costs it least."""
-        self._fleet.tidy()
-        for waiter in list(self._waiters)[: self._fleet.room()]:  # who is passed over has its place
-            if (session := self._fleet.nearest(waiter, may_cut=not self.refusal)) is None:
-                self._changed.notify_all()  # the keeper has to start one
-                continue
-            if session.base is None:  # its replacement starts when the call is likely to have left
-                self._spare_at = max(self._spare_at, time.monotonic() + SPARE_DELAY_S)
+    def _enqueue(self, waiter: SessionRequest, assigned: Future[Session]) -> None:
+        """Add a request to the queue. Raises ApiError where it is full or closed."""
+        if self._is_closed:
+            raise CliFailed(_CLOSING, status=503)
+        limit = self._fleet.settings.max_queue + self._fleet.free_slots()
+        if len(self._waiters) >= limit and not waiter.wants_new:
+            message = "Overloaded: too many requests are waiting"
+            raise ApiError(message, status=529, retry_after_s=OVERLOADED_RETRY_AFTER_S)
+
+        self._waiters[waiter] = assigned
+        if waiter.wants_new:  # it has waited once already, and gets the place that it had
+            in_order = sorted(self._waiters, key=lambda each: each.arrived_at)
+            self._waiters = {each: self._waiters[each] for each in in_order}
+
+    def _assign_sessions(self) -> None:
+        """Give idle sessions to the requests that wait, in order, each the nearest one.
+
+        A request for which there is none keeps its place in the queue; the supervisor starts one.
+        """
+        self._fleet.evict()
+        may_rewind = not self.reuse_problem
+        for waiter in list(self._waiters)[: self._fleet.free_slots()]:
+            session = self._fleet.nearest(waiter, may_rewind=may_rewind)
+            if session is None:
                 self._changed.notify_all()
-            self._fleet.put(session, "busy")
+                continue
+            if session.key is None:  # a spare, whose successor is due soon
+                due_at = time.monotonic() + SPARE_DELAY_S
+                self._next_spare_at = max(self._next_spare_at, due_at)
+                self._changed.notify_all()
+            self._fleet.move(session, "busy")
             self._waiters.pop(waiter).set_result(session)
 
     def _note_failure(self, problem: str) -> None:
         if problem != self.failure:
             log.error("%s: try `cc2api --check`", problem)
         self.failure = problem
-        self._spare_at = max(self._spare_at, time.monotonic() + KEEPER_TICK_S)
+        retry_at = time.monotonic() + SUPERVISOR_INTERVAL_S
+        self._next_spare_at = max(self._next_spare_at, retry_at)
 
-    def _keep(self) -> None:
-        """Run the keeper thread: start for waiters first, then spares; reap; until all are gone."""
+    def _waiter_needs_process(self) -> bool:
+        """Return whether a process is to be started for a request that waits."""
+        if self._fleet.free_slots() <= 0:
+            return False
+        if any(waiter.wants_new for waiter in self._waiters):
+            return True
+        # A spare that is starting will serve one of them.
+        return len(self._waiters) > len(self._fleet.in_state("starting"))
+
+    def _spare_is_due(self) -> bool:
+        """Return whether a spare is to be started now."""
+        if self._is_closed or time.monotonic() < self._next_spare_at:
+            return False
+        if self._fleet.in_state("starting", "spare"):
+            return False
+        # One of the processes that are kept is the spare; with one alone, only while none is used.
+        is_any_used = bool(self._fleet.in_state("busy", "idle"))
+        needed = 2 if is_any_used else 1
+        return self._fleet.settings.processes >= needed or bool(self.failure)
+
+    def _next_look_s(self) -> float:
+        """Return how long the supervisor waits where nothing is due."""
+        interval_s = SUPERVISOR_INTERVAL_S
+        if self._fleet.in_state("ending"):
+            interval_s = POLL_INTERVAL_S
+        until_spare_s = self._next_spare_at - time.monotonic()
+        return min(interval_s, until_spare_s) if until_spare_s > 0 else interval_s
+
+    # ---- The supervisor's own methods, without the lock.
+
+    def _supervise(self) -> None:
+        """Run the supervisor thread, until the pool is closed and all processes are gone."""
         is_over = False
         while not is_over:
             try:
-                is_over = self._keep_once()
+                is_over = self._supervise_once()
             except Exception:  # without this thread nothing works any more
-                log.exception("the keeper goes on")
-                time.sleep(POLL_S)
+                log.exception("pool thread failed, continuing")
+                time.sleep(POLL_INTERVAL_S)
 
-    def _keep_once(self) -> bool:
-        """Do what is due, or wait for it; say whether all is over."""
+    def _supervise_once(self) -> bool:
+        """Reap, and start what is due: for waiters first, then a spare; else wait.
+
+        Returns whether the pool is closed and all processes are gone.
+        """
         with self._changed:
-            fleet, gone = self._fleet, self._fleet.take_gone()
-            if self._closed and not (gone or fleet.all("ending", "busy", "starting")):
+            ended = self._fleet.reap()
+            is_any_left = ended or self._fleet.in_state("ending", "busy", "starting")
+            if self._is_closed and not is_any_left:
                 return True
-            self._serve_waiters()
-            lacks_new = any(waiter.deaths for waiter in self._waiters)
-            lacks_new |= len(self._waiters) > len(fleet.all("starting"))
-            is_for_waiter = lacks_new and fleet.room() > 0
-            fleet.tidy(incoming=is_for_waiter)
-            spare_in_s = self._spare_at - time.monotonic()
-            kept = fleet.settings.processes >= (2 if fleet.all("busy", "idle") else 1)
-            lacks_spare = (kept or bool(self.failure)) and not fleet.all("starting", "spare")
-            is_due = is_for_waiter or (spare_in_s <= 0 and not self._closed and lacks_spare)
-            if not is_due and not gone:
-                tick_s = POLL_S if fleet.all("ending") else KEEPER_TICK_S
-                self._changed.wait(min(tick_s, spare_in_s) if spare_in_s > 0 else tick_s)
-        for session in gone:
+
+            self._assign_sessions()
+            is_for_waiter = self._waiter_needs_process()
+            self._fleet.evict(incoming=is_for_waiter)
+            starts_one = is_for_waiter or self._spare_is_due()
+            if not starts_one and not ended:
+                self._changed.wait(self._next_look_s())
+
+        for session in ended:
             with contextlib.closing(session.process):
                 session.read_last_lines()
-                self._ended(session)
-        if is_due:
-            self._start_one(for_waiter=is_for_waiter)
+                self._on_end(session)
+        if starts_one:
+            self._start_process(for_waiter=is_for_waiter)
         return False
 
-    def _start_one(self, *, for_waiter: bool) -> None:
-        """Start a process: for the request that waits longest just so, as a spare to be primed."""
-        session = None
+    def _start_process(self, *, for_waiter: bool) -> None:
+        """Start a process: for the request that waits longest as it is, a spare to be warmed up."""
+        session: Session | None = None
         try:
             session = self._start()
             if not for_waiter:
                 with self._changed:
-                    self._fleet.put(session, "starting")
-                threading.Thread(None, self._prime, "cc2api-prime", [session], daemon=True).start()
+                    self._fleet.move(session, "starting")
+                threading.Thread(
+                    None, self._warm_up, "cc2api-warmup", [session], daemon=True
+                ).start()
         except Exception as exc:  # noqa: BLE001 - the message says what it was
             with self._changed:
                 self._note_failure(f"claude cannot be started: {exc}")
                 if session:
-                    self.give_back(session, usable=False)
+                    self.release(session, usable=False)
                 elif self._waiters and for_waiter:
-                    first = self._waiters.pop(next(iter(self._waiters)))
-                    first.set_exception(CliFailed(self.failure, status=503))
-        else:
-            if for_waiter:
-                self.give_back(session, usable=True)
+                    longest_waiting = next(iter(self._waiters))
+                    assigned = self._waiters.pop(longest_waiting)
+                    assigned.set_exception(CliFailed(self.failure, status=503))
+            return
+        if for_waiter:
+            self.release(session, usable=True)
 
-    def _prime(self, session: Session) -> None:
-        """Prime a spare, on a thread of its own."""
-        patience = Patience(CONTROL_TIMEOUT_S, lambda: None, ProcessDied("claude is too slow"))
+    def _warm_up(self, session: Session) -> None:
+        """Warm up a spare, on a thread of its own."""
+        too_late = ProcessDied("claude is too slow")
+        deadline = Deadline(CONTROL_TIMEOUT_S, no_hook, too_late)
         problem: Exception | None = None
         try:
-            session.prime(patience)
+            session.warm_up(deadline)
         except Exception as exc:  # noqa: BLE001 - whatever it is, nobody else would tell of it
             problem = exc
+
         with self._changed:
-            if isinstance(problem, CliRefused):
-                if not self.refusal:  # once is enough
+            if problem is None:
+                self.reuse_problem = ""
+            elif isinstance(problem, CliRefused):
+                if not self.reuse_problem:  # once is enough
                     log.warning("%s: each new conversation takes a process of its own", problem)
-                self.refusal, self._spare_at = str(problem), time.monotonic() + REHEARSE_AGAIN_S
-            elif not problem:
-                self.refusal = ""
-            elif not self._closed:
+                self.reuse_problem = str(problem)
+                self._next_spare_at = time.monotonic() + REUSE_RETRY_S
+            elif not self._is_closed:
                 self._note_failure(str(problem) or repr(problem))
-            self.give_back(session, usable=not problem)
+            self.release(session, usable=problem is None)
             self._changed.notify_all()
+
+
+# ====================================================================== Gateway
+# What the routes ask: a turn in, batches of events out. Owns the pool, the account, the list of
+# models and the key file; knows nothing of sockets. Runs on request threads.
+
+SIGN_IN_TTL_S: Final = 60.0  # until the CLI is asked again how it is signed in; it takes 0.2 s
+TRY_BODY: Final = (
+    '{"model":"sonnet","max_tokens":100,"messages":[{"role":"user","content":"Hello!"}]}'
+)
+
+
+class Account:
+    """The CLI in use, how it is signed in, and which API it calls."""
+
+    def __init__(self, settings: Settings, cli: Cli, environ: Mapping[str, str]) -> None:
+        self.is_login = not uses_bare(settings.bare, environ)
+        self.upstream = "" if settings.demo else upstream_url(environ)
+        self._cli = cli
+        self._environ = environ
+        self._sign_in = IN_DEMO if settings.demo else UNKNOWN_SIGN_IN
+        # monotonic; when the CLI is asked next, in a demo never
+        self._next_look_at = math.inf if settings.demo else 0.0
+
+    def sign_in(self) -> str:
+        """Return how the CLI is signed in; it and its version are asked every SIGN_IN_TTL_S."""
+        now = time.monotonic()
+        if now >= self._next_look_at:
+            self._next_look_at = now + SIGN_IN_TTL_S
+            with contextlib.suppress(CliUnusable):
+                self._cli = find_cli(self._cli.path, self._environ)
+                self._sign_in = describe_sign_in(self._cli, self._environ, bare=not self.is_login)
+        return self._sign_in
+
+    def is_signed_in(self) -> bool:
+        """Return whether requests can succeed, as far as the CLI says."""
+        return not self.sign_in().startswith(NOT_SIGNED_IN)
+
+    def cli(self) -> Cli:
+        """Return the CLI, whose version changes when it updates itself."""
+        return self._cli
+
+
+class ModelList:
+    """The models that there are: the CLI's own list, and the names of --model-map."""
+
+    def __init__(self, model_map: Iterable[str]) -> None:
+        """`model_map`: "NAME=MODEL" each."""
+        self.listed: list[JsonObject] = []  # as the last process listed them
+        self._model_by_name = dict(pair.split("=", 1) for pair in model_map)
+
+    def update(self, models: list[JsonObject]) -> None:
+        """Take a process's list; an empty one says nothing."""
+        if models:
+            self.listed = models
+
+    def mapped(self, name: str) -> str:
+        """Return the model that a name stands for by --model-map, else the name."""
+        return self._model_by_name.get(name, name)
+
+    def resolve(self, name: str) -> str:
+        """Return the id behind an alias, a mapped name, or an id itself."""
+        return resolve_model(self.mapped(name), self.listed).removesuffix(LONG_WINDOW_SUFFIX)
+
+    def knows(self, name: str) -> bool:
+        """Return whether a model is listed, by its name or its id."""
+        if name == DEFAULT_MODEL_NAME or name in self._model_by_name:
+            return True
+        for model in self.listed:
+            if name in (str(model.get("value")), str(model.get("resolvedModel"))):
+                return True
+        return False
+
+
+class Gateway:
+    """The running gateway behind the HTTP server."""
+
+    def __init__(self, settings: Settings, cli: Cli, environ: Mapping[str, str]) -> None:
+        self.settings = settings
+        self.metrics = Metrics()
+        self.keys = KeyFile(settings)
+        self.account = Account(settings, cli, environ)
+        self.models = ModelList(settings.model_map)
+        self.rate_limits: dict[str, str] = {}  # the plan's state as headers, as last reported
+        self._padding_tokens: dict[str, int] = {}  # of a padding tool, by model
+        self._workplace = Workplace(Path(tempfile.gettempdir()), config_dir_of(environ))
+        temp_dir = str(self._workplace.temp_dir)
+        command, environment = command_and_environment(cli, settings, environ, temp_dir)
+
+        def start() -> Session:
+            os.stat(cli.path)  # raises the OSError that a shim around the CLI would hide
+            self._workplace.prepare()
+            return Session(Process(command, environment, str(self._workplace.work_dir)))
+
+        self.pool = Pool(start, Fleet(settings), self._on_process_end)
+
+    def close(self) -> None:
+        """End all processes and remove their temporary directory."""
+        self.pool.close()
+        self._workplace.clean_up()
+
+    def answer(
+        self, turn: Turn, caller: Caller, on_wait: Callable[[], None], request_log: RequestLog
+    ) -> Generator[list[Event], None, None]:
+        """Yield the answer's events, in batches of those that were ready together, to message_stop.
+
+        Raises ApiError, and what `on_wait` does, which is called at least every CLIENT_CHECK_S. To
+        close the generator ends the turn.
+        """
+        request = self._session_request(turn, caller, on_wait)
+        while True:
+            session = self.pool.acquire(request)
+            try:
+                last_batch = yield from self._answer_with(session, request, request_log)
+                break
+            except ProcessDied as death:
+                # Nothing was sent upstream, so the request is tried again on a new process.
+                request.count_failure(death)
+                forget_frames(death)
+            finally:
+                self._release(session)
+        yield last_batch  # after the session is back: the next request finds it there
+
+    def _answer_with(
+        self, session: Session, request: SessionRequest, request_log: RequestLog
+    ) -> Generator[list[Event], None, list[Event]]:
+        """Yield the answer's events but for the last batch, which is returned."""
+        if session.is_new:
+            request_log.add(process="cold")
+        else:
+            request_log.add(process="reused" if session.turns else "spare")
+
+        check_media(request.turn, resolve_model(request.turn.model, session.models))
+        session.prepare(request)
+        session.start_call(request.deadline)
+        try:
+            return (yield from session.read_events(request.deadline))
+        finally:
+            self.rate_limits = session.parser.rate_limits or self.rate_limits
+
+    def count_tokens(self, turn: Turn, caller: Caller, on_wait: Callable[[], None]) -> int:
+        """Return how many input tokens a turn has, by the API's own count; nothing is generated."""
+        request = self._session_request(turn, caller, on_wait)
+        if not turn.tools:
+            return self._count(request, []).messages
+
+        model = request.turn.model
+        if model not in self._padding_tokens:
+            both = self._count(request, PADDING_TOOLS).tools
+            first = self._count(request, PADDING_TOOLS[:1]).tools
+            self._padding_tokens[model] = both - first
+        counts = self._count(request, [*turn.tools, PADDING_TOOLS[0]])
+        tools = counts.tools + COUNTED_TOOLS_DEDUCTION - self._padding_tokens[model]
+        return counts.messages + max(0, tools)
+
+    def _count(self, request: SessionRequest, tools: list[JsonObject]) -> TokenCounts:
+        """Count a turn's messages, with these tools in place of its own."""
+        # A system prompt that was never counted before shows that upstream counted, and that the
+        # CLI did not guess (`to_token_counts`).
+        system = " ".join(uuid.uuid4().hex)
+        turn = dataclasses.replace(request.turn, system=system, tools=tools, cache_breakpoint=None)
+        counting = dataclasses.replace(request, turn=turn, is_count=True)
+
+        def count(session: Session) -> TokenCounts:
+            check_media(turn, resolve_model(turn.model, session.models))
+            return session.count_tokens(counting)
+
+        return self._with_session(counting, count)
+
+    def list_models(self, caller: Caller, on_wait: Callable[[], None]) -> list[JsonObject]:
+        """Return the models as the CLI lists them; every request that is served refreshes them."""
+        if self.models.listed:
+            return self.models.listed
+        request = self._session_request(WARMUP_TURNS[0], caller, on_wait)
+
+        def read_models(session: Session) -> list[JsonObject]:
+            if session.is_new:
+                session.prepare(request)
+            return session.models
+
+        return self._with_session(request, read_models)
+
+    def describe(self, url: str) -> dict[str, str]:
+        """Return what it runs on, who pays, who may call, and how.
+
+        `url` is where clients see it.
+        """
+        sign_in = self.account.sign_in()
+        is_open = self.keys.load() == {}
+        key_header = "" if is_open else " -H 'x-api-key: YOUR-KEY'"
+        lines = {
+            "claude": str(self.account.cli()),
+            "sign-in": sign_in,
+            "upstream": self.account.upstream,
+            "keys": self.keys.summary,
+            "page": f"{url}/",
+            "try": f"curl {url}/v1/messages{key_header} -d '{TRY_BODY}'",
+        }
+        return {name: text for name, text in lines.items() if text}
+
+    def gauges(self) -> Gauges:
+        """Return what /metrics says of now."""
+        pids, waiting = self.pool.snapshot()
+        processes = [({"state": state}, len(pids[state])) for state in pids]
+        return {
+            "cc2api_processes": processes,
+            "cc2api_waiting_requests": [({}, waiting)],
+            "cc2api_signed_in": [({}, 1 if self.account.is_signed_in() else 0)],
+        }
+
+    def _with_session(self, request: SessionRequest, use: Callable[[Session], _T]) -> _T:
+        """Return what `use` does with a session; where its process dies, with another one."""
+        while True:
+            session = self.pool.acquire(request)
+            try:
+                return use(session)
+            except ProcessDied as death:
+                request.count_failure(death)
+                forget_frames(death)
+            finally:
+                self._release(session)
+
+    def _release(self, session: Session) -> None:
+        """Give a session back to the pool, whatever became of its turn."""
+        usable = False
+        try:
+            usable = session.finish_turn()
+        except Exception as exc:  # noqa: BLE001 - whatever it is, there may be a whole answer
+            log.warning("discarding process: %s", str(exc) or repr(exc))
+            forget_frames(exc)
+        if not usable:
+            session.process.kill()  # first of all: it may be about to call upstream
+
+        try:
+            self.models.update(session.models)
+            self._book_cost(session)
+        finally:
+            self.pool.release(session, usable=usable)
+
+    def _on_process_end(self, session: Session) -> None:
+        self._workplace.remove_leftovers()
+        self._book_cost(session)
+
+    def _book_cost(self, session: Session) -> None:
+        """Add the cost that a process has reported since last time.
+
+        A turn's cost arrives with its `result` line, so one turn late.
+        """
+        if session.key is None:
+            return
+        cost_usd = session.take_cost()
+        if cost_usd:
+            self.metrics.add("cc2api_cost_usd_total", cost_usd, caller=session.key.caller.name)
+
+    def _session_request(
+        self, turn: Turn, caller: Caller, on_wait: Callable[[], None]
+    ) -> SessionRequest:
+        if self.account.is_login:
+            turn = with_login_caching(turn)
+        turn = dataclasses.replace(turn, model=self.models.mapped(turn.model))
+        limit_s = self.settings.timeout
+        too_late = ApiError(
+            f"the answer was not complete within {limit_s:g} s (--timeout)",
+            status=504,
+            should_retry=False,
+        )
+        deadline = Deadline(limit_s, on_wait, too_late)
+        return SessionRequest(turn, PoolKey(caller, turn.betas), deadline)
+
+
+# ================================================================= Messages API
+# Anthropic's own API: what reads its requests, and writes its answers and errors. The other two
+# APIs are translated to it and from it. Pure.
+
+# Lists and objects around a tool's input in a whole answer of any of the three APIs.
+ANSWER_LEVELS: Final = 6
+
+
+def parse_messages_request(body: JsonObject, betas: str = "", *, is_count: bool = False) -> Turn:
+    """Check a Messages API request, with the anthropic-beta header, and return it as a Turn.
+
+    Raises InvalidRequest.
+    """
+    if body.get("thread") is not None:
+        # With this code the SDKs' tool runners send the whole history instead.
+        problem = "thread: message threads are not supported; send the whole history"
+        raise InvalidRequest(problem, details={"error_code": "thread_unsupported_request"})
+    if body.get("max_tokens") is None and not is_count:  # the CLI would put a number of its own
+        raise InvalidRequest("max_tokens: Field required")
+    require(body, "messages", list)
+    return to_turn(body, located_objects(body, "messages"), betas, is_count=is_count)
+
+
+class MessagesEncoder:
+    """Encodes one answer, as a stream or whole: here as the Messages API does.
+
+    The encoders of the other APIs derive from it: it also assembles the message from the events.
+    """
+
+    stream_end = b""  # what follows the last event of a stream
+    fails_in_stream = False  # a failure is an event with status 200, even where none came before
+
+    def __init__(self, call_fields: Mapping[str, JsonObject] | None = None) -> None:
+        """`call_fields`: for each tool, by its name upstream, the fields with which the client's
+        API begins a call of it: `type`, `name`, `namespace`.
+        """
+        self.call_fields = call_fields or {}
+        self.message: JsonObject = {}  # as far as it has come
+        self.delta_texts: list[str] = []  # of the latest block; it gets them when it is finished
+
+    def result(self) -> JsonObject:
+        """Return the answer, once all events have been fed."""
+        return self.message
+
+    def keepalive(self) -> Sequence[JsonObject]:
+        """Return events that show life in a stream that is silent; none: an SSE comment does."""
+        if not self.message:  # so early an event confuses some clients
+            return []
+        return [{"type": "ping"}]
+
+    def error_events(self, error: ApiError, body: JsonObject) -> list[JsonObject]:
+        """Return what ends a stream that fails; `body` is the error in the API's envelope."""
+        return [body]
+
+    def feed(self, event: Event) -> list[JsonObject]:
+        """Take the next event of a StreamParser's; return what the client's stream says of it."""
+        event_type = event["type"]
+        delta = as_object(event.get("delta"))
+        if event_type == "message_start":
+            usage = dict(event["message"].get("usage") or {})
+            self.message = {**event["message"], "content": [], "usage": usage}
+        elif event_type == "content_block_start":
+            self.message.get("content", []).append(dict(event["content_block"]))
+            self.delta_texts = []
+        elif event_type == "content_block_delta":
+            self._add_delta(delta)
+        elif event_type == "content_block_stop":
+            self._finish_block()
+        elif event_type == "message_delta":
+            self.message.update(delta)
+            if event.get("context_management") is not None:
+                self.message["context_management"] = event["context_management"]
+            self.message["usage"].update(without_nulls(event.get("usage") or {}))
+        return [event]
+
+    def _add_delta(self, delta: JsonObject) -> None:
+        for name in ("text", "thinking", "partial_json"):
+            if name in delta:
+                self.delta_texts.append(delta[name])
+
+        block = self.message.get("content", [])[-1]
+        for name in ("signature", "content"):
+            if name in delta:
+                block[name] = delta[name]
+        if "citation" in delta:
+            citations = block.get("citations") or []
+            block["citations"] = [*citations, delta["citation"]]
+
+    def _finish_block(self) -> None:
+        """Give the latest block the text of its deltas."""
+        text = "".join(self.delta_texts)
+        if not text:
+            return
+        block = self.message.get("content", [])[-1]
+        if block["type"] in ("text", "thinking"):
+            block[block["type"]] += text
+            return
+
+        block["input"] = {}  # also where it was cut short, and is no JSON
+        with contextlib.suppress(ValueError, RecursionError):
+            tool_input = json.loads(text)
+            if can_be_sent(tool_input, ANSWER_LEVELS):
+                block["input"] = tool_input
+
+
+def can_be_sent(value: Any, levels: int) -> bool:
+    """Return whether json.dumps takes a value that stands `levels` deep in another one."""
+    for _ in range(levels):
+        value = [value]
+    try:
+        json.dumps(value, allow_nan=False)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def to_anthropic_error(error: ApiError, request_id: str) -> tuple[int, JsonObject]:
+    """Return an error's status, and the Messages API's envelope."""
+    inner = {"type": error.type, "message": str(error), "details": error.details}
+    body = {"type": "error", "error": without_nulls(inner), "request_id": request_id}
+    return error.status, body
+
+
+class Dialect(NamedTuple):
+    """An API that asks a model: how its requests are read, and its errors written."""
+
+    # From a body, the anthropic-beta header, and whether only tokens are counted.
+    read: Callable[[JsonObject, str, bool], tuple[Turn, MessagesEncoder]]
+    # From an error and the request's id: status and envelope.
+    to_error: Callable[[ApiError, str], tuple[int, JsonObject]]
+    count_object: str | None = None  # the `object` of a count of tokens
+
+
+def _read_messages(body: JsonObject, betas: str, is_count: bool) -> tuple[Turn, MessagesEncoder]:
+    return parse_messages_request(body, betas, is_count=is_count), MessagesEncoder()
+
+
+ANTHROPIC: Final = Dialect(_read_messages, to_anthropic_error)
 
 
 # ======================================================================= OpenAI
 # What its two APIs have in common, to a Turn and back: a translation, not a second pipeline. Pure.
 # Both bring a conversation as items and tools in the form of the Responses API, each with the path
-# under which the client sent it. What Anthropic's own OpenAI layer ignores is ignored.
+# under which the client sent it. What Anthropic's own OpenAI layer ignores is ignored here too.
 
 _DATA_URL: Final = re.compile(r"data:([\w.+-]+/[\w.+-]+)(?:;[\w=-]+)*;base64,(.*)\Z", re.DOTALL)
 _JSON_OBJECT_PROMPT: Final = "Answer with one bare JSON object and nothing else: no code fences."
-_RAW_INPUT: Final = {"properties": {"input": {"type": "string"}}, "required": ["input"]}
-_RAW_HINT: Final = "`input` is the raw text itself: not wrapped in JSON, not quoted."
-_SEAL: Final = "cc2api:"  # before a thinking block that we gave out as `encrypted_content`
-_HINTS: Final = {
+# A custom tool takes raw text, which a model here can only give as a field of a JSON object.
+_RAW_INPUT_SCHEMA: Final = {
+    "type": "object",
+    "properties": {"input": {"type": "string"}},
+    "required": ["input"],
+}
+_RAW_INPUT_HINT: Final = "`input` is the raw text itself: not wrapped in JSON, not quoted."
+_SEAL: Final = "cc2api:"  # before a thinking block that went out as `encrypted_content`
+_ITEM_HINTS: Final = {
     "item_reference": "items are not persisted here: set store to false"
     " (AI SDK: providerOptions.openai.store), so that they are sent whole",
     "compaction_trigger": "Codex compacts by itself with a provider of your own in its config",
 }
-CALL_TYPES: Final = {  # of the tools that clients run
-    **{"function": "function_call", "custom": "custom_tool_call"},
+# The tools that clients run: the type of the item that calls each.
+CALL_TYPES: Final = {
+    "function": "function_call",
+    "custom": "custom_tool_call",
     "tool_search": "tool_search_call",
 }
-FINISH_REASONS: Final = {  # any other: stop
-    **{"tool_use": "tool_calls", "refusal": "content_filter"},
-    **{"max_tokens": "length", "model_context_window_exceeded": "length"},
-}
+FINISH_REASONS: Final = {  # by stop_reason; any other is "stop"
+    "tool_use": "tool_calls", "refusal": "content_filter",
+    "max_tokens": "length", "model_context_window_exceeded": "length",
+}  # fmt: skip
+
+Item = JsonObject  # of a Responses API conversation
 
 
-def to_blocks(owner: JsonObject, name: str, path: str) -> list[JsonObject]:
+def to_blocks(owner: JsonObject, name: str, path: str) -> list[Block]:
     """Return a text or a list of parts as blocks, less blank texts, which Anthropic refuses."""
-    said = {name: as_blocks(owner.get(name))}
-    blocks = [_to_block(part, place) for place, part in objects(said, name, path)]
-    return [b for b in blocks if b["type"] != "text" or b["text"].strip()]
+    content = {name: as_blocks(owner.get(name))}
+    blocks = [
+        _to_block(part, part_path) for part_path, part in located_objects(content, name, path)
+    ]
+    return [block for block in blocks if block["type"] != "text" or block["text"].strip()]
 
 
-def _to_block(part: JsonObject, path: str) -> JsonObject:
+def _to_block(part: JsonObject, path: str) -> Block:
     """Return a part of a message's content, in either API's form, as a block."""
-    kind = str(part.get("type"))
-    if kind in ("text", "input_text", "output_text", "refusal"):
-        return {"type": "text", "text": require(part, kind.rpartition("_")[2], str, path)}
-    if kind in ("image_url", "file"):
-        part, path = require(part, kind, dict, path), f"{path}.{kind}"
-    if kind in ("image_url", "input_image"):
-        name = "url" if kind == "image_url" else "image_url"
-        source = _to_source(require(part, name, str, path))
-        check_image(f"{path}.{name}", source)
-        return {"type": "image", "source": source}
-    if kind not in ("file", "input_file"):
-        raise InvalidRequest(f"{path}.type: Input should be a type of text, image or file")
-    url = optional(part, "file_url", str, path)
+    part_type = str(part.get("type"))
+    if part_type in ("text", "input_text", "output_text"):
+        return {"type": "text", "text": require(part, "text", str, path)}
+    if part_type == "refusal":
+        return {"type": "text", "text": require(part, "refusal", str, path)}
+    if part_type == "image_url":
+        image = require(part, "image_url", dict, path)
+        return _to_image(image, "url", f"{path}.image_url")
+    if part_type == "input_image":
+        return _to_image(part, "image_url", path)
+    if part_type == "file":
+        return _to_document(require(part, "file", dict, path), f"{path}.file")
+    if part_type == "input_file":
+        return _to_document(part, path)
+    raise InvalidRequest(f"{path}.type: Input should be a type of text, image or file")
+
+
+def _to_image(owner: JsonObject, name: str, path: str) -> Block:
+    source = _to_source(require(owner, name, str, path))
+    check_image(f"{path}.{name}", source)
+    return {"type": "image", "source": source}
+
+
+def _to_document(file: JsonObject, path: str) -> Block:
+    url = optional(file, "file_url", str, path)
     if not url:
-        data = require(part, "file_data", str, path)
+        data = require(file, "file_data", str, path)
         url = data if data.startswith("data:") else f"data:application/pdf;base64,{data}"
-    title = part.get("filename") or None
+    title = file.get("filename") or None
     return without_nulls({"type": "document", "title": title, "source": _to_source(url)})
 
 
 def _to_source(url: str) -> JsonObject:
     """Return an http or data URL as the source of an image or document."""
-    data = _DATA_URL.match(url)
-    if data is None:
+    data_url = _DATA_URL.match(url)
+    if data_url is None:
         return {"type": "url", "url": url}
-    media_type, encoded = data[1].replace("image/jpg", "image/jpeg"), data[2]
+
+    media_type = data_url[1].replace("image/jpg", "image/jpeg")
+    encoded = data_url[2]
     if not media_type.startswith(("image/", "application/pdf")):
         with contextlib.suppress(ValueError):  # what is no text upstream refuses
             text = base64.b64decode(encoded, validate=True).decode("utf-8")
@@ -2694,163 +4403,250 @@ def _to_source(url: str) -> JsonObject:
 
 
 class ItemReader:
-    """What the items of a conversation say (responses-api.md 1.2), one message each, to be merged.
+    """Turns the items of a conversation into messages, one each, which `to_turn` joins.
 
-    Refused items are told by their place: those of tools that OpenAI runs, and what points to
-    something kept. Raises InvalidRequest.
+    Items of tools that OpenAI runs, and those that point to something kept, are refused with their
+    path. Raises InvalidRequest.
     """
 
-    def __init__(self, system: list[JsonObject], *, hoists: bool = False) -> None:
-        """`hoists`: what a developer says late joins the system prompt as well."""
-        self.system, self._hoists = system, hoists
-        self.tools: list[Placed] = []  # that came with items
-        self.messages: list[Placed] = []
-        self._front = 0  # behind the last answer and its results
-        self._thinking: list[JsonObject] = []  # before the next item of the same answer
-        self._calls: set[str] = set()  # without an output so far
+    def __init__(self, system: list[Block], *, hoists: bool = False) -> None:
+        """`hoists`: a developer's message joins the system prompt wherever it stands."""
+        self.system = system
+        self.tools: list[Located] = []  # that came with items
+        self.messages: list[Located] = []
+        self._hoists = hoists
+        self._results_end = 0  # index in messages: behind the last answer and its results
+        self._thinking: list[Block] = []  # that comes before the next item of the same answer
+        self._unanswered_calls: set[str] = set()
 
-    def read(self, path: str, item: JsonObject) -> None:
+    def read(self, path: str, item: Item) -> None:
         """Take the next item."""
-        kind = str(item.get("type") or ("message" if "role" in item else "item_reference"))
-        if kind not in _READERS:
-            hint = _HINTS.get(kind, "this type is not supported by this gateway")
-            raise InvalidRequest(f"{path}.type: {kind}: {hint}")
+        default_type = "message" if "role" in item else "item_reference"
+        item_type = str(item.get("type") or default_type)
+        if item_type not in ITEM_READERS:
+            hint = _ITEM_HINTS.get(item_type, "this type is not supported by this gateway")
+            raise InvalidRequest(f"{path}.type: {item_type}: {hint}")
         if item.get("execution") == "server":  # a search that OpenAI ran
             raise InvalidRequest(f"{path}.execution: Input should be 'client'")
-        _READERS[kind](self, path, item)
+        ITEM_READERS[item_type](self, path, item)
 
-    def _add(self, role: str, path: str, blocks: list[JsonObject]) -> None:
-        content = self._thinking + blocks if role == "assistant" else blocks
-        self._thinking = []  # of an answer that went no further: the API takes none at the end
-        self.messages.append((path, {"role": role, "content": content}))
-        if role == "assistant":
-            self._front = len(self.messages)
+    def _add_answer(self, path: str, blocks: list[Block]) -> None:
+        """Add a part of an answer, after the thinking that came before it."""
+        content = self._thinking + blocks
+        self._thinking = []
+        self.messages.append((path, {"role": "assistant", "content": content}))
+        self._results_end = len(self.messages)
 
-    def message(self, path: str, item: JsonObject) -> None:
-        role, blocks = str(item.get("role")), to_blocks(item, "content", path)
+    def _add(self, role: str, path: str, blocks: list[Block]) -> None:
+        """Add a message that is no answer."""
+        # Thinking that no answer followed is dropped: the API takes none at the end of an answer.
+        self._thinking = []
+        self.messages.append((path, {"role": role, "content": blocks}))
+
+    def read_message(self, path: str, item: Item) -> None:
+        role = str(item.get("role"))
+        blocks = to_blocks(item, "content", path)
         if role in ("developer", "system"):
-            role = "system"
             if any(block["type"] != "text" for block in blocks):
                 raise InvalidRequest(f"{path}.content: Input should be text")
-            # a late one of Codex' would there end the caching, and the process that was kept
             if self._hoists or not self.messages:
                 self.system += blocks
-                return
-        if blocks or role not in ("assistant", "system"):
+            elif blocks:
+                # It stays where it is. In the system prompt, a late message of Codex' would end
+                # the caching, and the process could not go on.
+                self._add("system", path, blocks)
+        elif role == "assistant":
+            if blocks:
+                self._add_answer(path, blocks)
+        else:
             self._add(role, path, blocks)
 
-    def thought(self, path: str, item: JsonObject) -> None:
-        """Take our own; what other providers thought, or did by themselves, is of no use here."""
+    def read_reasoning(self, path: str, item: Item) -> None:
+        """Take a thinking block of ours; those of other providers are of no use here."""
         self._thinking += _unseal(item.get("encrypted_content"))
 
-    def call(self, path: str, item: JsonObject) -> None:
-        kind, call_id = item["type"], require(item, "call_id", str, path)
-        name = "tool_search" if kind == "tool_search_call" else _upstream_name(item, path)
-        if kind == "tool_search_call":
-            given = require(item, "arguments", dict, path)
-        elif kind == "custom_tool_call":
-            given = {"input": require(item, "input", str, path)}
-        else:
-            try:
-                given = parse_json((optional(item, "arguments", str, path) or "{}").encode())
-            except InvalidRequest:
-                problem = "Input should be a JSON object in a string"
-                raise InvalidRequest(f"{path}.arguments: {problem}") from None
-        self._calls.add(call_id)
-        block = {"type": "tool_use", "id": call_id, "name": name, "input": given}
-        self._add("assistant", path, [block])
+    def ignore(self, path: str, item: Item) -> None:
+        """Leave out what a provider's own tools did."""
 
-    def output(self, path: str, item: JsonObject) -> None:
+    def read_call(self, path: str, item: Item) -> None:
         call_id = require(item, "call_id", str, path)
-        said = "output" if item.get("content") is None else "content"  # which is chat completions'
-        require(item, said, object, path)
-        if call_id not in self._calls:
+        if item["type"] == "tool_search_call":
+            name = "tool_search"
+            arguments = require(item, "arguments", dict, path)
+        elif item["type"] == "custom_tool_call":
+            name = _upstream_name(item, path)
+            arguments = {"input": require(item, "input", str, path)}
+        else:
+            name = _upstream_name(item, path)
+            arguments = _parse_arguments(item, path)
+        self._unanswered_calls.add(call_id)
+        block = {"type": "tool_use", "id": call_id, "name": name, "input": arguments}
+        self._add_answer(path, [block])
+
+    def read_output(self, path: str, item: Item) -> None:
+        call_id = require(item, "call_id", str, path)
+        field_name = "output"
+        if item.get("content") is not None:  # as chat completions have it
+            field_name = "content"
+        require(item, field_name, object, path)
+        if call_id not in self._unanswered_calls:
             problem = f"No tool call found for function call output with call_id {call_id}."
             raise InvalidRequest(f"{path}: {problem}")
-        self._calls.discard(call_id)
-        result = {"type": "tool_result", "content": to_blocks(item, said, path)}
-        message = {"role": "user", "content": [{**result, "tool_use_id": call_id}]}
-        self.messages.insert(self._front, (path, message))  # in front of what the user says
-        self._front, self._thinking = self._front + 1, []
 
-    def more_tools(self, path: str, item: JsonObject) -> None:
-        """Take tools, and where a search found them, its output, which is they."""
-        more = list(objects(item, "tools", path))
-        self.tools += more
-        if item["type"] == "tool_search_output":
-            self.output(path, {**item, "output": json.dumps([tool for _, tool in more])})
+        self._unanswered_calls.discard(call_id)
+        self._thinking = []
+        result = {
+            "type": "tool_result",
+            "content": to_blocks(item, field_name, path),
+            "tool_use_id": call_id,
+        }
+        message = {"role": "user", "content": [result]}
+        self.messages.insert(self._results_end, (path, message))  # before what the user says
+        self._results_end += 1
+
+    def read_tools(self, path: str, item: Item) -> None:
+        """Take an item's tools."""
+        self.tools += located_objects(item, "tools", path)
+
+    def read_search_output(self, path: str, item: Item) -> None:
+        """Take the tools that a search of the client's found; they are the search's result too."""
+        tools = list(located_objects(item, "tools", path))
+        self.tools += tools
+        output = json.dumps([tool for _, tool in tools])
+        self.read_output(path, {**item, "output": output})
 
 
-_READERS: Final[dict[str, Callable[[ItemReader, str, JsonObject], None]]] = {
-    **dict.fromkeys(("reasoning", "web_search_call", "file_search_call"), ItemReader.thought),
-    **{"code_interpreter_call": ItemReader.thought, "message": ItemReader.message},
-    **dict.fromkeys(CALL_TYPES.values(), ItemReader.call),
-    **dict.fromkeys(("function_call_output", "custom_tool_call_output"), ItemReader.output),
-    **dict.fromkeys(("tool_search_output", "additional_tools"), ItemReader.more_tools),
+ITEM_READERS: Final[dict[str, Callable[[ItemReader, str, Item], None]]] = {
+    "message": ItemReader.read_message,
+    "reasoning": ItemReader.read_reasoning,
+    "function_call": ItemReader.read_call,
+    "custom_tool_call": ItemReader.read_call,
+    "tool_search_call": ItemReader.read_call,
+    "function_call_output": ItemReader.read_output,
+    "custom_tool_call_output": ItemReader.read_output,
+    "tool_search_output": ItemReader.read_search_output,
+    "additional_tools": ItemReader.read_tools,
+    "web_search_call": ItemReader.ignore,
+    "file_search_call": ItemReader.ignore,
+    "code_interpreter_call": ItemReader.ignore,
 }
 
 
-def seal(block: JsonObject) -> str:
+def _parse_arguments(item: Item, path: str) -> JsonObject:
+    """Return a function call's arguments, which are JSON in a string."""
+    arguments = optional(item, "arguments", str, path) or "{}"
+    try:
+        return parse_json(arguments.encode())
+    except InvalidRequest:
+        problem = "Input should be a JSON object in a string"
+        raise InvalidRequest(f"{path}.arguments: {problem}") from None
+
+
+def seal(block: Block) -> str:
     """Return a thinking block as `encrypted_content`, whole: clients cut summaries anew."""
     return _SEAL + base64.urlsafe_b64encode(json.dumps(block).encode("ascii")).decode("ascii")
 
 
-def _unseal(sealed: Any) -> list[JsonObject]:
-    """Return the block that was sealed; none of what is not our own, or damaged."""
-    if isinstance(sealed, str) and sealed.startswith(_SEAL):
-        with contextlib.suppress(ValueError, InvalidRequest):
-            block = parse_json(base64.urlsafe_b64decode(sealed[len(_SEAL) :]))
-            return [block] if block.get("type") in ("thinking", "redacted_thinking") else []
-    return []
+def _unseal(sealed: Any) -> list[Block]:
+    """Return the block that was sealed; none where it is not our own, or damaged."""
+    if not isinstance(sealed, str) or not sealed.startswith(_SEAL):
+        return []
+    try:
+        block = parse_json(base64.urlsafe_b64decode(sealed[len(_SEAL) :]))
+    except (ValueError, InvalidRequest):
+        return []
+    return [block] if block.get("type") in ("thinking", "redacted_thinking") else []
 
 
 def _upstream_name(tool: JsonObject, path: str) -> str:
     """Return the name under which a tool goes upstream, by its own and its namespace's."""
-    name, namespace = require(tool, "name", str, path), optional(tool, "namespace", str, path)
+    name = require(tool, "name", str, path)
+    namespace = optional(tool, "namespace", str, path)
     return f"{namespace}__{name}" if namespace else name
 
 
-def _flattened(placed: Iterable[Placed]) -> Iterator[Placed]:
-    """Yield tools, with the name of their namespace and all that the model is to know of them."""
-    for path, tool in placed:
-        is_space = tool.get("type") == "namespace"
-        space = require(tool, "name", str, path) if is_space else None
-        for place, inner in objects(tool, "tools", path) if is_space else [(path, tool)]:
-            texts = [optional(tool, "description", str, path)] if is_space else []
-            texts.append(optional(inner, "description", str, place))
-            if inner.get("type") == "custom":
-                form = optional(inner, "format", dict, place) or {}
-                form = _object(form.get("grammar")) or form  # so in chat completions
-                grammar = optional(form, "definition", str, f"{place}.format")
-                texts += [_RAW_HINT, grammar and f"Its {form.get('syntax')} grammar:\n{grammar}"]
-            about = "\n\n".join(filter(None, texts)) or None
-            yield place, {**inner, "namespace": space, "description": about}
-
-
-def _to_tools(placed: Iterable[Placed]) -> tuple[list[JsonObject], dict[str, JsonObject]]:
-    """Return tools in Anthropic's form, and what their calls are, by name (section 1.3)."""
-    tools: dict[str, JsonObject] = {}
-    calls: dict[str, JsonObject] = {}
-    for path, tool in _flattened(placed):
-        kind = require(tool, "type", str, path)
-        is_foreign = kind == "tool_search" and tool.get("execution") != "client"
-        if is_foreign or kind.startswith("web_search"):  # Codex always has one of the latter
+def _flatten_namespaces(tools: Iterable[Located]) -> Iterator[Located]:
+    """Yield each tool with `namespace` and `description`, as the model is to be told of it."""
+    for path, tool in tools:
+        if tool.get("type") != "namespace":
+            texts = [optional(tool, "description", str, path), *_describe_custom_tool(tool, path)]
+            yield path, _with_description(tool, texts, None)
             continue
-        if kind not in CALL_TYPES:
+
+        namespace = require(tool, "name", str, path)
+        for inner_path, inner in located_objects(tool, "tools", path):
+            texts = [
+                optional(tool, "description", str, path),
+                optional(inner, "description", str, inner_path),
+                *_describe_custom_tool(inner, inner_path),
+            ]
+            yield inner_path, _with_description(inner, texts, namespace)
+
+
+def _with_description(
+    tool: JsonObject, texts: Iterable[str | None], namespace: str | None
+) -> JsonObject:
+    description = "\n\n".join(text for text in texts if text) or None
+    return {**tool, "namespace": namespace, "description": description}
+
+
+def _describe_custom_tool(tool: JsonObject, path: str) -> list[str]:
+    """Return what the model has to know of a custom tool's raw input; nothing of other tools."""
+    if tool.get("type") != "custom":
+        return []
+    tool_format = optional(tool, "format", dict, path) or {}
+    if as_object(tool_format.get("grammar")):  # where chat completions have it
+        tool_format = tool_format["grammar"]
+    grammar = optional(tool_format, "definition", str, f"{path}.format")
+    if not grammar:
+        return [_RAW_INPUT_HINT]
+    return [_RAW_INPUT_HINT, f"Its {tool_format.get('syntax')} grammar:\n{grammar}"]
+
+
+def _is_left_out(tool: JsonObject) -> bool:
+    """Return whether a tool of OpenAI's own is left out: Codex always sends a web search."""
+    if tool["type"] == "tool_search":
+        return tool.get("execution") != "client"
+    return str(tool["type"]).startswith("web_search")
+
+
+def _to_tools(tools: Iterable[Located]) -> tuple[list[JsonObject], dict[str, JsonObject]]:
+    """Return tools in Anthropic's form, and by name the fields with which their calls begin."""
+    translated: dict[str, JsonObject] = {}
+    call_fields: dict[str, JsonObject] = {}
+    for path, tool in _flatten_namespaces(tools):
+        tool_type = require(tool, "type", str, path)
+        if _is_left_out(tool):
+            continue
+        if tool_type not in CALL_TYPES:
             raise InvalidRequest(f"{path}.type: tools of this type are run by OpenAI, not here")
-        name, call = kind, {"type": CALL_TYPES[kind], "execution": "client"}
-        if kind != "tool_search":
-            name, said = _upstream_name(tool, path), {of: tool[of] for of in ("name", "namespace")}
-            call = {"type": CALL_TYPES[kind], **without_nulls(said)}
-        is_twice = name in tools and path.startswith("tools.")
-        if is_twice or calls.setdefault(name, call) != call:
+
+        if tool_type == "tool_search":
+            name = tool_type
+            fields = {"type": CALL_TYPES[tool_type], "execution": "client"}
+        else:
+            name = _upstream_name(tool, path)
+            fields = {"type": CALL_TYPES[tool_type], "name": tool["name"]}
+            if tool["namespace"] is not None:
+                fields["namespace"] = tool["namespace"]
+        # A later search may find a tool described anew, but `tools` names each once.
+        is_named_twice = name in translated and path.startswith("tools.")
+        if is_named_twice or call_fields.setdefault(name, fields) != fields:
             raise InvalidRequest(f"{path}.name: there is another tool of the name {name}")
+
         parameters = optional(tool, "parameters", dict, path) or {"properties": {}}
-        schema = {"type": "object", **(_RAW_INPUT if kind == "custom" else parameters)}
-        told = {"name": name, "description": tool["description"], "strict": tool.get("strict")}
-        # a later search may find it described anew
-        tools[name] = without_nulls({**told, "input_schema": schema})
-    return list(tools.values()), calls
+        schema = {"type": "object", **parameters}
+        if tool_type == "custom":
+            schema = _RAW_INPUT_SCHEMA
+        translated[name] = without_nulls(
+            {
+                "name": name,
+                "description": tool["description"],
+                "strict": tool.get("strict"),
+                "input_schema": schema,
+            }
+        )
+    return list(translated.values()), call_fields
 
 
 def _to_tool_choice(
@@ -2858,848 +4654,805 @@ def _to_tool_choice(
 ) -> tuple[JsonObject, list[JsonObject]]:
     """Return tool_choice and parallel_tool_calls in Anthropic's form, and the tools they leave."""
     choice: Any = body.get("tool_choice") or "auto"
-    named = _object(choice)
-    if (kind := named.get("type")) == "allowed_tools":
-        allowed = objects(named, "tools", "tool_choice")
+    if isinstance(choice, dict) and choice.get("type") == "allowed_tools":
+        allowed = located_objects(choice, "tools", "tool_choice")
         names = [_upstream_name(tool, path) for path, tool in allowed]
-        tools, choice = [tool for tool in tools if tool["name"] in names], named.get("mode")
-    translated: JsonObject = {"type": "any" if choice == "required" else choice or "auto"}
-    if kind in ("function", "custom"):
-        translated = {"type": "tool", "name": _upstream_name(named, "tool_choice")}
-    elif isinstance(choice, dict):
-        problem = "Input should be 'function', 'custom' or 'allowed_tools'"
-        raise InvalidRequest(f"tool_choice.type: {problem}")
+        tools = [tool for tool in tools if tool["name"] in names]
+        choice = choice.get("mode") or "auto"
+
+    translated: JsonObject
+    if isinstance(choice, dict):
+        if choice.get("type") not in ("function", "custom"):
+            problem = "Input should be 'function', 'custom' or 'allowed_tools'"
+            raise InvalidRequest(f"tool_choice.type: {problem}")
+        translated = {"type": "tool", "name": _upstream_name(choice, "tool_choice")}
+    elif choice == "required":
+        translated = {"type": "any"}
+    else:
+        translated = {"type": choice}
     if body.get("parallel_tool_calls") is False and choice != "none":
         translated["disable_parallel_tool_use"] = True
     return translated, tools
 
 
-def to_fields(
-    body: JsonObject, items: ItemReader, tools: Iterable[Placed], form: JsonObject
+def to_messages_fields(
+    body: JsonObject, items: ItemReader, tools: Iterable[Located], text_format: JsonObject
 ) -> tuple[JsonObject, dict[str, JsonObject]]:
-    """Return what both APIs ask for in Anthropic's form, and what the calls of tools are.
+    """Return the fields of a Messages API body that both APIs ask for, and their `call_fields`.
 
-    `form` is that of the text; JSON of any shape is asked for in the system prompt.
+    `text_format` is {"type", "schema"}. JSON without a schema is asked for in the system prompt.
     """
-    temperature, top_p = body.get("temperature"), body.get("top_p")
+    temperature = body.get("temperature")
     if isinstance(temperature, (int, float)) and 1 < temperature <= 2:
-        temperature = 1
-    translated, calls = _to_tools([*tools, *items.tools])
+        temperature = 1  # OpenAI's scale goes to 2, Anthropic's to 1
+    top_p = body.get("top_p")
+    if temperature is not None and top_p == 1:
+        top_p = None  # it changes nothing, and newer models refuse the two together
+
+    translated, call_fields = _to_tools([*tools, *items.tools])
     choice, translated = _to_tool_choice(body, translated)
-    kind, schema = form.get("type", "text"), form.get("schema")
-    if kind == "json_object" or (kind == "json_schema" and schema is None):
+    format_type = text_format.get("type", "text")
+    schema = text_format.get("schema")
+    if format_type == "json_object" or (format_type == "json_schema" and schema is None):
         items.system += as_blocks(_JSON_OBJECT_PROMPT)
-        kind = "text"
+        format_type = "text"
     fields = {
         "model": body.get("model"),
         "system": items.system,
         "stream": body.get("stream"),
         "temperature": temperature,
-        # 1 says nothing, and newer models refuse the two together
-        "top_p": None if temperature is not None and top_p == 1 else top_p,
+        "top_p": top_p,
         "tools": translated,
         "tool_choice": choice if translated else None,
-        "output_format": None if kind == "text" else {"type": kind, "schema": schema},
+        "output_format": None if format_type == "text" else {"type": format_type, "schema": schema},
     }
-    return fields, calls
+    return fields, call_fields
 
 
 def to_effort(owner: JsonObject, name: str, path: str = "") -> str | None:
-    """Return an effort as Anthropic has it, the highest for one of a later day."""
-    known = {"none": None, "minimal": "low", **{effort: effort for effort in EFFORTS}}
-    return known.get(optional(owner, name, str, path) or "none", EFFORTS[-1])
+    """Return an effort as Anthropic has it, the highest for one that is not yet known here."""
+    effort = optional(owner, name, str, path) or "none"
+    if effort == "none":
+        return None
+    if effort == "minimal":
+        return "low"
+    return effort if effort in EFFORTS else EFFORTS[-1]
 
 
-def to_raw_input(given: Any) -> str:
+def to_raw_input(tool_input: Any) -> str:
     """Return the text that a custom tool is called with; the model may have written anything."""
-    raw = _object(given).get("input")
-    return raw if isinstance(raw, str) else json.dumps(given)
+    raw = as_object(tool_input).get("input")
+    return raw if isinstance(raw, str) else json.dumps(tool_input)
 
 
-def to_openai_usage(usage: JsonObject, asked: str, said: str) -> JsonObject:
+def to_openai_usage(usage: JsonObject, input_name: str, output_name: str) -> JsonObject:
     """Return a message's usage as OpenAI counts it, under an API's two names for tokens."""
     counts = collections.defaultdict(int, without_nulls(usage))
-    cached, written = counts["cache_read_input_tokens"], counts["cache_creation_input_tokens"]
-    tokens_in, tokens_out = counts["input_tokens"] + cached + written, counts["output_tokens"]
-    thinking = _object(usage.get("output_tokens_details")).get("thinking_tokens") or 0
+    cached = counts["cache_read_input_tokens"]
+    written = counts["cache_creation_input_tokens"]
+    input_tokens = counts["input_tokens"] + cached + written
+    output_tokens = counts["output_tokens"]
+    thinking_tokens = as_object(usage.get("output_tokens_details")).get("thinking_tokens") or 0
     return {
-        f"{asked}_tokens": tokens_in,
-        f"{said}_tokens": tokens_out,
-        "total_tokens": tokens_in + tokens_out,
-        f"{asked}_tokens_details": {"cached_tokens": cached, "cache_write_tokens": written},
-        f"{said}_tokens_details": {"reasoning_tokens": thinking},
+        f"{input_name}_tokens": input_tokens,
+        f"{output_name}_tokens": output_tokens,
+        "total_tokens": input_tokens + output_tokens,
+        f"{input_name}_tokens_details": {"cached_tokens": cached, "cache_write_tokens": written},
+        f"{output_name}_tokens_details": {"reasoning_tokens": thinking_tokens},
     }
 
 
-# Anthropic status to OpenAI's status, type and code (messages-api.md 7.4); others keep the status.
-_OPENAI_ERRORS: Final[dict[int, tuple[int, str, str | None]]] = {
-    401: (401, "invalid_request_error", "invalid_api_key"),
-    402: (429, "insufficient_quota", "insufficient_quota"),
-    404: (404, "invalid_request_error", "model_not_found"),
-    413: (413, "invalid_request_error", None),
-    429: (429, "rate_limit_error", "rate_limit_exceeded"),
-    529: (503, "server_error", "overloaded"),
+class OpenAIError(NamedTuple):
+    """How OpenAI's APIs tell of a kind of error."""
+
+    status: int
+    type: str
+    code: str | None
+
+
+# By Anthropic's status. Other errors keep the status, and have no code.
+_OPENAI_ERRORS: Final = {
+    401: OpenAIError(401, "invalid_request_error", "invalid_api_key"),
+    402: OpenAIError(429, "insufficient_quota", "insufficient_quota"),
+    404: OpenAIError(404, "invalid_request_error", "model_not_found"),
+    413: OpenAIError(413, "invalid_request_error", None),
+    429: OpenAIError(429, "rate_limit_error", "rate_limit_exceeded"),
+    529: OpenAIError(503, "server_error", "overloaded"),
 }
 
 
-def to_openai_error(error: ApiError) -> tuple[int, JsonObject]:
-    """Return OpenAI's status and envelope for an error; `param` is the path that it names."""
-    default = (error.status, "server_error" if error.status >= 500 else error.kind, None)
-    status, kind, code = _OPENAI_ERRORS.get(error.status, default)
+def to_openai_error(error: ApiError, request_id: str = "") -> tuple[int, JsonObject]:
+    """Return OpenAI's status and envelope for an error; `param` is the field that it names.
+
+    The envelope has no place for the request's id, which stands in a header.
+    """
     message = str(error)
-    path = re.match(r"([a-z_]+(?:\.\w+)*): ", message)
-    param = re.sub(r"\.(\d+)", r"[\1]", path[1]) if path and status == 400 else None
+    fallback_type = "server_error" if error.status >= 500 else error.type
+    fallback = OpenAIError(error.status, fallback_type, None)
+    status, error_type, code = _OPENAI_ERRORS.get(error.status, fallback)
     if "prompt is too long" in message or "context limit" in message:
         code = "context_length_exceeded"
-    code = code or _object(error.details).get("error_code")
-    return status, {"error": {"message": message, "type": kind, "param": param, "code": code}}
+    if code is None:
+        code = as_object(error.details).get("error_code")
+
+    param = None
+    path = re.match(r"([a-z_]+(?:\.\w+)*): ", message)
+    if path and status == 400:
+        param = re.sub(r"\.(\d+)", r"[\1]", path[1])
+    inner = {"message": message, "type": error_type, "param": param, "code": code}
+    return status, {"error": inner}
 
 
 # ============================================================= Chat completions
-# OpenAI's chat completions, by messages-api.md, sections 7 and 8. Pure.
+# OpenAI's chat completions: requests are read as items of the Responses API, answers are written
+# from Anthropic's events. Pure.
 
-# What ignoring would give another answer than was asked for, and the value that asks for no more.
-_ONLY: Final = {
-    **{"n": 1, "modalities": ["text"], "audio": None, "functions": None, "function_call": None},
-    **{"logprobs": None, "top_logprobs": None},
-}
+# Fields that must not be ignored, each with the only value that is accepted beside an empty one.
+_ONLY_VALUES: Final = {
+    "n": 1, "modalities": ["text"], "audio": None, "functions": None, "function_call": None,
+    "logprobs": None, "top_logprobs": None,
+}  # fmt: skip
 
 
-def parse_chat_request(body: JsonObject) -> tuple[Turn, ChatWriter]:
-    """Check a request; return its Turn, and what writes its answer. Raises InvalidRequest."""
-    for name, only in _ONLY.items():
-        if body.get(name) and body[name] != only:
+def parse_chat_request(body: JsonObject) -> tuple[Turn, ChatEncoder]:
+    """Check a request; return its Turn, and what encodes its answer. Raises InvalidRequest."""
+    for name, accepted in _ONLY_VALUES.items():
+        if body.get(name) and body[name] != accepted:
             raise InvalidRequest(f"{name}: this value is not supported by this gateway")
+
     items = ItemReader([], hoists=True)
-    for path, item in _chat_items(body):
+    for path, item in _to_items(body):
         items.read(path, item)
-    form = optional(body, "response_format", dict) or {}
-    if form.get("type") == "json_schema":
-        inner = require(form, "json_schema", dict, "response_format")
-        form = {**inner, "type": "json_schema"}
-    tools = [_unwrapped(tool, path) for path, tool in objects(body, "tools")]
-    if isinstance(choice := body.get("tool_choice"), dict):
-        _, choice = _unwrapped(choice, "tool_choice")
-    fields, calls = to_fields({**body, "tool_choice": choice}, items, tools, form)
+
+    text_format = optional(body, "response_format", dict) or {}
+    if text_format.get("type") == "json_schema":
+        inner = require(text_format, "json_schema", dict, "response_format")
+        text_format = {**inner, "type": "json_schema"}
+    tools = [_flatten(tool, path) for path, tool in located_objects(body, "tools")]
+    choice = body.get("tool_choice")
+    if isinstance(choice, dict):
+        _, choice = _flatten(choice, "tool_choice")
+    fields, call_fields = to_messages_fields(
+        {**body, "tool_choice": choice}, items, tools, text_format
+    )
+
     stop = body.get("stop")
     stops = [stop] if isinstance(stop, str) else optional(body, "stop", list) or []
-    fields |= {
-        "max_tokens": body.get("max_completion_tokens") or body.get("max_tokens"),
-        # blank ones OpenAI takes and Anthropic does not
-        "stop_sequences": [text for text in stops if str(text).strip()] or None,
-        "effort": to_effort(body, "reasoning_effort"),
-    }
-    include_usage = bool(_object(body.get("stream_options")).get("include_usage"))
-    return to_turn(fields, items.messages), ChatWriter(calls, include_usage=include_usage)
+    fields["max_tokens"] = body.get("max_completion_tokens") or body.get("max_tokens")
+    # OpenAI takes blank ones, and Anthropic does not.
+    fields["stop_sequences"] = [text for text in stops if str(text).strip()] or None
+    fields["effort"] = to_effort(body, "reasoning_effort")
+
+    include_usage = bool(as_object(body.get("stream_options")).get("include_usage"))
+    return to_turn(fields, items.messages), ChatEncoder(call_fields, include_usage=include_usage)
 
 
-def _unwrapped(owner: JsonObject, path: str) -> Placed:
+def _flatten(owner: JsonObject, path: str) -> Located:
     """Return a tool or a call flat: what stands in it under the name of its type."""
-    kind = "function" if owner.get("custom") is None else "custom"
-    flat = {**require(owner, kind, dict, path), "type": kind, "namespace": None}
-    return f"{path}.{kind}", flat
+    inner_type = "function" if owner.get("custom") is None else "custom"
+    inner = require(owner, inner_type, dict, path)
+    return f"{path}.{inner_type}", {**inner, "type": inner_type, "namespace": None}
 
 
-def _chat_items(body: JsonObject) -> Iterator[Placed]:
-    """Yield what the messages say as items."""
-    for path, message in objects(body, "messages"):
-        if message.get("role") == "tool":
+def _to_items(body: JsonObject) -> Iterator[Located]:
+    """Yield the messages as items of the Responses API, so that one reader does for both APIs.
+
+    A message with tool calls becomes several items; a tool's message becomes an output item.
+    """
+    for path, message in located_objects(body, "messages"):
+        role = message.get("role")
+        if role == "tool":
             call_id = require(message, "tool_call_id", str, path)
-            said = {"type": "function_call_output", "content": message.get("content") or ""}
-            yield path, {**said, "call_id": call_id}
+            content = message.get("content") or ""
+            yield path, {"type": "function_call_output", "content": content, "call_id": call_id}
             continue
-        said = {"role": message.get("role"), "type": "message"}
-        yield path, {**said, "content": message.get("content") or message.get("refusal")}
-        calls = objects(message, "tool_calls", path) if message.get("role") == "assistant" else ()
-        for place, call in calls:
-            call_id = require(call, "id", str, place)
-            place, flat = _unwrapped(call, place)
-            yield place, {**flat, "type": CALL_TYPES[flat["type"]], "call_id": call_id}
+
+        content = message.get("content") or message.get("refusal")
+        yield path, {"role": role, "type": "message", "content": content}
+        if role == "assistant":
+            for call_path, call in located_objects(message, "tool_calls", path):
+                call_id = require(call, "id", str, call_path)
+                flat_path, flat = _flatten(call, call_path)
+                yield flat_path, {**flat, "type": CALL_TYPES[flat["type"]], "call_id": call_id}
 
 
-class ChatWriter(AnswerWriter):
-    """Writes an answer as a chat completion, whole or in chunks."""
+class ChatEncoder(MessagesEncoder):
+    """Encodes an answer as a chat completion, whole or in chunks."""
 
-    end, ping = b"data: [DONE]\n\n", ()
+    stream_end = b"data: [DONE]\n\n"
 
-    def __init__(self, calls: Mapping[str, JsonObject], *, include_usage: bool = False) -> None:
-        super().__init__(calls)
-        self._created, self._include_usage = int(time.time()), include_usage
-        self._custom = [n for n, call in self.calls.items() if call["type"] == "custom_tool_call"]
+    def __init__(
+        self, call_fields: Mapping[str, JsonObject], *, include_usage: bool = False
+    ) -> None:
+        super().__init__(call_fields)
+        self._created = int(time.time())
+        self._include_usage = include_usage
+
+    def keepalive(self) -> Sequence[JsonObject]:
+        return []
 
     def feed(self, event: Event) -> list[JsonObject]:
         super().feed(event)
-        if (delta := self._to_delta(event)) is None:
+        delta = self._to_delta(event)
+        if delta is None:
             return []
-        chunk = self._to_answer("chat.completion.chunk", {"delta": delta})
-        if self._include_usage:
-            chunk["usage"] = None
-            if event["type"] == "message_stop":
-                usage = to_openai_usage(self.message["usage"], "prompt", "completion")
-                return [chunk, {**chunk, "choices": [], "usage": usage}]
-        return [chunk]
 
-    def whole(self) -> JsonObject:
-        blocks = self.message["content"]
-        calls = [self._to_call(block) for block in blocks if block["type"] == "tool_use"]
-        text = "".join(block["text"] for block in blocks if block["type"] == "text")
-        thinking = "".join(block["thinking"] for block in blocks if block["type"] == "thinking")
-        reply = {
+        chunk = self._to_completion("chat.completion.chunk", "delta", delta)
+        if not self._include_usage:
+            return [chunk]
+        chunk["usage"] = None
+        if event["type"] != "message_stop":
+            return [chunk]
+        return [chunk, {**chunk, "choices": [], "usage": self._usage()}]
+
+    def result(self) -> JsonObject:
+        texts: list[str] = []
+        thinking: list[str] = []
+        tool_calls = []
+        for block in self.message["content"]:
+            if block["type"] == "text":
+                texts.append(block["text"])
+            elif block["type"] == "thinking":
+                thinking.append(block["thinking"])
+            elif block["type"] == "tool_use":
+                arguments = json.dumps(block["input"])
+                tool_calls.append(self._to_tool_call(block, arguments))
+
+        text = "".join(texts)
+        reply: JsonObject = {
             "role": "assistant",
-            "content": text or (None if calls else ""),
-            "refusal": _object(self.message.get("stop_details")).get("explanation"),
+            "content": text or (None if tool_calls else ""),
+            "refusal": as_object(self.message.get("stop_details")).get("explanation"),
         }
-        reply |= without_nulls({"reasoning_content": thinking or None, "tool_calls": calls or None})
-        usage = to_openai_usage(self.message["usage"], "prompt", "completion")
-        return {**self._to_answer("chat.completion", {"message": reply}), "usage": usage}
+        if any(thinking):
+            reply["reasoning_content"] = "".join(thinking)
+        if tool_calls:
+            reply["tool_calls"] = tool_calls
+        completion = self._to_completion("chat.completion", "message", reply)
+        completion["usage"] = self._usage()
+        return completion
 
-    def _to_answer(self, kind: str, said: JsonObject) -> JsonObject:
-        """Return an answer of a kind, whole or a chunk, to which its one choice says something."""
-        message, stop_reason = self.message, self.message.get("stop_reason")
-        finish = FINISH_REASONS.get(stop_reason, "stop") if stop_reason else None
+    def _usage(self) -> JsonObject:
+        return to_openai_usage(self.message["usage"], "prompt", "completion")
+
+    def _to_completion(self, object_type: str, field_name: str, choice: JsonObject) -> JsonObject:
+        """Return a completion, or a chunk of one, whose one choice has this in that field."""
+        stop_reason = self.message.get("stop_reason")
+        finish_reason = FINISH_REASONS.get(stop_reason, "stop") if stop_reason else None
         return {
-            "id": "chatcmpl-" + str(message["id"]).removeprefix("msg_"),
-            "object": kind,
+            "id": "chatcmpl-" + str(self.message["id"]).removeprefix("msg_"),
+            "object": object_type,
             "created": self._created,
-            "model": message.get("model"),
+            "model": self.message.get("model"),
             "system_fingerprint": None,
-            "choices": [{"index": 0, **said, "logprobs": None, "finish_reason": finish}],
+            "choices": [
+                {"index": 0, field_name: choice, "logprobs": None, "finish_reason": finish_reason}
+            ],
         }
 
-    def _to_call(self, block: JsonObject, arguments: str | None = None) -> JsonObject:
-        whole = json.dumps(block["input"]) if arguments is None else arguments
-        kind, said = "function", {"arguments": whole}
-        if block["name"] in self._custom:
-            kind, said = "custom", {"input": to_raw_input(block["input"])}
-        return {"id": block["id"], "type": kind, kind: {"name": block["name"], **said}}
+    def _is_custom(self, block: Block) -> bool:
+        fields = self.call_fields.get(block["name"])
+        return fields is not None and fields["type"] == CALL_TYPES["custom"]
+
+    def _to_tool_call(self, block: Block, arguments: str) -> JsonObject:
+        """Return a tool call; the arguments of a custom tool's are always whole."""
+        if self._is_custom(block):
+            custom = {"name": block["name"], "input": to_raw_input(block["input"])}
+            return {"id": block["id"], "type": "custom", "custom": custom}
+        function = {"name": block["name"], "arguments": arguments}
+        return {"id": block["id"], "type": "function", "function": function}
 
     def _to_delta(self, event: Event) -> JsonObject | None:
-        kind, delta = event["type"], _object(event.get("delta"))
-        if kind in ("message_start", "message_stop"):
-            return {"role": "assistant", "content": ""} if kind == "message_start" else {}
-        for ours, theirs in (("text", "content"), ("thinking", "reasoning_content")):
-            if delta.get(ours):
-                return {theirs: delta[ours]}
+        """Return the delta of an event's chunk; None: there is no chunk."""
+        event_type = event["type"]
+        delta = as_object(event.get("delta"))
+        if event_type == "message_start":
+            return {"role": "assistant", "content": ""}
+        if event_type == "message_stop":
+            return {}
+        if delta.get("text"):
+            return {"content": delta["text"]}
+        if delta.get("thinking"):
+            return {"reasoning_content": delta["thinking"]}
+
         content = self.message["content"]
-        block = content[-1] if content else {}
-        if block.get("type") != "tool_use":
+        if not content or content[-1].get("type") != "tool_use":
             return None
-        is_custom = block["name"] in self._custom  # its input is inside JSON: told whole
-        is_end, arguments = kind == "content_block_stop", delta.get("partial_json")
-        if kind == ("content_block_stop" if is_custom else "content_block_start"):
-            call = self._to_call(block, "")
-        elif not is_custom and (arguments or (is_end and not any(self.pieces))):
-            call = {"function": {"arguments": arguments or json.dumps(block["input"])}}
-        else:
+        call = self._to_call_delta(event_type, content[-1], delta.get("partial_json"))
+        if call is None:
             return None
-        index = sum(block["type"] == "tool_use" for block in content) - 1
-        return {"tool_calls": [{"index": index, **call}]}
+        number = sum(1 for block in content if block["type"] == "tool_use")
+        return {"tool_calls": [{"index": number - 1, **call}]}
+
+    def _to_call_delta(
+        self, event_type: str, block: Block, arguments: str | None
+    ) -> JsonObject | None:
+        """Return what an event adds to a tool call; None: nothing."""
+        if self._is_custom(block):
+            # The text is inside JSON until the block is whole.
+            return self._to_tool_call(block, "") if event_type == "content_block_stop" else None
+        if event_type == "content_block_start":
+            return self._to_tool_call(block, "")
+        if arguments:
+            return {"function": {"arguments": arguments}}
+        if event_type == "content_block_stop" and not any(self.delta_texts):
+            return {"function": {"arguments": json.dumps(block["input"])}}
+        return None
+
+
+def _read_chat(body: JsonObject, betas: str, is_count: bool) -> tuple[Turn, MessagesEncoder]:
+    return parse_chat_request(body)
+
+
+CHAT_COMPLETIONS: Final = Dialect(_read_chat, to_openai_error)
 
 
 # ==================================================================== Responses
-# OpenAI's Responses API, by responses-api.md, whose sections are named here. Pure, and without a
-# memory: a request brings its whole conversation, and what refers to anything kept is refused.
+# OpenAI's Responses API. Pure, and without a memory: a request brings its whole conversation, and
+# what refers to anything kept is refused.
 
 _NOT_KEPT: Final = "nothing is kept here; send the whole conversation as `input`"
-# Fields that ignoring would give another answer than was asked for.
-_REFUSED: Final = {
-    **{"previous_response_id": f"Previous response not found: {_NOT_KEPT}"},
-    **{"conversation": _NOT_KEPT, "prompt": "prompts are not kept here; send what it says"},
-    **{"background": "answers are not kept here", "top_logprobs": "no model here tells these"},
+# Fields that must not be ignored, each with the problem.
+_REFUSED_FIELDS: Final = {
+    "previous_response_id": f"Previous response not found: {_NOT_KEPT}",
+    "conversation": _NOT_KEPT,
+    "prompt": "prompts are not kept here; send what it says",
+    "background": "answers are not kept here",
+    "top_logprobs": "no model here tells these",
 }
-_DEFAULT_REFUSAL: Final = "The model refused to answer."
+DEFAULT_REFUSAL: Final = "The model refused to answer."
+DEFAULT_RETRY_S: Final = 5  # where upstream does not say when to come again
 
 
 def parse_responses_request(
     body: JsonObject, *, is_count: bool = False
-) -> tuple[Turn, ResponseWriter]:
-    """Check a request; return its Turn, and what writes its answer. Raises InvalidRequest."""
-    for name, problem in _REFUSED.items():
+) -> tuple[Turn, ResponsesEncoder]:
+    """Check a request; return its Turn, and what encodes its answer. Raises InvalidRequest."""
+    for name, problem in _REFUSED_FIELDS.items():
         if body.get(name):
             raise InvalidRequest(f"{name}: {problem}")
     if "message.output_text.logprobs" in (optional(body, "include", list) or []):
         raise InvalidRequest("include: logprobs are not supported by this gateway")
-    given = body.get("input") or None
-    listed = {"input": [{"role": "user", "content": given}] if isinstance(given, str) else given}
-    require(listed, "input", list)
-    items = ItemReader(to_blocks(body, "instructions", ""))
-    for path, item in objects(listed, "input"):
-        items.read(path, item)
-    if not items.messages or (items.messages[-1][1]["role"] == "assistant" and not is_count):
+
+    items = _read_input(body)
+    if not items.messages:
         raise InvalidRequest("input: The last item must be a user's message or a tool's output")
-    reasoning, text = (optional(body, name, dict) or {} for name in ("reasoning", "text"))
-    form = optional(text, "format", dict, "text") or {}
-    fields, calls = to_fields(body, items, objects(body, "tools"), form)
-    wants_summary = reasoning.get("summary") or reasoning.get("generate_summary")
-    # with a forced tool the API refuses it
-    is_forced = _object(fields["tool_choice"]).get("type") in ("any", "tool")
-    shows_thinking = wants_summary and not is_forced and reasoning.get("effort") != "none"
-    fields |= {
-        "max_tokens": body.get("max_output_tokens"),
-        "effort": to_effort(reasoning, "effort", "reasoning"),
-        "thinking": {"type": "adaptive", "display": "summarized"} if shows_thinking else None,
-    }
+    _, last_message = items.messages[-1]
+    if last_message["role"] == "assistant" and not is_count:
+        raise InvalidRequest("input: The last item must be a user's message or a tool's output")
+
+    reasoning = optional(body, "reasoning", dict) or {}
+    text = optional(body, "text", dict) or {}
+    text_format = optional(text, "format", dict, "text") or {}
+    fields, call_fields = to_messages_fields(
+        body, items, located_objects(body, "tools"), text_format
+    )
+    fields["max_tokens"] = body.get("max_output_tokens")
+    fields["effort"] = to_effort(reasoning, "effort", "reasoning")
+    if _shows_thinking(reasoning, fields["tool_choice"]):
+        fields["thinking"] = {"type": "adaptive", "display": "summarized"}
+
     turn = to_turn(fields, items.messages, is_count=is_count)
-    return turn, ResponseWriter(_to_blank(body), calls)
+    return turn, ResponsesEncoder(_to_empty_response(body), call_fields)
 
 
-def _to_blank(body: JsonObject) -> JsonObject:
-    """Return a response in which nothing is said yet (section 2.1), with what was asked for."""
-    echoed = ("instructions", "temperature", "top_p", "max_output_tokens", "user", "model")
-    text, reasoning = _object(body.get("text")), _object(body.get("reasoning"))
+def _read_input(body: JsonObject) -> ItemReader:
+    """Return the conversation of a request, whose input is a text or a list of items."""
+    items = ItemReader(to_blocks(body, "instructions", ""))
+    given = body.get("input") or None
+    if isinstance(given, str):
+        given = [{"role": "user", "content": given}]
+    owner = {"input": given}
+    require(owner, "input", list)
+    for path, item in located_objects(owner, "input"):
+        items.read(path, item)
+    return items
+
+
+def _shows_thinking(reasoning: JsonObject, tool_choice: Any) -> bool:
+    """Return whether a request wants summaries of the model's thinking, and may have them."""
+    wants_summary = bool(reasoning.get("summary") or reasoning.get("generate_summary"))
+    is_forced = as_object(tool_choice).get("type") in ("any", "tool")  # the API refuses both
+    return wants_summary and not is_forced and reasoning.get("effort") != "none"
+
+
+def _to_empty_response(body: JsonObject) -> JsonObject:
+    """Return a response object before anything is answered, with what was asked for."""
+    text = as_object(body.get("text"))
+    reasoning = as_object(body.get("reasoning"))
     return {
-        **{"id": f"resp_{uuid.uuid4().hex}", "object": "response", "status": "in_progress"},
-        **dict.fromkeys(("completed_at", "error", "incomplete_details", "usage")),
-        **{"created_at": int(time.time()), "output": [], "store": False, "background": False},
-        **{"truncation": "disabled", "service_tier": "default", "top_logprobs": 0},
-        **{"previous_response_id": None, **{name: body.get(name) for name in echoed}},
-        **{"metadata": body.get("metadata") or {}, "tools": body.get("tools") or []},
+        "id": f"resp_{uuid.uuid4().hex}",
+        "object": "response",
+        "status": "in_progress",
+        "completed_at": None,
+        "error": None,
+        "incomplete_details": None,
+        "usage": None,
+        "created_at": int(time.time()),
+        "output": [],
+        "store": False,
+        "background": False,
+        "truncation": "disabled",
+        "service_tier": "default",
+        "top_logprobs": 0,
+        "previous_response_id": None,
+        "instructions": body.get("instructions"),
+        "temperature": body.get("temperature"),
+        "top_p": body.get("top_p"),
+        "max_output_tokens": body.get("max_output_tokens"),
+        "user": body.get("user"),
+        "model": body.get("model"),
+        "metadata": body.get("metadata") or {},
+        "tools": body.get("tools") or [],
         "parallel_tool_calls": body.get("parallel_tool_calls") is not False,
         "tool_choice": body.get("tool_choice") or "auto",
         "text": {"format": {"type": "text"}, **without_nulls(text)},
-        "reasoning": {name: reasoning.get(name) for name in ("effort", "summary")},
+        "reasoning": {"effort": reasoning.get("effort"), "summary": reasoning.get("summary")},
     }
 
 
-class _Form(NamedTuple):
-    """How items of a type are streamed (section 2.4)."""
+class _ItemForm(NamedTuple):
+    """How items of a type are streamed."""
 
-    prefix: str  # of their ids
-    source: str  # the field of upstream's deltas with their text, "" where these do not say it
-    field: str  # theirs
-    events: str  # what the events are called that say the text
-    opening: JsonObject  # the item as it is added, less what a call says
+    id_prefix: str
+    delta_name: str  # the field of upstream's deltas with their text; "": they do not have it
+    text_name: str  # the field of the item, or of its part, that holds the text
+    event_name: str  # what the events with the text are called; "": there are none
+    opening: JsonObject  # the item as it is added, less the fields of a call
     part: JsonObject | None = None  # what holds the text, where that is not the item itself
+    part_list: str = ""  # the field of the item that holds the part
+    part_event: str = ""  # what the events of the part are called
 
 
-_MESSAGE: Final = {"type": "message", "status": "in_progress", "role": "assistant", "content": []}
-_REASONING: Final = {"type": "reasoning", "summary": []}
-_CALL: Final = {"status": "in_progress"}
-_TEXT: Final = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
-_REFUSAL: Final = {"type": "refusal", "refusal": ""}
-_SUMMARY: Final = {"type": "summary_text", "text": ""}
-_FORMS: Final = {
-    "message": _Form("msg", "text", "text", "output_text", _MESSAGE, _TEXT),
-    "refusal": _Form("msg", "text", "refusal", "refusal", _MESSAGE, _REFUSAL),
-    "reasoning": _Form("rs", "thinking", "text", "reasoning_summary_text", _REASONING, _SUMMARY),
-    "function_call": _Form("fc", "partial_json", "arguments", "function_call_arguments", _CALL),
-    "custom_tool_call": _Form("ctc", "", "input", "custom_tool_call_input", _CALL),
-    "tool_search_call": _Form("tsc", "", "arguments", "", _CALL),
+_ITEM_FORMS: Final = {
+    "message": _ItemForm(
+        id_prefix="msg",
+        delta_name="text",
+        text_name="text",
+        event_name="output_text",
+        opening={"type": "message", "status": "in_progress", "role": "assistant", "content": []},
+        part={"type": "output_text", "text": "", "annotations": [], "logprobs": []},
+        part_list="content",
+        part_event="content_part",
+    ),
+    "refusal": _ItemForm(
+        id_prefix="msg",
+        delta_name="text",
+        text_name="refusal",
+        event_name="refusal",
+        opening={"type": "message", "status": "in_progress", "role": "assistant", "content": []},
+        part={"type": "refusal", "refusal": ""},
+        part_list="content",
+        part_event="content_part",
+    ),
+    "reasoning": _ItemForm(
+        id_prefix="rs",
+        delta_name="thinking",
+        text_name="text",
+        event_name="reasoning_summary_text",
+        opening={"type": "reasoning", "summary": []},
+        part={"type": "summary_text", "text": ""},
+        part_list="summary",
+        part_event="reasoning_summary_part",
+    ),
+    "function_call": _ItemForm(
+        id_prefix="fc",
+        delta_name="partial_json",
+        text_name="arguments",
+        event_name="function_call_arguments",
+        opening={"status": "in_progress"},
+    ),
+    "custom_tool_call": _ItemForm(
+        id_prefix="ctc",
+        delta_name="",
+        text_name="input",
+        event_name="custom_tool_call_input",
+        opening={"status": "in_progress"},
+    ),
+    "tool_search_call": _ItemForm(
+        id_prefix="tsc",
+        delta_name="",
+        text_name="arguments",
+        event_name="",
+        opening={"status": "in_progress"},
+    ),
 }
 
 
 class _OutputItem:
-    """An output item as it comes, made of a block; `say` and `end` yield its events."""
+    """An output item as it comes, made of a block; `add_text` and `finish` yield its events."""
 
-    def __init__(self, kind: str, block: JsonObject, call: JsonObject, name: str, index: int):
-        self.kind, self.form, self._block = kind, _FORMS[kind], block
-        self._index, item_id = index, f"{self.form.prefix}_{name}{index}"
-        self._place: JsonObject = {"item_id": item_id}
-        self._item = {"id": item_id, **call, **self.form.opening}
-        self._item |= {} if self.form.part else {self.form.field: ""}
-        self._list = "summary" if kind == "reasoning" else "content"  # that its part is in
-        self._part = "reasoning_summary_part" if kind == "reasoning" else "content_part"
-        self._more: JsonObject = {"logprobs": []} if kind == "message" else {}
-        self._pieces: list[str] = []  # of its text
-        self._is_begun = False
+    def __init__(
+        self, item_type: str, block: Block, call: JsonObject, response_name: str, index: int
+    ) -> None:
+        """`call` are the fields of a call; `index` is the item's own in the output."""
+        self.type = item_type
+        self.form = _ITEM_FORMS[item_type]
+        self._block = block
+        self._index = index
+        item_id = f"{self.form.id_prefix}_{response_name}{index}"
+        self._place: JsonObject = {"item_id": item_id}  # fields of the events that say where
+        self._item: JsonObject = {"id": item_id, **call, **self.form.opening}
+        if not self.form.part:
+            self._item[self.form.text_name] = ""
+        self._texts: list[str] = []
+        self._has_begun = False
 
-    def say(self, text: str) -> Iterator[JsonObject]:
-        """Say more of its text; it begins with the first that is not blank."""
-        self._pieces += [text] * bool(text)
-        if not self._is_begun:
-            if not (text := "".join(self._pieces)).strip():
-                return
-            self._is_begun = True
-            yield self._event("output_item.added", item=dict(self._item))
-            if self.form.part:
-                self._place |= {f"{self._list}_index": 0}
-                yield self._event(f"{self._part}.added", part=self.form.part)
+    def add_text(self, text: str) -> Iterator[JsonObject]:
+        """Add text. The item begins with the first that is not blank."""
         if text:
-            yield self._event(f"{self.form.events}.delta", **self._more, delta=text)
-
-    def end(self) -> Iterator[JsonObject]:
-        """Finish; a message that has said nothing is none."""
-        given = self._block.get("input")
-        if self.kind == "custom_tool_call":  # inside JSON so far
-            yield from self.say(to_raw_input(given))
-        elif self.kind == "function_call" and not self._pieces:
-            yield from self.say(json.dumps(given))
-        elif self.kind == "tool_search_call":
-            self._item["arguments"] = given
-        if not self._is_begun:
-            if self.kind == "message":
+            self._texts.append(text)
+        if not self._has_begun:
+            text = "".join(self._texts)  # with the blank text that was held back
+            if not text.strip():
                 return
-            yield self._event("output_item.added", item=dict(self._item))
-        said: JsonObject = {self.form.field: "".join(self._pieces)}
-        if self._is_begun or (self.form.events and not self.form.part):
-            yield self._event(f"{self.form.events}.done", **self._more, **said)
+            self._has_begun = True
+            yield self._item_event("added")
             if self.form.part:
-                said = {self._list: [{**self.form.part, **said}]}
-                yield self._event(f"{self._part}.done", part=said[self._list][0])
-            self._item |= said
-        if self.kind == "reasoning":
+                self._place[f"{self.form.part_list}_index"] = 0
+                yield self._event(f"{self.form.part_event}.added", part=self.form.part)
+        if text:
+            yield self._text_event("delta", delta=text)
+
+    def finish(self) -> Iterator[JsonObject]:
+        """End the item; a message without text is none."""
+        tool_input = self._block.get("input")
+        if self.type == "custom_tool_call":  # its text was inside JSON so far
+            yield from self.add_text(to_raw_input(tool_input))
+        elif self.type == "function_call" and not self._texts:
+            yield from self.add_text(json.dumps(tool_input))
+        elif self.type == "tool_search_call":
+            self._item["arguments"] = tool_input
+
+        if not self._has_begun:
+            if self.type == "message":
+                return
+            yield self._item_event("added")
+        if self.form.part:
+            if self._has_begun:
+                yield from self._finish_part(self.form.part)
+        elif self.form.event_name:
+            self._item[self.form.text_name] = "".join(self._texts)
+            yield self._text_event("done", **{self.form.text_name: "".join(self._texts)})
+
+        if self.type == "reasoning":
             self._item["encrypted_content"] = seal(self._block)
         else:
             self._item["status"] = "completed"
-        yield self._event("output_item.done", item=dict(self._item))
+        yield self._item_event("done")
 
-    def _event(self, name: str, **said: Any) -> JsonObject:
-        place = {} if "item" in said else self._place
-        return {"type": f"response.{name}", "output_index": self._index, **place, **said}
+    def _finish_part(self, empty_part: JsonObject) -> Iterator[JsonObject]:
+        text = "".join(self._texts)
+        part = {**empty_part, self.form.text_name: text}
+        yield self._text_event("done", **{self.form.text_name: text})
+        yield self._event(f"{self.form.part_event}.done", part=part)
+        self._item[self.form.part_list] = [part]
+
+    def _text_event(self, ending: str, **fields: Any) -> JsonObject:
+        logprobs: JsonObject = {"logprobs": []} if self.type == "message" else {}
+        return self._event(f"{self.form.event_name}.{ending}", **logprobs, **fields)
+
+    def _event(self, name: str, **fields: Any) -> JsonObject:
+        event = {"type": f"response.{name}", "output_index": self._index}
+        return {**event, **self._place, **fields}
+
+    def _item_event(self, ending: str) -> JsonObject:
+        return {
+            "type": f"response.output_item.{ending}",
+            "output_index": self._index,
+            "item": dict(self._item),
+        }
 
 
-class ResponseWriter(AnswerWriter):
-    """Writes an answer as a response: its stream's last event holds the whole.
+class ResponsesEncoder(MessagesEncoder):
+    """Encodes an answer as a response; the last event of a stream holds the whole.
 
-    The end of an item is held back until more is known: the next block may go on with its text,
-    and a call that max_tokens cut short must not look whole (section 2.3).
+    The end of an item is held back until more is known: the next block may go on with its text, and
+    a call that max_tokens cut short must not look whole.
     """
 
-    fails_in_stream = True  # what was paid for: by its status Codex would repeat it thirty times
+    # An answer that has failed may have been paid for. By its status, Codex would repeat the
+    # request up to thirty times.
+    fails_in_stream = True
 
-    def __init__(self, blank: JsonObject, calls: Mapping[str, JsonObject]) -> None:
-        super().__init__(calls)
-        self._response = blank  # as it was last told
-        self._written = 0  # events
-        self._output: list[JsonObject] = []  # the items that are finished
-        self._item: _OutputItem | None = None  # the one that is not
+    def __init__(self, empty_response: JsonObject, call_fields: Mapping[str, JsonObject]) -> None:
+        super().__init__(call_fields)
+        self._response = empty_response  # as it was last sent
+        self._events_sent = 0
+        self._output: list[JsonObject] = []  # the finished items
+        self._item: _OutputItem | None = None  # the unfinished one
 
     def feed(self, event: Event) -> list[JsonObject]:
         super().feed(event)
-        kind = event["type"]
-        if kind == "message_start":
-            return self._numbered(self._begin())
-        if kind == "content_block_start":
-            return self._numbered(self._start(self.message["content"][-1]))
-        if kind == "content_block_delta" and self._item:
-            return self._numbered(self._item.say(event["delta"].get(self._item.form.source) or ""))
-        return self._numbered(self._finish() if kind == "message_stop" else ())
+        event_type = event["type"]
+        events: Iterable[JsonObject] = []
+        if event_type == "message_start":
+            events = self._begin()
+        elif event_type == "content_block_start":
+            events = self._start_item(self.message["content"][-1])
+        elif event_type == "content_block_delta" and self._item:
+            text = event["delta"].get(self._item.form.delta_name) or ""
+            events = self._item.add_text(text)
+        elif event_type == "message_stop":
+            events = self._finish()
+        return self._numbered(events)
 
-    def whole(self) -> JsonObject:
+    def result(self) -> JsonObject:
         return self._response
 
-    def live(self) -> Sequence[JsonObject]:
+    def keepalive(self) -> Sequence[JsonObject]:
         """Show life: by beginning, then by an event, since comments leave Codex' clock running."""
         return self._numbered(self._begin() or [{"type": "keepalive"}])
 
-    def fail(self, error: ApiError, body: JsonObject) -> list[JsonObject]:
-        return self._numbered([*self._begin(), self._tell("failed", error=_to_failure(error))])
+    def error_events(self, error: ApiError, body: JsonObject) -> list[JsonObject]:
+        beginning = self._begin()
+        end = self._response_event("failed", {"status": "failed", "error": to_failure(error)})
+        return self._numbered([*beginning, end])
 
     def _numbered(self, events: Iterable[JsonObject]) -> list[JsonObject]:
+        """Return events with their numbers, and collect the finished items."""
         numbered = []
         for event in events:
-            numbered.append({"type": event["type"], "sequence_number": self._written, **event})
-            self._written += 1
+            number = {"type": event["type"], "sequence_number": self._events_sent}
+            numbered.append({**number, **event})
+            self._events_sent += 1
             if event["type"] == "response.output_item.done":
                 self._output.append(event["item"])
         return numbered
 
     def _begin(self) -> list[JsonObject]:
-        if self._written:
+        if self._events_sent:
             return []
-        return [self._tell("in_progress", name="created"), self._tell("in_progress")]
+        in_progress = {"status": "in_progress"}
+        created = self._response_event("created", in_progress)
+        return [created, self._response_event("in_progress", in_progress)]
 
-    def _start(self, block: JsonObject) -> Iterator[JsonObject]:
+    def _start_item(self, block: Block) -> Iterator[JsonObject]:
         """Begin the next item, or go on with a message whose next text this is."""
-        kind, call = str(block["type"]), JsonObject()
-        if kind == "tool_use":
-            plain = {"type": "function_call", "name": block["name"]}
-            call = {**self.calls.get(block["name"], plain), "call_id": block["id"]}
-        kinds = {"text": "message", "thinking": "reasoning", "redacted_thinking": "reasoning"}
-        kind = call.get("type") or kinds.get(kind, kind)
-        is_left_out = kind not in _FORMS  # what upstream's own tools do, which ends no text
-        was_message = self._item and self._item.kind == "message"
-        if not (was_message and (is_left_out or kind == "message")):
-            yield from self._end()
+        call: JsonObject = {}
+        if block["type"] == "tool_use":
+            undeclared = {"type": "function_call", "name": block["name"]}
+            call = {**self.call_fields.get(block["name"], undeclared), "call_id": block["id"]}
+            item_type = call["type"]
+        elif block["type"] == "text":
+            item_type = "message"
+        elif block["type"] in ("thinking", "redacted_thinking"):
+            item_type = "reasoning"
+        else:
+            item_type = str(block["type"])
+
+        is_left_out = item_type not in _ITEM_FORMS  # what upstream's own tools do
+        is_in_message = self._item is not None and self._item.type == "message"
+        goes_on = is_in_message and (is_left_out or item_type == "message")
+        if not goes_on:
+            yield from self._finish_item()
         if is_left_out:
             return
-        if not self._item:
-            name = self._response["id"].partition("_")[2]
-            self._item = _OutputItem(kind, block, call, name, len(self._output))
-        yield from self._item.say(block.get(self._item.form.source) or "")
 
-    def _end(self) -> Iterator[JsonObject]:
-        item, self._item = self._item, None
-        yield from item.end() if item else ()
+        if self._item is None:
+            name = self._response["id"].partition("_")[2]
+            self._item = _OutputItem(item_type, block, call, name, len(self._output))
+        yield from self._item.add_text(block.get(self._item.form.delta_name) or "")
+
+    def _finish_item(self) -> Iterator[JsonObject]:
+        if self._item:
+            item = self._item
+            self._item = None
+            yield from item.finish()
 
     def _finish(self) -> Iterator[JsonObject]:
-        finish = FINISH_REASONS.get(self.message["stop_reason"])
-        is_cut = finish == "length"
-        if not (is_cut and self._item and self._item.kind in CALL_TYPES.values()):
-            yield from self._end()
-        if finish == "content_filter":  # in an item of its own: Codex drops what stands beside it
-            details = _object(self.message.get("stop_details"))
-            refusal = str(details.get("explanation") or "").strip() or _DEFAULT_REFUSAL
-            yield from self._start({"type": "refusal", "text": refusal})
-            yield from self._end()
+        finish_reason = FINISH_REASONS.get(self.message["stop_reason"])
+        is_cut_short = finish_reason == "length"
+        is_in_call = self._item is not None and self._item.type in CALL_TYPES.values()
+        if not (is_cut_short and is_in_call):
+            yield from self._finish_item()
+
+        if finish_reason == "content_filter":
+            # In an item of its own: Codex drops what stands beside it.
+            details = as_object(self.message.get("stop_details"))
+            explanation = str(details.get("explanation") or "").strip()
+            refusal = {"type": "refusal", "text": explanation or DEFAULT_REFUSAL}
+            yield from self._start_item(refusal)
+            yield from self._finish_item()
+
         usage = to_openai_usage(self.message["usage"], "input", "output")
-        end: JsonObject = {"completed_at": int(time.time())}
-        end = {"incomplete_details": {"reason": "max_output_tokens"}} if is_cut else end
-        yield self._tell("incomplete" if is_cut else "completed", usage=usage, **end)
+        fields: JsonObject = {"status": "completed", "usage": usage}
+        if is_cut_short:
+            fields["status"] = "incomplete"
+            fields["incomplete_details"] = {"reason": "max_output_tokens"}
+        else:
+            fields["completed_at"] = int(time.time())
+        yield self._response_event(fields["status"], fields)
 
-    def _tell(self, status: str, *, name: str = "", **said: Any) -> JsonObject:
-        """Return an event with the response as it is now."""
-        told = without_nulls({"model": self.message.get("model")})
-        told |= {"status": status, "output": list(self._output), **said}
-        self._response = {**self._response, **told}
-        return {"type": f"response.{name or status}", "response": self._response}
+    def _response_event(self, name: str, fields: JsonObject) -> JsonObject:
+        """Change the response's fields, and return an event with the response as it then is."""
+        model = self.message.get("model") or self._response["model"]
+        output = list(self._output)
+        self._response = {**self._response, "model": model, "output": output, **fields}
+        return {"type": f"response.{name}", "response": self._response}
 
 
-def to_responses_error(error: ApiError) -> tuple[int, JsonObject]:
-    """Return OpenAI's status and envelope, with what Codex does not repeat (section 3)."""
-    status, body = to_openai_error(error)
+def to_responses_error(error: ApiError, request_id: str = "") -> tuple[int, JsonObject]:
+    """Return OpenAI's status and envelope, with the codes by which Codex does not repeat."""
+    status, body = to_openai_error(error, request_id)
     inner = body["error"]
     if inner["code"] == "overloaded":
         inner["code"] = "server_is_overloaded"
     if inner["param"] == "previous_response_id":
         inner["code"] = "previous_response_not_found"
     if error.status == 429 and error.should_retry is False:  # a window of the plan is used up
-        resets_at = int(time.time()) + (error.retry_after_s or 0)
-        inner |= {"type": "usage_limit_reached", "resets_at": resets_at}
+        inner["type"] = "usage_limit_reached"
+        inner["resets_at"] = int(time.time()) + (error.retry_after_s or 0)
     return status, body
 
 
-def _to_failure(error: ApiError) -> JsonObject:
-    """Return the `error` of a response that failed; Codex repeats other codes than these four."""
+def to_failure(error: ApiError) -> JsonObject:
+    """Return the `error` of a response that failed: {"code", "message"}.
+
+    Codex repeats a request but for four codes: server_is_overloaded, insufficient_quota,
+    context_length_exceeded and invalid_prompt.
+    """
     status, body = to_responses_error(error)
-    inner, code = body["error"], body["error"]["code"]
+    inner = body["error"]
+    code = inner["code"]
     message = inner["message"]
     if inner["type"] == "usage_limit_reached":
         code = "insufficient_quota"
     elif code == "rate_limit_exceeded":  # Codex waits for as long as the message says
-        message += f" Please try again in {error.retry_after_s or 5}s."
+        message += f" Please try again in {error.retry_after_s or DEFAULT_RETRY_S}s."
     elif code not in ("server_is_overloaded", "insufficient_quota", "context_length_exceeded"):
         code = "invalid_prompt" if status < 500 else "server_error"
     return {"code": code, "message": message}
 
 
-# ====================================================================== Metrics
-# What has happened since the start, and what is told of each request, in the log and in numbers.
-# Callers go by name, never by key. Any thread.
-
-_FAMILIES: Final = {
-    "cc2api_requests_total": ("counter", "Requests answered."),
-    "cc2api_tokens_total": ("counter", "Tokens as upstream counted them."),
-    "cc2api_cost_dollars_total": ("counter", "Cost as the CLI reported it, once it did."),
-    "cc2api_first_delta_seconds": ("histogram", "From the request to its answer's first delta."),
-    "cc2api_request_seconds": ("histogram", "From the request to the end of its answer."),
-}
-_BUCKETS_S: Final = "0.025 0.05 0.1 0.25 0.5 1 2.5 5 10 30 60 120 300 600 +Inf"
-_TOKEN_KINDS: Final = {
-    **{"input_tokens": "input", "output_tokens": "output"},
-    **{"cache_read_input_tokens": "cache_read", "cache_creation_input_tokens": "cache_write"},
-}
+def _read_responses(body: JsonObject, betas: str, is_count: bool) -> tuple[Turn, MessagesEncoder]:
+    return parse_responses_request(body, is_count=is_count)
 
 
-def quoted(text: str, limit: int) -> str:
-    """Make client text fit for a key=value log line: no spaces, quotes or control characters."""
-    return re.sub(r"[^\x21-\x7e]|[\"\\=]", "_", text[:limit]) or "-"
+RESPONSES: Final = Dialect(_read_responses, to_responses_error, "response.input_tokens")
 
 
-class Metrics:
-    """Counters and histograms. No label holds what a client made up."""
+# ================================================================== Status page
+# What the gateway says of itself at / : a text, and a page with a box to try a prompt in.
 
-    def __init__(self) -> None:
-        self.started_at = time.monotonic()
-        self._lock = threading.Lock()
-        # of each family the samples, by what follows its name and by their labels, as pairs
-        self._families = {name: collections.defaultdict[Any, float](float) for name in _FAMILIES}
-
-    def add(self, name: str, value: float = 1.0, /, **labels: str) -> None:
-        """Add to a counter, or a time in seconds to a histogram."""
-        key = tuple(labels.items())
-        with self._lock:
-            samples = self._families[name]
-            if _FAMILIES[name][0] == "counter":
-                samples["", key] += value
-                return
-            for le in _BUCKETS_S.split():
-                samples["_bucket", (*key, ("le", le))] += value <= float(le)
-            samples["_sum", key] += value
-            samples["_count", key] += 1
-
-    def series(self, name: str) -> list[tuple[dict[str, str], float]]:
-        with self._lock:
-            return [(dict(labels), value) for (_, labels), value in self._families[name].items()]
-
-    def render(self, gauges: Mapping[str, Mapping[str, int]]) -> str:
-        """Return all in Prometheus' text format; `gauges` are values by name and labels."""
-        lines = []
-        for name, values in gauges.items():
-            lines += [f"# TYPE {name} gauge", *(f"{name}{of} {n}" for of, n in values.items())]
-        with self._lock:
-            for name, (kind, text) in _FAMILIES.items():
-                lines += [f"# HELP {name} {text}", f"# TYPE {name} {kind}"]
-                for (suffix, labels), value in self._families[name].items():
-                    said = ",".join(f"{k}={json.dumps(v, ensure_ascii=False)}" for k, v in labels)
-                    lines.append(f"{name}{suffix}{{{said}}} {value:.12g}")
-        return "\n".join([*lines, ""])
+CLIENT_CLOSED_REQUEST: Final = 499  # nginx's status for a client that left; nobody is sent it
 
 
-class Record:
-    """What is told of one request: its log lines, and its part in the metrics."""
-
-    def __init__(self, metrics: Metrics, route: str, client: str, method: str, path: str) -> None:
-        self.request_id = "req_" + uuid.uuid4().hex[:24]
-        self.has_turn = False  # a model was asked
-        self._metrics, self._route, self._model = metrics, route, "none"
-        self._notes: dict[str, object] = {"method": method, "path": quoted(path, 200)}
-        self._notes |= {"id": self.request_id, "client": client}
-        self._usage: dict[str, int] = {}  # tokens, as upstream counts
-        self._started_at = time.monotonic()
-        self._has_delta = False
-
-    def note(self, **pairs: object) -> None:
-        """Note what the log line of its end tells; `key`, the caller, is in its counts too."""
-        self._notes |= pairs
-
-    def note_turn(self, turn: Turn, *, is_known: bool) -> None:
-        """Note what is asked; a model that the CLI does not list counts as `other`."""
-        self.has_turn, self._model = True, turn.model if is_known else "other"
-        self.note(model=quoted(turn.model, 100), stream=int(turn.stream))
-
-    def note_events(self, batch: Sequence[Event]) -> None:
-        """Note what a batch of events tells: tokens, and that the model has begun to answer."""
-        for event in batch:
-            usage = event.get("usage") or (event.get("message") or {}).get("usage") or {}
-            told = (name for name in _TOKEN_KINDS if isinstance(usage.get(name), int))
-            self._usage |= {name: usage[name] for name in told}
-            if event["type"] == "content_block_delta" and not self._has_delta:
-                self._has_delta = True
-                seconds = time.monotonic() - self._started_at
-                log.info("event=first_delta id=%s ms=%d", self.request_id, seconds * 1000)
-                self._metrics.add("cc2api_first_delta_seconds", seconds)
-
-    def debug(self, what: str, data: bytes) -> None:
-        """Log a request or a response whole, under --debug; a line stays a line."""
-        if log.isEnabledFor(logging.DEBUG):
-            text = json.dumps(data.decode("utf-8", "replace"), ensure_ascii=False)
-            log.debug("event=%s id=%s body=%s", what, self.request_id, text)
-
-    def close(self, status: int) -> None:
-        """Count it, and write the log line of its end."""
-        seconds = time.monotonic() - self._started_at
-        caller = str(self._notes.get("key", "none"))
-        labels = {"model": self._model, "caller": caller, "status": str(status)}
-        self._metrics.add("cc2api_requests_total", route=self._route, **labels)
-        if self.has_turn:
-            self._metrics.add("cc2api_request_seconds", seconds, route=self._route)
-        for name, count in self._usage.items():
-            self._metrics.add("cc2api_tokens_total", count, kind=_TOKEN_KINDS[name], caller=caller)
-        self.note(**self._usage, status=status, ms=round(seconds * 1000))
-        pairs = " ".join(f"{name}={value}" for name, value in self._notes.items())
-        # those that watch the gateway itself come every few seconds
-        is_watching = self._route in ("status", "healthz", "metrics") and status == 200
-        log.log(logging.DEBUG if is_watching else logging.INFO, "event=done %s", pairs)
-
-
-# ====================================================================== Service
-# What the routes ask: a turn in, batches of events out. Owns the pool and the key file; knows
-# nothing of sockets. Runs on request threads.
-
-
-class Service:
-    """The running service behind the HTTP server."""
-
-    def __init__(self, settings: Settings, cli: Cli, environ: Mapping[str, str]) -> None:
-        self.settings, self.metrics = settings, Metrics()
-        self.keys = KeyFile(settings)
-        self.rate_limits: dict[str, str] = {}  # the plan's state as headers, as last reported
-        self.is_login = not wants_bare(settings.bare, environ)
-        self._cli, self._environ = cli, environ
-        self._sign_in = IN_DEMO if settings.demo else UNKNOWN
-        self._ask_at = float("inf" if settings.demo else 0)  # monotonic; when the CLI is asked next
-        self._models: list[JsonObject] = []  # the CLI's, as the last process told them
-        self._model_map = dict(pair.split("=", 1) for pair in settings.model_map)
-        self._padding: dict[str, int] = {}  # tokens of a padding tool, by model
-        self._workplace = Workplace(Path(tempfile.gettempdir()), config_dir_of(environ))
-        temp_dir = str(self._workplace.temp_dir)
-        command, environment = process_start(cli, settings, environ, temp_dir)
-
-        def start() -> Session:
-            os.stat(cli.path)  # raises the OSError that a shim around the CLI would hide
-            self._workplace.prepare()
-            return Session(Process(command, environment, str(self._workplace.work_dir)))
-
-        self.pool = Pool(start, Fleet(settings), self._note_end)
-
-    def close(self) -> None:
-        """End all processes and remove their temporary directory."""
-        self.pool.close()
-        self._workplace.clean_up()
-
-    def answer(
-        self, turn: Turn, caller: Caller, tick: Callable[[], None], record: Record
-    ) -> Generator[list[Event], None, None]:
-        """Yield the answer's events, in batches of those that were ready together, to message_stop.
-
-        Raises ApiError, and what `tick` does, at least every TICK_S. To close it ends the turn.
-        """
-        demand = self._demand(turn, caller, tick)
-        last: list[Event] = []
-        while not last:
-            with self._lend(demand) as session:
-                used = "kept" if session.turns else "spare"
-                record.note(process="new" if session.is_new else used)
-                check_media(turn, resolve_model(demand.turn.model, session.models))
-                session.bring(demand)
-                session.ask(demand.patience)
-                try:
-                    last = yield from session.read(demand.patience)
-                finally:
-                    self.rate_limits = session.reader.rate_limits or self.rate_limits
-        yield last  # when the session is back: the next request finds it there
-
-    def count_tokens(self, turn: Turn, caller: Caller, tick: Callable[[], None]) -> int:
-        """Return how many input tokens a turn has, by the API's own count; nothing is generated."""
-        demand = self._demand(turn, caller, tick)
-        turn = demand.turn
-
-        def count(*tools: JsonObject) -> tuple[int, int]:
-            # with a system prompt that was never counted before (`to_counts`)
-            system = " ".join(uuid.uuid4().hex)
-            fresh = dataclasses.replace(turn, system=system, tools=list(tools), marked=None)
-            of = dataclasses.replace(demand, turn=fresh, is_count=True)
-            while True:
-                with self._lend(of) as session:
-                    check_media(turn, resolve_model(turn.model, session.models))
-                    return to_counts(session.count(of))
-
-        if not turn.tools:
-            return count()[0]
-        if turn.model not in self._padding:
-            self._padding[turn.model] = count(*PADDING_TOOLS)[1] - count(PADDING_TOOLS[0])[1]
-        total, in_tools = count(*turn.tools, PADDING_TOOLS[0])
-        return total + max(0, in_tools + COUNTED_TOOLS_DEDUCTION - self._padding[turn.model])
-
-    def models(self, caller: Caller, tick: Callable[[], None]) -> list[JsonObject]:
-        """Return the models as the CLI lists them; every request that is served refreshes them."""
-        demand = self._demand(REHEARSALS[0], caller, tick)
-        while not self._models:
-            with self._lend(demand) as session:
-                if session.is_new:
-                    session.bring(demand)
-                return session.models
-        return self._models
-
-    def model_id(self, name: str) -> str:
-        """Return the id behind an alias, a mapped name, or an id itself."""
-        return resolve_model(self._model_map.get(name, name), self._models).removesuffix("[1m]")
-
-    def knows(self, model: str) -> bool:
-        """Say whether the CLI lists a model, by its name or its id."""
-        ids = {str(m.get(key)) for m in self._models for key in ("value", "resolvedModel")}
-        return model in ids or model in (DEFAULT_MODEL_NAME, *self._model_map)
-
-    def sign_in(self) -> str:
-        """Return how the CLI is signed in; that and its version are asked every SIGN_IN_S."""
-        if time.monotonic() >= self._ask_at:
-            self._ask_at = time.monotonic() + SIGN_IN_S
-            with contextlib.suppress(CliUnusable):
-                self._cli = find_cli(self._cli.path, self._environ)
-                self._sign_in = ask_sign_in(self._cli, self._environ, bare=not self.is_login)
-        return self._sign_in
-
-    def describe(self, url: str) -> dict[str, str]:
-        """Say what it runs on, who pays, who may call, and how, where clients see it at `url`."""
-        sign_in, key = self.sign_in(), " -H 'x-api-key: YOUR-KEY'" * (self.keys.load() != {})
-        body = '{"model":"sonnet","max_tokens":100,"messages":[{"role":"user","content":"Hello!"}]}'
-        lines = {
-            "claude": str(self._cli),
-            "sign-in": sign_in,
-            "upstream": "" if self.settings.demo else upstream_url(self._environ),
-            "keys": self.keys.who,
-            "page": f"{url}/",
-            "try": f"curl {url}/v1/messages{key} -d '{body}'",
-        }
-        return {name: text for name, text in lines.items() if text}
-
-    def gauges(self) -> dict[str, dict[str, int]]:
-        """Return what /metrics tells of now, by name and labels."""
-        pids, waiting = self.pool.snapshot()
-        processes = {f'{{state="{name}"}}': len(pids[name]) for name in pids}
-        signed_in = int(not self.sign_in().startswith(NOT_SIGNED_IN))
-        more = {"cc2api_waiting_requests": {"": waiting}, "cc2api_signed_in": {"": signed_in}}
-        return {"cc2api_processes": processes, **more}
-
-    @contextlib.contextmanager
-    def _lend(self, demand: Demand) -> Iterator[Session]:
-        """Lend a session; where it dies before it has asked, that passes silently: lend again."""
-        session = self.pool.acquire(demand)
-        try:
-            yield session
-        except ProcessDied as death:
-            demand.note_death(death)
-            forget_frames(death)
-        finally:
-            usable = False
-            try:
-                usable = session.rest()
-            except Exception as exc:  # noqa: BLE001 - whatever it is, there may be a whole answer
-                log.warning("a process is given up: %s", str(exc) or repr(exc))
-                forget_frames(exc)
-            if not usable:
-                session.process.kill()  # first of all: it may be about to call upstream
-            try:
-                self._models = session.models or self._models
-                self._note_cost(session)
-            finally:
-                self.pool.give_back(session, usable=usable)
-
-    def _note_end(self, session: Session) -> None:
-        """Do what is left to do of a process that has ended."""
-        self._workplace.forget_killed()
-        self._note_cost(session)
-
-    def _note_cost(self, session: Session) -> None:
-        """Count what a process has told of its cost: of the turns before the one just ended."""
-        if session.base and (cost := session.take_cost()):
-            self.metrics.add("cc2api_cost_dollars_total", cost, caller=session.base[0].name)
-
-    def _demand(self, turn: Turn, caller: Caller, tick: Callable[[], None]) -> Demand:
-        turn = for_login(turn) if self.is_login else turn
-        mapped = dataclasses.replace(turn, model=self._model_map.get(turn.model, turn.model))
-        limit_s = self.settings.timeout
-        late = ApiError(f"no whole answer within {limit_s:g} s", status=504, should_retry=False)
-        return Demand(mapped, (caller, turn.betas), Patience(limit_s, tick, late))
-
-
-def with_reset(error: ApiError, limits: Mapping[str, str]) -> ApiError:
-    """Tell when a plan's used-up window opens again; clients would retry in vain until then."""
-    reset = limits.get("anthropic-ratelimit-unified-reset", "")
-    rejected = limits.get("anthropic-ratelimit-unified-status") == "rejected"
-    if not (error.status == 429 and rejected and reset.isdigit()):
-        return error
-    left_s = max(1, int(reset) - int(time.time()))
-    return dataclasses.replace(error, retry_after_s=left_s, should_retry=left_s <= LONGEST_RETRY_S)
-
-
-# ======================================================================= Status
-# What the gateway tells of itself at / : a text, and a page with a box to try a prompt in.
-
-
-def status_text(service: Service, url: str) -> str:
+def status_text(gateway: Gateway, url: str) -> str:
     """Return in plain text how things are; `url` is where the client sees the gateway."""
-    pool, sign_in, metrics = service.pool, service.sign_in(), service.metrics
-    missing = sign_in if sign_in.startswith(NOT_SIGNED_IN) else ""
-    (pids, waiting), asked, failed = pool.snapshot(), 0.0, 0.0
-    for labels, count in metrics.series("cc2api_requests_total"):
-        if labels["route"] in ("messages", "chat_completions", "responses"):
-            asked += count
-            failed += count * ("499" != labels["status"] >= "400")
-    tokens = dict.fromkeys(_TOKEN_KINDS.values(), 0.0)
-    for labels, count in metrics.series("cc2api_tokens_total"):
+    pids, waiting = gateway.pool.snapshot()
+    shown_states = [f"{len(pids[state])} {state}" for state in ("spare", "idle", "busy")]
+
+    asked = 0.0
+    failed = 0.0
+    for labels, count in gateway.metrics.series("cc2api_requests_total"):
+        if labels["route"] not in ("messages", "chat_completions", "responses"):
+            continue
+        status = int(labels["status"])
+        asked += count
+        if status >= 400 and status != CLIENT_CLOSED_REQUEST:
+            failed += count
+
+    tokens = dict.fromkeys(TOKEN_KINDS.values(), 0.0)
+    for labels, count in gateway.metrics.series("cc2api_tokens_total"):
         tokens[labels["kind"]] += count
-    cost = sum(dollars for _, dollars in metrics.series("cc2api_cost_dollars_total"))
-    hours, seconds = divmod(int(time.monotonic() - metrics.started_at), 3600)
+    cost_usd = sum(value for _, value in gateway.metrics.series("cc2api_cost_usd_total"))
+    cost = f"${cost_usd:.4f}"
+    if gateway.account.is_login or gateway.settings.demo:  # nothing is billed by the token
+        cost += " at list price"
+
+    health = gateway.pool.failure or gateway.pool.reuse_problem
+    if not health:
+        health = "ok" if gateway.account.is_signed_in() else gateway.account.sign_in()
+    up_s = int(time.monotonic() - gateway.metrics.started_at)
     lines = {
-        f"cc2api {__version__}": f"up {hours} h {seconds // 60} min",
-        **service.describe(url),
-        "processes": ", ".join(f"{len(pids[name])} {name}" for name in ("spare", "idle", "busy")),
+        f"cc2api {__version__}": f"up {up_s // 3600} h {up_s % 3600 // 60} min",
+        **gateway.describe(url),
+        "processes": ", ".join(shown_states),
         "requests": f"{asked:.0f}, {failed:.0f} failed, {waiting} waiting",
         "tokens": ", ".join(f"{count:.0f} {kind}" for kind, count in tokens.items()),
-        "cost": f"${cost:.4f}" + " at list price" * (service.is_login or service.settings.demo),
-        "health": pool.failure or pool.refusal or missing or "ok",
+        "cost": cost,
+        "health": health,
     }
     return "".join(f"{name:<14}{text}\n" for name, text in lines.items())
 
@@ -3780,563 +5533,340 @@ list()
 """
 
 
-# ========================================================================= HTTP
-# Sockets, framing, and the writing of one answer. Framing is strict: a proxy in front that reads it
-# differently could be made to smuggle requests in. No response header is built from client text.
-
-# None of these may try one byte in two ways: hostile input would take minutes.
-_REQUEST_LINE: Final = re.compile(r"([A-Z]{1,20}) ([\x21-\x7e]+) HTTP/1\.([01])")
-# The forms of a target (RFC 9112, 3.2): a path, or as proxies are sent it, or of the whole server.
-_TARGET: Final = re.compile(
-    r"(?:[Hh][Tt][Tt][Pp][Ss]?://([^/?#@]+))?(/[^?]*|(?=\?|\Z))(?:\?.*)?|(\*)"
-)
-_HEADER_LINE: Final = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([\t\x20-\x7e\x80-\xff]*)")
-_CHUNK_LINE: Final = re.compile(r"([0-9A-Fa-f]{1,8})[ \t]*(?:;[\t\x20-\x7e\x80-\xff]*)?")
-_HANGUP: Final = getattr(select, "POLLRDHUP", 0) | select.POLLHUP | select.POLLERR
-_TOO_LARGE: Final = f"Request exceeds the maximum size of {MAX_BODY_BYTES} bytes"
-
-
-class Head(NamedTuple):
-    """A request line and its headers, by names in lower case; those of one name are joined."""
-
-    method: str
-    path: str  # without the query, percent-decoded
-    is_http_11: bool
-    headers: Mapping[str, str]
-
-    def get(self, name: str) -> str:
-        return self.headers.get(name, "")
-
-
-class ClientStream(io.RawIOBase):
-    """The client's end of a connection: `read_head`, `expect_body`, then perhaps `read_body`.
-
-    All raise ClientGone, and for bad framing InvalidRequest, with 408 where nothing comes in time.
-    A client may read nothing for `patience_s`.
-    """
-
-    def __init__(self, sock: socket.socket, patience_s: float) -> None:
-        self.body_length: int | None = 0  # of what is still to be read; None: nobody knows
-        self._sock, self._patience_s = sock, patience_s
-        self._deadline = 0.0  # of what is being read
-        self._reader = io.BufferedReader(self)
-        self._watch = select.poll()
-        self._watch.register(sock, select.POLLIN | _HANGUP)
-
-    def read_head(self, idle_s: float) -> Head:
-        """Read the next request's head, waiting up to `idle_s` for its first byte."""
-        self.body_length = None
-        self._deadline = time.monotonic() + idle_s
-        self._reader.peek(1)
-        self._deadline = time.monotonic() + HEAD_TIMEOUT_S
-        first, *lines = self._read_lines() or self._read_lines() or [""]  # RFC 9112: one may be
-        if (request := _REQUEST_LINE.fullmatch(first)) is None:
-            raise InvalidRequest("malformed request line")
-        headers: dict[str, str] = {}
-        for line in lines:
-            if (header := _HEADER_LINE.fullmatch(line)) is None:
-                raise InvalidRequest("malformed header line")
-            name, value = header[1].lower(), header[2].strip(" \t")
-            headers[name] = f"{headers[name]},{value}" if name in headers else value
-        is_http_11 = request[3] == "1"
-        if "," in headers.get("host", "") or (is_http_11 and "host" not in headers):
-            raise InvalidRequest("exactly one Host header is needed")
-        target = _TARGET.fullmatch(request[2])
-        if target is None or (target[3] and request[1] != "OPTIONS"):
-            raise InvalidRequest("malformed request target")
-        if target[1]:
-            headers["host"] = target[1]  # it wins (RFC 9112, 3.2.2)
-        path = urllib.parse.unquote(target[3] or target[2] or "/")
-        return Head(request[1], path, is_http_11, headers)
-
-    def expect_body(self, head: Head) -> None:
-        length = head.headers.get("content-length", "0")
-        if "transfer-encoding" in head.headers:
-            is_chunked = head.is_http_11 and head.get("transfer-encoding").lower() == "chunked"
-            if not is_chunked or "content-length" in head.headers:
-                raise InvalidRequest("Transfer-Encoding must be chunked, without a Content-Length")
-        elif not re.fullmatch("[0-9]+", length):
-            raise InvalidRequest("Content-Length must be given once, as a decimal number")
-        elif len(length) > len(str(MAX_BODY_BYTES)) or int(length) > MAX_BODY_BYTES:
-            raise InvalidRequest(_TOO_LARGE, status=413)
-        else:
-            self.body_length = int(length)
-
-    def read_body(self) -> bytes:
-        self._deadline = time.monotonic() + BODY_TIMEOUT_S
-        length = self.body_length
-        body = self._read_chunks() if length is None else self._reader.read(length)
-        self.body_length = 0
-        return body
-
-    def _read_chunks(self) -> bytes:
-        body = bytearray()
-        while line := _CHUNK_LINE.fullmatch(self._read_line()):
-            size = int(line[1], 16)
-            if len(body) + size > MAX_BODY_BYTES:
-                raise InvalidRequest(_TOO_LARGE, status=413)
-            if not size:
-                self._read_lines()  # trailers: dropped
-                return bytes(body)
-            body += self._reader.read(size)
-            if self._reader.read(2) != b"\r\n":
-                raise InvalidRequest("a chunk is longer than announced")
-        raise InvalidRequest("malformed chunk")
-
-    def _read_lines(self) -> list[str]:
-        """Read the lines of a head, or of trailers, up to an empty one."""
-        lines, left = [], MAX_HEAD_BYTES
-        while line := self._read_line(left):
-            lines.append(line)
-            left -= len(line) + 2
-            if len(lines) > MAX_HEADERS + 1:  # with the request line
-                raise InvalidRequest(f"over {MAX_HEADERS} headers", status=431)
-        return lines
-
-    def _read_line(self, limit: int = MAX_HEAD_BYTES) -> str:
-        line = self._reader.readline(limit)
-        if not line.endswith(b"\r\n"):
-            status = 400 if line.endswith(b"\n") else 431
-            raise InvalidRequest("a line is too long, or does not end with CR LF", status)
-        return line[:-2].decode("latin-1")
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        """Read what comes before the deadline: what its reader calls."""
-        try:
-            if (left := self._deadline - time.monotonic()) <= 0:
-                raise TimeoutError
-            self._sock.settimeout(left)
-            if count := self._sock.recv_into(buffer):
-                return count
-        except TimeoutError:
-            raise InvalidRequest("the request did not come in time", status=408) from None
-        except OSError as exc:
-            raise ClientGone from exc
-        raise ClientGone
-
-    def check(self) -> None:
-        """Raise ClientGone where the client has closed its end. Does not block."""
-        try:
-            seen = self._watch.poll(0)
-            if any(e & _HANGUP or not self._sock.recv(1, socket.MSG_PEEK) for _, e in seen):
-                raise ConnectionError
-        except OSError as exc:
-            raise ClientGone from exc
-
-    def send(self, data: bytes) -> None:
-        self._sock.settimeout(self._patience_s)
-        try:
-            self._sock.sendall(data)
-        except OSError as exc:
-            raise ClientGone from exc
-
-    def linger(self) -> None:
-        """Say that nothing more comes, and read on for a moment what the client still sends."""
-        self._deadline = time.monotonic() + LINGER_S
-        with contextlib.suppress(OSError, InvalidRequest, ClientGone):
-            self._sock.shutdown(socket.SHUT_WR)
-            while True:
-                self.readinto(bytearray(READ_BYTES))
-
-
-class Response:
-    """The answer to one request, whole or a stream."""
-
-    def __init__(self, stream: ClientStream, head: Head, headers: Mapping[str, str]) -> None:
-        self.status = 0  # what was sent, 0 while nothing was
-        self.closes = True  # the connection ends with it
-        self._stream, self._head, self._headers = stream, head, dict(headers)
-        self.written_at = time.monotonic()  # last
-
-    def add_headers(self, headers: Mapping[str, str]) -> None:
-        self._headers |= headers
-
-    def send(self, status: int, body: JsonObject | str, kind: str = "application/json") -> bytes:
-        """Write a whole answer, its body but for HEAD, and with 204 none; return the body."""
-        data = body.encode() if isinstance(body, str) else json.dumps(body).encode("ascii") + b"\n"
-        sized = {"content-type": kind, "content-length": str(len(data))} if status != 204 else {}
-        self._stream.send(self._to_head(status, sized) + data * (self._head.method != "HEAD"))
-        return data
-
-    def write_chunk(self, data: bytes, *, is_last: bool = False) -> None:
-        """Write a part of a stream with one write, the first one behind its head."""
-        if not data:  # an empty chunk would end the body
-            return
-        headers = {"content-type": "text/event-stream; charset=utf-8"}
-        if self._head.is_http_11:  # else the end of the connection is the end of the body
-            headers["transfer-encoding"] = "chunked"
-            data = b"%x\r\n%b\r\n%b" % (len(data), data, b"0\r\n\r\n" if is_last else b"")
-        if not self.status:
-            data = self._to_head(200, headers) + data
-        self._stream.send(data)
-        self.written_at = time.monotonic()
-
-    def _to_head(self, status: int, headers: Mapping[str, str]) -> bytes:
-        """Return the status line and headers; all names and values are our own."""
-        self.status = status
-        keeps = self._head.is_http_11 and "close" not in self._head.get("connection").lower()
-        # behind a body that was not read nobody knows where the next request begins
-        self.closes = not keeps or self._stream.body_length != 0
-        lines = [
-            f"HTTP/1.1 {status} {BaseHTTPRequestHandler.responses.get(status, ('Error',))[0]}",
-            f"server: cc2api/{__version__}",
-            f"date: {email.utils.formatdate(usegmt=True)}",
-            f"connection: {'close' if self.closes else 'keep-alive'}",
-            "cache-control: no-store",
-            *(f"{name}: {value}" for name, value in {**self._headers, **headers}.items()),
-        ]
-        return "\r\n".join([*lines, "", ""]).encode("ascii")
-
-
-class Server(ThreadingHTTPServer):
-    """The listening socket; every connection gets a thread that runs the handler it is given."""
-
-    allow_reuse_port = False  # some Pythons would let a second gateway listen on the same port
-    request_queue_size = LISTEN_BACKLOG
-    server_bind = TCPServer.server_bind  # HTTPServer's asks DNS for our own name
-
-    def __init__(self, address: tuple[str, int], handler: type[BaseRequestHandler]) -> None:
-        """Bind and listen. Raises OSError. `serve` comes next."""
-        self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
-        self.service: Any = None  # what the handlers serve
-        self.answers: set[object] = set()  # that are running
-        self.parsing = threading.Lock()  # whoever holds it parses a large body
-        super().__init__(address, handler)
-        self.server_port: int = self.server_address[1]
-
-    def serve(self, service: object) -> None:
-        """Have the handlers serve this, each in a thread, until `shutdown` and `server_close`."""
-        self.service = service
-        tick = [ACCEPT_TICK_S]
-        threading.Thread(None, self.serve_forever, "cc2api-accept", tick, daemon=True).start()
-
-    @contextlib.contextmanager
-    def answering(self) -> Iterator[None]:
-        """Count an answer as running."""
-        one = object()
-        self.answers.add(one)
-        try:
-            yield
-        finally:
-            self.answers.discard(one)
-
-    def finish_request(self, request: Any, client_address: Any) -> None:
-        """Run a connection's handler; beyond MAX_CONNECTIONS it is closed at once."""
-        if threading.active_count() <= MAX_CONNECTIONS:
-            super().finish_request(request, client_address)
-        else:
-            log.warning("over %d connections: one was turned away", MAX_CONNECTIONS)
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        if not isinstance(sys.exc_info()[1], OSError):  # a connection that broke is no news
-            log.exception("connection from %s failed", client_address)
-
-
 # ======================================================================= Routes
 # Which path does what, who may call it, and the one place where errors become answers. A new route
-# is a row in ROUTES and a function of a Handler; a new API that asks a model is a Dialect.
+# is a row in ROUTES and a method of Exchange; a new API that asks a model is a Dialect.
 
-# Localhost and IP addresses: no name in the DNS has one of these forms.
-_OWN_NAME: Final = re.compile(r"localhost|[0-9.]+|\[[0-9a-f:.]+\]")
-
-
-def to_frames(*events: JsonObject) -> bytes:
-    """Return SSE frames, named where there is a type; ASCII: some clients split at U+2028."""
-    return "".join(
-        (f"event: {event['type']}\n" if "type" in event else "") + f"data: {json.dumps(event)}\n\n"
-        for event in events
-    ).encode("ascii")
-
-
-def to_anthropic_error(error: ApiError) -> tuple[int, JsonObject]:
-    """Return an error's status, and the Messages API's envelope."""
-    inner = {"type": error.kind, "message": str(error), "details": error.details}
-    return error.status, {"type": "error", "error": without_nulls(inner)}
-
-
-class Dialect(NamedTuple):
-    """An API that asks a model: how its requests are read, and its errors written."""
-
-    read: Callable[..., tuple[Turn, AnswerWriter]]  # a body, anthropic-beta, is_count=
-    to_error: Callable[[ApiError], tuple[int, JsonObject]]
-
-
-ANTHROPIC: Final = Dialect(
-    lambda *asked, **how: (parse_messages_request(*asked, **how), AnswerWriter()),
-    to_anthropic_error,
-)
-OPENAI: Final = Dialect(lambda body, betas, **how: parse_chat_request(body), to_openai_error)
-RESPONSES: Final = Dialect(
-    lambda body, betas, **how: parse_responses_request(body, **how), to_responses_error
-)
-
-
-def cors_headers(head: Head, settings: Settings) -> dict[str, str]:
-    """Return the headers that let a page of this origin read the answer; none for others."""
-    for allowed in settings.cors_origin:
-        if allowed in ("*", head.get("origin")):
-            return {
-                **{"access-control-allow-origin": allowed, "vary": "origin"},
-                "access-control-allow-methods": "GET, POST, OPTIONS",
-                "access-control-allow-headers": "authorization, *",  # a star does not cover it
-                "access-control-expose-headers": "request-id, x-request-id, retry-after",
-                "access-control-max-age": "600",
-            }
-    return {}
-
-
-def keep_pages_out(head: Head, settings: Settings) -> None:
-    """Refuse pages of other origins, and of names made to resolve to us (rebinding): ApiError."""
-    origin, host = head.get("origin"), head.get("host")
-    names = ("", *map(str.lower, settings.allowed_host))
-    name = re.sub(r":\d*\Z", "", host).lower()
-    if name not in names and not _OWN_NAME.fullmatch(name):
-        raise ApiError(f"Host {quoted(name, 100)} is not served; see --allowed-host", 403)
-    is_own = origin in ("", f"http://{host}", f"https://{host}")
-    if not is_own and not cors_headers(head, settings):
-        raise ApiError(f"pages of {quoted(origin, 100)} may not call; see --cors-origin", 403)
+KEEPALIVE_S: Final = 10.0  # of silence before a stream shows life; proxies cut at 30 to 60 s
+_KEEPALIVE_COMMENT: Final = b": waiting\n\n"
 
 
 class Handler(BaseRequestHandler):
-    """One connection, with a thread of its own: reads request after request and routes each."""
+    """One connection, with a thread of its own: reads request after request."""
 
     server: Server
     request: socket.socket
 
     def handle(self) -> None:
-        # an event must not wait for the ACK of the one before
+        # An event must not wait for the ACK of the one before.
         self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._service: Service = self.server.service
-        self._stream = ClientStream(self.request, self._service.settings.timeout)
+        stream = ClientStream(self.request, self.server.gateway.settings.timeout)
         try:
-            self._answer_all()
+            self._answer_all(stream)
         except ClientGone as gone:
             forget_frames(gone)
-        self._stream.linger()
+        stream.linger()
 
-    def _answer_all(self) -> None:
+    def _answer_all(self, stream: ClientStream) -> None:
         """Answer request after request, until the connection ends. Raises ClientGone."""
+        client = str(self.client_address[0])
         idle_s = HEAD_TIMEOUT_S
         try:
-            while self.server.fileno() >= 0:  # until it stops
-                head = self._stream.read_head(idle_s)
-                with self.server.answering():
-                    self._answer(head)
-                if self._out.closes:
-                    break
+            while not self.server.is_closed():
+                head = stream.read_head(idle_s)
+                exchange = Exchange(self.server, stream, head, client)
+                with self.server.track_response():
+                    exchange.run()
+                if exchange.closes_connection:
+                    return
                 idle_s = IDLE_CONNECTION_S
         except InvalidRequest as error:
-            if error.status != 408:  # to who has not sent a whole head nothing is said
-                self._answer(Head("-", "-", True, {}), error)
+            if error.status != 408:  # a client that never sent a whole head gets no answer
+                no_head = Head("-", "-", True, {})
+                Exchange(self.server, stream, no_head, client).run(error)
 
-    def _answer(self, head: Head, failure: ApiError | None = None) -> None:
-        """Run a route; whatever it raises is answered here and nowhere else. Raises ClientGone."""
-        path = re.sub(r"\A(/v1)+(?=/)", "", head.path)
-        path = "/models/" if path.startswith("/models/") else path
-        path = "page" if path == "/" and "text/html" in head.get("accept") else path
-        route = ROUTES.get(path, NO_ROUTE)
-        client, service = str(self.client_address[0]), self._service
-        self._record = Record(service.metrics, route.name, client, head.method, head.path)
-        ids = dict.fromkeys(("request-id", "x-request-id"), self._record.request_id)
-        self._out = Response(self._stream, head, ids | cors_headers(head, service.settings))
-        self._head, self._route = head, route
-        self._writer: AnswerWriter | None = None  # of a stream
+
+class Exchange:
+    """One request and its response."""
+
+    def __init__(self, server: Server, stream: ClientStream, head: Head, client: str) -> None:
+        self._server = server
+        self._gateway: Gateway = server.gateway
+        self._stream = stream
+        self._head = head
+        self._route = find_route(head)
+        self._caller = NOBODY
+        self._log = RequestLog(
+            self._gateway.metrics, self._route.name, client, head.method, head.path
+        )
+        ids = {"request-id": self._log.request_id, "x-request-id": self._log.request_id}
+        headers = ids | cors_headers(head, self._gateway.settings)
+        self._response = Response(stream, head, headers)
+        self._stream_encoder: MessagesEncoder | None = None  # where the answer is a stream
+
+    @property
+    def closes_connection(self) -> bool:
+        return self._response.closes
+
+    def run(self, failure: ApiError | None = None) -> None:
+        """Answer the request; whatever is raised is answered here and nowhere else.
+
+        `failure`: what the request has failed with already. Raises ClientGone.
+        """
         try:
             if failure:
                 raise failure
-            self._stream.expect_body(head)
-            self._run(route)
-            status = self._out.status
+            self._stream.parse_framing(self._head)
+            self._run_route()
+            status = self._response.status
         except ClientGone:
-            self._record.close(499)  # nginx's code for it; nobody is sent it
+            self._log.finish(CLIENT_CLOSED_REQUEST)
             raise
         except ApiError as error:
             status = self._fail(error)
             forget_frames(error)
         except Exception as exc:
-            log.exception("id=%s failed", self._record.request_id)
+            log.exception("id=%s failed", self._log.request_id)
             status = self._fail(ApiError("internal error"))
             forget_frames(exc)
-        self._record.close(status)
+        self._log.finish(status)
 
-    def _fail(self, error: ApiError) -> int:
-        """Answer with an error: JSON with its status, or an event where a stream has begun."""
-        error = with_reset(error, self._service.rate_limits)
-        self._record.note(error=error.kind)
-        if error.status != 400:  # its message may quote the prompt
-            self._record.note(msg=json.dumps(str(error)[:200]))
-        self._record.debug("error", str(error).encode("utf-8", "replace"))
-        status, body = self._route.dialect.to_error(error)
-        if self._route.dialect is ANTHROPIC:
-            body["request_id"] = self._record.request_id
-        if self._record.has_turn:
-            self._out.add_headers(self._service.rate_limits)
-        should_retry = False if (error.status, status) == (402, 429) else error.should_retry
-        told = without_nulls({"retry-after": error.retry_after_s, "x-should-retry": should_retry})
-        self._out.add_headers({name: str(value).lower() for name, value in told.items()})
-        writer, may_be_paid = self._writer, error.status in (502, 504)
-        with contextlib.suppress(ClientGone):
-            if writer and (self._out.status or (writer.fails_in_stream and may_be_paid)):
-                self._out.write_chunk(to_frames(*writer.fail(error, body)), is_last=True)
-            else:
-                self._out.send(status, body)
-        return error.status  # though the client of a stream has had a 200
+    def _run_route(self) -> None:
+        """Check that the request may be made, and run its route."""
+        head = self._head
+        route = self._route
+        if self._server.is_closed():
+            raise CliFailed(_CLOSING, status=503)
+        keys = self._gateway.keys.load()
+        is_open = keys == {}
+        if is_open and route.name != "healthz":
+            check_origin(head, self._gateway.settings)
 
-    def _run(self, route: Route) -> None:
-        head, service = self._head, self._service
-        if self.server.fileno() < 0:
-            raise CliFailed("the gateway is shutting down", status=503)
-        keys = service.keys.load()
-        if keys == {} and route.name != "healthz":
-            keep_pages_out(head, service.settings)
         allow = {"allow": f"{route.method}, OPTIONS"}
         if head.method == "OPTIONS":
-            self._out.add_headers(allow)
-            self._out.send(204, "")
+            self._response.add_headers(allow)
+            self._response.send(204, "")
             return
         if route is NO_ROUTE:
             raise ApiError(f"{head.method} {head.path}: no such route", status=404)
-        if head.method != route.method and (head.method, route.method) != ("HEAD", "GET"):
-            self._out.add_headers(allow)
-            # by 426 Codex learns to come without a WebSocket, at once (responses-api.md 2.5)
+        is_allowed = head.method == route.method or (head.method, route.method) == ("HEAD", "GET")
+        if not is_allowed:
+            self._response.add_headers(allow)
+            # By 426 Codex learns at once to come without a WebSocket.
             status = 426 if head.get("upgrade") else 405
-            raise ApiError(f"{head.method} is not allowed here, {route.method} is", status)
+            raise ApiError(f"method {head.method} not allowed, use {route.method}", status)
+
         if route.needs_key:
-            self._caller = identify(keys, head.get("x-api-key"), head.get("authorization"))
-            self._record.note(key=self._caller.name)
+            self._caller = authenticate(keys, head.get("x-api-key"), head.get("authorization"))
+            self._log.add_caller(self._caller.name)
         route.run(self)
 
-    def status(self) -> None:
-        # it stands in a command that people copy: nothing that a shell would act on
-        url = "http://" + re.sub(r"[^A-Za-z0-9.:\[\]-]", "_", self._head.get("host"))
-        self._out.send(200, status_text(self._service, url), "text/plain; charset=utf-8")
+    def _fail(self, error: ApiError) -> int:
+        """Answer with an error: JSON with its status, or an event where a stream has begun.
 
-    def page(self) -> None:
+        Returns the status for the log, even if the client of a stream has had a 200.
+        """
+        error = with_retry_after(error, self._gateway.rate_limits)
+        self._log.add(error=error.type)
+        if error.status != 400:  # its message may quote the prompt
+            self._log.add(msg=json.dumps(str(error)[:MAX_LOGGED_ERROR_CHARS]))
+        self._log.debug("error", str(error).encode("utf-8", "replace"))
+
+        status, body = self._route.dialect.to_error(error, self._log.request_id)
+        self._response.add_headers(self._error_headers(error, status))
+        encoder = self._stream_encoder
+        may_be_paid = error.status in (502, 504)
+        with contextlib.suppress(ClientGone):
+            has_begun = bool(self._response.status)
+            if encoder and (has_begun or (encoder.fails_in_stream and may_be_paid)):
+                frames = to_sse_frames(encoder.error_events(error, body))
+                self._response.write_chunk(frames, is_last=True)
+            else:
+                self._response.send(status, body)
+        return error.status
+
+    def _error_headers(self, error: ApiError, status: int) -> dict[str, str]:
+        headers = {}
+        if self._log.asks_model:
+            headers.update(self._gateway.rate_limits)
+        if error.retry_after_s is not None:
+            headers["retry-after"] = str(error.retry_after_s)
+        should_retry = error.should_retry
+        if error.status == 402 and status == 429:
+            should_retry = False  # OpenAI's status for it is one that SDKs would retry
+        if should_retry is not None:
+            headers["x-should-retry"] = "true" if should_retry else "false"
+        return headers
+
+    # ---- What the routes do.
+
+    def show_status(self) -> None:
+        # It stands in a command that people copy: nothing in it that a shell would act on.
+        host = re.sub(r"[^A-Za-z0-9.:\[\]-]", "_", self._head.get("host"))
+        text = status_text(self._gateway, f"http://{host}")
+        self._response.send(200, text, "text/plain; charset=utf-8")
+
+    def show_page(self) -> None:
         policy = "default-src 'self' 'unsafe-inline'; img-src data:"
-        self._out.add_headers({"content-security-policy": policy})
-        self._out.send(200, PAGE, "text/html; charset=utf-8")
+        self._response.add_headers({"content-security-policy": policy})
+        self._response.send(200, PAGE, "text/html; charset=utf-8")
 
-    def metrics(self) -> None:
-        text = self._service.metrics.render(self._service.gauges())
-        self._out.send(200, text, "text/plain; version=0.0.4; charset=utf-8")
+    def show_metrics(self) -> None:
+        text = self._gateway.metrics.render(self._gateway.gauges())
+        self._response.send(200, text, "text/plain; version=0.0.4; charset=utf-8")
 
-    def healthz(self) -> None:
-        if failure := self._service.pool.failure:
+    def show_health(self) -> None:
+        failure = self._gateway.pool.failure
+        if failure:
             raise CliFailed(failure, status=503)
-        self._out.send(200, {"status": "ok"})
+        self._response.send(200, {"status": "ok"})
 
-    def models(self) -> None:
-        """Answer all models on one page, which both SDKs' paging takes, or one by id or alias."""
-        models = to_model_list(self._service.models(self._caller, self._tick))
-        by_id = {model["id"]: model for model in models}
-        if name := self._head.path.partition("/models/")[2]:
-            if not (body := by_id.get(self._service.model_id(name))):
-                raise ApiError(f"model: {name}", status=404)
-        else:
-            ids = [*by_id] or [None]
-            body = {"object": "list", "data": models, "has_more": False}
-            body |= {"first_id": ids[0], "last_id": ids[-1]}
-        self._out.send(200, body)
+    def list_models(self) -> None:
+        """Answer with all models on one page, which both SDKs' paging takes."""
+        models = self._model_list()
+        first_id = models[0]["id"] if models else None
+        last_id = models[-1]["id"] if models else None
+        body = {
+            "object": "list",
+            "data": models,
+            "has_more": False,
+            "first_id": first_id,
+            "last_id": last_id,
+        }
+        self._response.send(200, body)
+
+    def show_model(self) -> None:
+        """Answer with one model, by its id, an alias or a mapped name."""
+        models = self._model_list()  # first: an alias can be resolved only once they are known
+        _, _, name = self._head.path.partition("/models/")
+        model_id = self._gateway.models.resolve(name)
+        for model in models:
+            if model["id"] == model_id:
+                self._response.send(200, model)
+                return
+        raise ApiError(f"model: {name}", status=404)
+
+    def _model_list(self) -> list[JsonObject]:
+        return to_model_list(self._gateway.list_models(self._caller, self._on_wait))
 
     def count_tokens(self) -> None:
-        turn, _ = self._read_asked(is_count=True)
-        count = {"input_tokens": self._service.count_tokens(turn, self._caller, self._tick)}
-        self._record.note(**count)
-        kind = {"object": "response.input_tokens"} if self._route.dialect is RESPONSES else {}
-        self._out.send(200, {**kind, **count})
+        turn, _ = self._read_turn(is_count=True)
+        tokens = self._gateway.count_tokens(turn, self._caller, self._on_wait)
+        self._log.add(input_tokens=tokens)
+        body: JsonObject = {}
+        if self._route.dialect.count_object:
+            body["object"] = self._route.dialect.count_object
+        body["input_tokens"] = tokens
+        self._response.send(200, body)
 
-    def ask(self) -> None:
+    def answer(self) -> None:
         """Have a model answer: write its events as they come, or the whole message."""
-        service, record, out = self._service, self._record, self._out
-        turn, writer = self._read_asked()
+        turn, encoder = self._read_turn()
         if turn.stream:
-            self._writer = writer
-        with contextlib.closing(service.answer(turn, self._caller, self._tick, record)) as answer:
+            self._stream_encoder = encoder
+        answer = self._gateway.answer(turn, self._caller, self._on_wait, self._log)
+        with contextlib.closing(answer):
             for batch in answer:
-                out.add_headers(service.rate_limits)
-                with upstream_protocol():
-                    events = [written for event in batch for written in writer.feed(event)]
-                    record.note_events(batch)
+                self._response.add_headers(self._gateway.rate_limits)
+                with malformed_as_502():
+                    events = [encoded for event in batch for encoded in encoder.feed(event)]
+                    self._log.add_events(batch)
                 if turn.stream:
-                    is_last = batch[-1:] == [{"type": "message_stop"}]
-                    frames = to_frames(*events) + writer.end * is_last
-                    out.write_chunk(frames, is_last=is_last)
-                    record.debug("response", frames)
+                    is_last = bool(batch) and batch[-1]["type"] == "message_stop"
+                    self._write_frames(events, encoder.stream_end if is_last else b"", is_last)
+
         if not turn.stream:
-            with upstream_protocol():
-                body = writer.whole()
-            record.debug("response", out.send(200, body))
+            with malformed_as_502():
+                body = encoder.result()
+            self._log.debug("response", self._response.send(200, body))
 
-    def _tick(self) -> None:
-        """Look after the client while it waits: see whether it left, show a stream life."""
+    def _write_frames(self, events: list[JsonObject], end: bytes, is_last: bool) -> None:
+        frames = to_sse_frames(events) + end
+        self._response.write_chunk(frames, is_last=is_last)
+        self._log.debug("response", frames)
+
+    def _on_wait(self) -> None:
+        """Look after the client while it waits: see whether it left, show a stream's life."""
         self._stream.check()
-        if self._writer and time.monotonic() - self._out.written_at >= KEEPALIVE_S:
-            self._out.write_chunk(to_frames(*self._writer.live()) or b": waiting\n\n")
+        encoder = self._stream_encoder
+        if encoder and time.monotonic() - self._response.written_at >= KEEPALIVE_S:
+            frames = to_sse_frames(encoder.keepalive()) or _KEEPALIVE_COMMENT
+            self._response.write_chunk(frames)
 
-    def _read_asked(self, *, is_count: bool = False) -> tuple[Turn, AnswerWriter]:
+    def _read_turn(self, *, is_count: bool = False) -> tuple[Turn, MessagesEncoder]:
+        """Read the request's body, and check it. Raises InvalidRequest, ClientGone."""
         if self._head.get("content-encoding").lower() not in ("", "identity"):
             details = {"error_code": "request_body_encoding_unsupported"}
             raise InvalidRequest("Content-Encoding: only identity is taken", details=details)
         if self._head.get("expect").lower() == "100-continue":
             self._stream.send(b"HTTP/1.1 100 Continue\r\n\r\n")
         raw = self._stream.read_body()
-        self._record.debug("request", raw)
-        with self._turn_to_parse(len(raw)):
-            body, betas = parse_json(raw), self._head.get("anthropic-beta")
-            turn, writer = self._route.dialect.read(body, betas, is_count=is_count)
-        self._record.note_turn(turn, is_known=self._service.knows(turn.model))
-        return turn, writer
+        self._log.debug("request", raw)
+
+        betas = self._head.get("anthropic-beta")
+        with self._parsing_lock(len(raw)):
+            turn, encoder = self._route.dialect.read(parse_json(raw), betas, is_count)
+        is_known = self._gateway.models.knows(turn.model)
+        self._log.add_model(turn.model, stream=turn.stream, is_known=is_known)
+        return turn, encoder
 
     @contextlib.contextmanager
-    def _turn_to_parse(self, size: int) -> Iterator[None]:
+    def _parsing_lock(self, body_bytes: int) -> Iterator[None]:
         """Wait until no other large body is parsed.
 
         It keeps the interpreter busy for a second, and takes several times its size in memory.
         """
-        if size <= MAX_BYTES_AT_ONCE:
+        if body_bytes <= MAX_BYTES_AT_ONCE:
             yield
             return
-        while not self.server.parsing.acquire(timeout=TICK_S):
-            self._tick()
+        while not self._server.parsing.acquire(timeout=CLIENT_CHECK_S):
+            self._on_wait()
         try:
             yield
         finally:
-            self.server.parsing.release()
+            self._server.parsing.release()
 
 
 class Route(NamedTuple):
-    """What a path does: its name for the metrics, and the Handler's function that does it."""
+    """What a path does: its name for the metrics, and the method of Exchange that does it."""
 
     method: str
     name: str
-    run: Callable[[Handler], None]
+    run: Callable[[Exchange], None]
     dialect: Dialect = ANTHROPIC
     needs_key: bool = True
 
 
 # Without their /v1: a base URL is configured with it or without, and some clients add one.
+# fmt: off
 ROUTES: Final = {
-    "/": Route("GET", "status", Handler.status),
-    "page": Route("GET", "status", Handler.page, needs_key=False),  # the same, for browsers
-    "/healthz": Route("GET", "healthz", Handler.healthz, needs_key=False),
-    "/metrics": Route("GET", "metrics", Handler.metrics),
-    "/api/hello": Route("GET", "hello", Handler.healthz),  # Claude Code's own probe
-    "/messages": Route("POST", "messages", Handler.ask),
-    "/messages/count_tokens": Route("POST", "count_tokens", Handler.count_tokens),
-    "/chat/completions": Route("POST", "chat_completions", Handler.ask, OPENAI),
-    "/responses": Route("POST", "responses", Handler.ask, RESPONSES),
-    "/responses/input_tokens": Route("POST", "response_tokens", Handler.count_tokens, RESPONSES),
-    "/models": Route("GET", "models", Handler.models),
-    "/models/": Route("GET", "model", Handler.models),
+    "/": Route("GET", "status", Exchange.show_status),
+    "/healthz": Route("GET", "healthz", Exchange.show_health, needs_key=False),
+    "/metrics": Route("GET", "metrics", Exchange.show_metrics),
+    "/api/hello": Route("GET", "hello", Exchange.show_health),  # Claude Code's own probe
+    "/messages": Route("POST", "messages", Exchange.answer),
+    "/messages/count_tokens": Route("POST", "count_tokens", Exchange.count_tokens),
+    "/chat/completions": Route("POST", "chat_completions", Exchange.answer, CHAT_COMPLETIONS),
+    "/responses": Route("POST", "responses", Exchange.answer, RESPONSES),
+    "/responses/input_tokens": Route("POST", "response_tokens", Exchange.count_tokens, RESPONSES),
+    "/models": Route("GET", "models", Exchange.list_models),
 }
-NO_ROUTE: Final = Route("GET", "none", Handler.healthz, needs_key=False)
+# fmt: on
+PAGE_ROUTE: Final = Route("GET", "status", Exchange.show_page, needs_key=False)
+MODEL_ROUTE: Final = Route("GET", "model", Exchange.show_model)
+LIST_ROUTE: Final = ROUTES["/models"]
+NO_ROUTE: Final = Route("GET", "none", Exchange.show_health, needs_key=False)
+
+
+def find_route(head: Head) -> Route:
+    """Return a request's route, NO_ROUTE where there is none for its path.
+
+    A browser that asks for the status gets a page.
+    """
+    path = re.sub(r"\A(/v1)+(?=/)", "", head.path)
+    if path == "/" and "text/html" in head.get("accept"):
+        return PAGE_ROUTE
+    if path.startswith("/models/"):
+        has_name = path != "/models/"
+        return MODEL_ROUTE if has_name else LIST_ROUTE
+    return ROUTES.get(path, NO_ROUTE)
 
 
 # ========================================================================= Demo
 # What `--demo` puts in the API's place: a script on loopback, so that all the rest can be tried.
+
+DEMO_ANSWER_CHARS: Final = 300  # agents' first prompts are 10 kB, which would be read out for 40 s
+DEMO_WORD_S: Final = 0.03  # between two words: as quick as a model
 
 
 class DemoApi(BaseHTTPRequestHandler):
@@ -4344,201 +5874,178 @@ class DemoApi(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         raw = self.rfile.read(int(self.headers["content-length"]))
-        body, is_count = json.loads(raw), "count_tokens" in self.path
-        self.send_response(200)
-        self.send_header("content-type", "application/json" if is_count else "text/event-stream")
-        self.end_headers()
-        asked = as_blocks(body["messages"][-1]["content"])[-1].get("text")
-        words = re.findall(r"\S+\s*", f"DEMO: no model was asked. You said: {asked}"[:DEMO_CHARS])
-        usage = {"input_tokens": len(raw) // 4, "output_tokens": len(words)}
-        end = {"stop_reason": "end_turn", "stop_sequence": None}
-        message: JsonObject = {"type": "message", "role": "assistant", "content": []}
-        message |= {"id": f"msg_{uuid.uuid4().hex}", "model": body["model"], "usage": usage}
-        block = {"type": "text", "text": ""}
-        deltas = [{"type": "text_delta", "text": word} for word in words]
-        events: list[Event] = [
-            {"type": "message_start", "message": {**message, **dict.fromkeys(end)}},
-            {"type": "content_block_start", "index": 0, "content_block": block},
-            *({"type": "content_block_delta", "index": 0, "delta": delta} for delta in deltas),
-            {"type": "content_block_stop", "index": 0},
-            {"type": "message_delta", "delta": end, "usage": usage},
-            {"type": "message_stop"},
-        ]
-        for frame in [json.dumps(usage).encode()] if is_count else map(to_frames, events):
-            self.wfile.write(frame)
+        body = json.loads(raw)
+        input_tokens = len(raw) // 4
+        if "count_tokens" in self.path:
+            self._begin("application/json")
+            self.wfile.write(json.dumps({"input_tokens": input_tokens}).encode())
+            return
+
+        self._begin("text/event-stream")
+        for event in self._events(body, input_tokens):
+            self.wfile.write(to_sse_frames([event]))
             time.sleep(DEMO_WORD_S)
 
     def log_message(self, *args: object) -> None:
-        """Say nothing: the gateway's own log tells."""
+        """Print nothing: the gateway's own log is enough."""
+
+    def _begin(self, content_type: str) -> None:
+        self.send_response(200)
+        self.send_header("content-type", content_type)
+        self.end_headers()
+
+    def _events(self, body: JsonObject, input_tokens: int) -> Iterator[Event]:
+        last_block = as_blocks(body["messages"][-1]["content"])[-1]
+        answer = f"DEMO: no model was asked. You said: {last_block.get('text')}"
+        words = re.findall(r"\S+\s*", answer[:DEMO_ANSWER_CHARS])
+        usage = {"input_tokens": input_tokens, "output_tokens": len(words)}
+        message = {
+            "type": "message",
+            "role": "assistant",
+            "content": [],
+            "id": f"msg_{uuid.uuid4().hex}",
+            "model": body["model"],
+            "usage": usage,
+            "stop_reason": None,
+            "stop_sequence": None,
+        }
+        yield {"type": "message_start", "message": message}
+        empty_block = {"type": "text", "text": ""}
+        yield {"type": "content_block_start", "index": 0, "content_block": empty_block}
+        for word in words:
+            delta = {"type": "text_delta", "text": word}
+            yield {"type": "content_block_delta", "index": 0, "delta": delta}
+        yield {"type": "content_block_stop", "index": 0}
+        end = {"stop_reason": "end_turn", "stop_sequence": None}
+        yield {"type": "message_delta", "delta": end, "usage": usage}
+        yield {"type": "message_stop"}
 
 
 def start_demo(settings: Settings, environ: Mapping[str, str]) -> tuple[Settings, dict[str, str]]:
     """Start the script; return settings and an environment in which no account is used."""
     server = Server(("127.0.0.1", 0), DemoApi)
     server.serve(None)
-    foreign = ("ANTHROPIC_", "CLAUDE_CODE_USE_", "CLAUDE_CODE_OAUTH_")
-    kept = {name: value for name, value in environ.items() if not name.startswith(foreign)}
-    kept |= {"ANTHROPIC_BASE_URL": f"http://127.0.0.1:{server.server_port}"}
-    kept |= {"ANTHROPIC_API_KEY": "demo", "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
-    kept |= {"CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1"}
-    return dataclasses.replace(settings, bare=True, setting_sources=""), kept
+    account_prefixes = ("ANTHROPIC_", "CLAUDE_CODE_USE_", "CLAUDE_CODE_OAUTH_")
+    demo_environ = {
+        name: value for name, value in environ.items() if not name.startswith(account_prefixes)
+    }
+    demo_environ["ANTHROPIC_BASE_URL"] = f"http://127.0.0.1:{server.server_port}"
+    demo_environ["ANTHROPIC_API_KEY"] = "demo"
+    demo_environ["NO_PROXY"] = "127.0.0.1"
+    demo_environ["no_proxy"] = "127.0.0.1"
+    demo_environ["CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC"] = "1"
+    return dataclasses.replace(settings, bare=True, setting_sources=""), demo_environ
 
 
 # ================================================================= Command line
-# Options, logging, signals, and putting the parts together.
+# Options, checks, signals, and putting the parts together.
 
 # How long a thread that computes keeps the others waiting. Python's 5 ms would add up for a stream,
 # which waits several times for each event.
 SWITCH_INTERVAL_S: Final = 0.001
-MAX_LOG_BACKLOG_CHARS: Final = 4_000_000  # of lines that wait; some 20,000
-STDERR: Final = 2  # its descriptor
-LOG_FLUSH_S: Final = 1.0  # at the end, for a stderr that is read
 LARGE_BLOCK_BYTES: Final = 1024 * 1024  # of memory; few are so large but those of large bodies
 _M_MMAP_THRESHOLD: Final = -3  # malloc.h
+_VARIABLE_PREFIX: Final = "CC2API_"
+_SWITCH_VALUES: Final = {"1": True, "true": True, "0": False, "false": False}
 
 
 def parse_args(argv: Sequence[str] | None, environ: Mapping[str, str]) -> Settings:
     """Return the settings. Wrong options end the process with status 2, as argparse does."""
-    usage = argparse.SUPPRESS  # it would stand before each problem, which then is one line
-    about = "The Claude Code CLI on this machine as an Anthropic Messages API."
-    more = "Every option can be given as a variable too: --port 8080 is CC2API_PORT=8080."
-    parser = argparse.ArgumentParser("cc2api", usage, about, more)
+    parser = argparse.ArgumentParser(
+        "cc2api",
+        usage=argparse.SUPPRESS,  # it would stand before each problem, which then is one line
+        description="The Claude Code CLI on this machine as an Anthropic Messages API.",
+        epilog="Every option can be given as a variable too: --port 8080 is CC2API_PORT=8080.",
+    )
     parser.add_argument("--version", action="version", version=f"cc2api {__version__}")
     options: dict[str, dataclasses.Field[Any]] = {}  # by flag and by variable
     for option in dataclasses.fields(Settings):
-        flag, text = "--" + option.name.replace("_", "-"), option.metadata["help"]
-        options |= {flag: option, "CC2API_" + option.name.upper(): option}
-        action: Any = "store"
-        if option.default == ():
-            action, text = "append", f"{text}; repeatable"
-        elif "bool" in str(option.type):
-            action = argparse.BooleanOptionalAction
-        elif option.default not in (None, ""):
-            text += f" (default: {option.default})".replace(".0)", ")")
-        parser.add_argument(flag, action=action, default=None, help=text)
-    said: dict[str, Any] = {k: v for k, v in environ.items() if v and k.startswith("CC2API_")}
-    flags = vars(parser.parse_args(argv)).items()  # they win
-    said |= {"--" + name.replace("_", "-"): value for name, value in flags if value is not None}
+        flag = _to_flag(option.name)
+        options[flag] = option
+        options[_VARIABLE_PREFIX + option.name.upper()] = option
+        _add_argument(parser, flag, option)
+
+    given: dict[str, Any] = {}  # values by variable or flag; where both are given the flag is later
+    for name, value in environ.items():
+        if value and name.startswith(_VARIABLE_PREFIX):
+            given[name] = value
+    for name, value in vars(parser.parse_args(argv)).items():
+        if value is not None:
+            given[_to_flag(name)] = value
+
     chosen = {}
-    for said_by, value in said.items():
-        if said_by in options:
-            try:
-                chosen[options[said_by].name] = _to_setting(value, options[said_by])
-            except ValueError as exc:
-                parser.error(f"{said_by}: {exc}")
-        else:
-            parser.error(f"{said_by}: there is no such option")
+    for source, value in given.items():
+        if source not in options:
+            parser.error(f"{source}: there is no such option")
+        try:
+            chosen[options[source].name] = _to_setting(value, options[source])
+        except ValueError as exc:
+            parser.error(f"{source}: {exc}")
     return Settings(**chosen)
 
 
-def _to_setting(said: Any, option: dataclasses.Field[Any]) -> Any:
-    """Return what a flag or a variable says, as the option has it. Raises ValueError."""
-    kind, told, wanted = str(option.type), option.metadata, option.metadata["help"]
-    value = said
-    if "bool" in kind:
-        switches = {"1": True, "true": True, "0": False, "false": False}
-        value, wanted = switches.get(str(said).lower()), "1 or 0"
-    elif kind in ("int", "float"):
-        value, wanted = None, f"a number from {told['low']:g} to {told['high']:.0f}"
+def _to_flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _add_argument(
+    parser: argparse.ArgumentParser, flag: str, option: dataclasses.Field[Any]
+) -> None:
+    """Add a flag whose value is checked later, like that of a variable."""
+    text = option.metadata["help"]
+    action: Any = "store"
+    if option.default == ():
+        action = "append"
+        text += "; repeatable"
+    elif "bool" in str(option.type):
+        action = argparse.BooleanOptionalAction
+    elif option.default not in (None, ""):
+        default = str(option.default).removesuffix(".0")
+        text += f" (default: {default})"
+    parser.add_argument(flag, action=action, default=None, help=text)
+
+
+def _to_setting(given: Any, option: dataclasses.Field[Any]) -> Any:
+    """Return the value of a flag or a variable as the option has it. Raises ValueError."""
+    option_type = str(option.type)
+    limits = option.metadata
+    expected = limits["help"]
+    value = given
+    if "bool" in option_type:
+        expected = "1 or 0"
+        value = _SWITCH_VALUES.get(str(given).lower())
+    elif option_type in ("int", "float"):
+        expected = f"a number from {limits['low']:g} to {limits['high']:.0f}"
+        value = None
         with contextlib.suppress(ValueError):
-            number = int(said) if kind == "int" else float(said)
-            value = number if told["low"] <= number <= told["high"] else None
-    elif "tuple" in kind:
-        parts = said if isinstance(said, list) else said.split(",")
-        value = tuple(filter(None, (part.strip().removesuffix("/") for part in parts)))
-        value = value if all(re.fullmatch(told["form"], part) for part in value) else None
+            number = int(given) if option_type == "int" else float(given)
+            if limits["low"] <= number <= limits["high"]:
+                value = number
+    elif "tuple" in option_type:
+        parts = given if isinstance(given, list) else given.split(",")
+        parts = [part.strip().removesuffix("/") for part in parts]
+        value = tuple(part for part in parts if part)
+        if not all(re.fullmatch(limits["form"], part) for part in value):
+            value = None
     if value is None:
-        raise ValueError(f"{said!r} does not fit: {wanted}")
+        raise ValueError(f"{given!r} does not fit: {expected}")
     return value
 
 
-class LogHandler(logging.Handler):
-    """Writes log lines to stderr, on a thread of its own.
-
-    Nothing waits for whoever reads them: a terminal that is stopped, or a pager. Up to
-    MAX_LOG_BACKLOG_CHARS wait to be written, what is over is dropped and counted. A stderr that
-    cannot be written to, as on a full disk, loses lines and nothing else.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._changed = threading.Condition()  # guards what follows
-        self._lines: collections.deque[str] = collections.deque()
-        self._size = 0  # characters, with those that are being written
-        self._dropped = 0
-        threading.Thread(None, self._write_all, "cc2api-log", daemon=True).start()
-
-    def emit(self, record: logging.LogRecord) -> None:
-        line = self.format(record) + "\n"
-        with self._changed:
-            # One that is larger than that, a body under --debug, may still be the only one.
-            if self._lines and self._size + len(line) > MAX_LOG_BACKLOG_CHARS:
-                self._dropped += 1
-                return
-            self._lines.append(line)
-            self._size += len(line)
-            self._changed.notify_all()
-
-    def flush(self) -> None:
-        """Wait until all is written, up to LOG_FLUSH_S. Called at the end of the program."""
-        with self._changed:
-            self._changed.wait_for(lambda: not self._size, LOG_FLUSH_S)
-
-    def _write_all(self) -> None:
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._lines)
-                line = self._lines.popleft()
-                dropped, self._dropped = self._dropped, 0
-            text = line
-            if dropped:
-                lost = f"{dropped} log lines were dropped: nobody read them"
-                record = logging.makeLogRecord({"levelname": "WARNING", "msg": lost})
-                text = f"{self.format(record)}\n{line}"
-            with contextlib.suppress(OSError):
-                _write_to_stderr(text.encode("utf-8", "backslashreplace"))
-            with self._changed:
-                self._size -= len(line)
-                self._changed.notify_all()
-
-
-def _write_to_stderr(data: bytes) -> None:
-    """Write, waiting as long as it takes. Raises OSError.
-
-    Not by `sys.stderr`: the lock of its buffer would still be held at the end of the program.
-    """
-    while data:
-        try:
-            data = data[os.write(STDERR, data) :]
-        except BlockingIOError:  # whoever shares it has made it so
-            select.select([], [STDERR], [])
-
-
-class LogFormatter(logging.Formatter):
-    """Log lines as `time=... level=info event=done status=200 ...`; other words as msg="..."."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        text = super().format(record)
-        if not str(record.msg).startswith("event="):
-            text = f"event=note msg={json.dumps(text, ensure_ascii=False)}"
-        when = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
-        return f"time={when}.{record.msecs:03.0f}Z level={record.levelname.lower()} {text}"
-
-
 def check_keys(settings: Settings) -> str:
-    """Say who may call. Raises CliUnusable where nobody could, or a named file is missing."""
+    """Return who may call. Raises CliUnusable where nobody could, or a named file is missing."""
     keys = KeyFile(settings)
     if keys.is_named and not keys.path.exists():
         raise CliUnusable(f"there is no key file {settings.keys}: make it, or leave --keys out")
     if keys.load() is None:
-        raise CliUnusable(keys.who)
-    return keys.who
+        raise CliUnusable(keys.summary)
+    return keys.summary
 
 
 def is_running(settings: Settings) -> bool:
-    """Say whether a cc2api answers on the port already."""
-    address = settings.host, settings.port
-    with contextlib.suppress(OSError), socket.create_connection(address, TICK_S) as there:
+    """Return whether a cc2api answers on the port already."""
+    address = (settings.host, settings.port)
+    with contextlib.suppress(OSError), socket.create_connection(address, CLIENT_CHECK_S) as there:
         there.sendall(b"GET /healthz HTTP/1.0\r\n\r\n")
         return b"server: cc2api/" in there.recv(READ_BYTES)
     return False
@@ -4549,74 +6056,123 @@ def listen(settings: Settings) -> Server:
     try:
         return Server((settings.host, settings.port), Handler)
     except OSError as exc:
-        why = "a cc2api runs there already" if is_running(settings) else exc.strerror or exc
-        problem = f"cannot listen on {settings.host} port {settings.port}: {why}"
+        reason = exc.strerror or str(exc)
+        if is_running(settings):
+            reason = "a cc2api runs there already"
+        problem = f"cannot listen on {settings.host} port {settings.port}: {reason}"
         raise CliUnusable(f"{problem}; choose another with --port or --host") from exc
 
 
 def check_upstream(environ: Mapping[str, str], port: int) -> str:
-    """Say which API the CLI will call. Raises CliUnusable where that is this gateway."""
+    """Return which API the CLI will call. Raises CliUnusable where that is this gateway."""
     url = upstream_url(environ)
-    with contextlib.suppress(OSError, ValueError):
-        parts = urllib.parse.urlsplit(url)
-        default = 443 if parts.scheme == "https" else 80
-        if (host := parts.hostname) and (parts.port or default) == port:
-            family = socket.AF_INET6 if ":" in host else socket.AF_INET
-            with socket.create_server((host, 0), family=family):  # goes on this machine alone
-                said = f"ANTHROPIC_BASE_URL={url} is this gateway, which would call itself"
-                raise CliUnusable(f"{said}: set it for the clients only")
+    if _is_this_gateway(url, port):
+        problem = f"ANTHROPIC_BASE_URL={url} is this gateway, which would call itself"
+        raise CliUnusable(f"{problem}: set it for the clients only")
     return url or "the CLI's own choice"
 
 
+def _is_this_gateway(url: str, port: int) -> bool:
+    """Return whether a URL leads to this port of this machine."""
+    try:
+        parts = urllib.parse.urlsplit(url)
+        default_port = 443 if parts.scheme == "https" else 80
+        if not parts.hostname or (parts.port or default_port) != port:
+            return False
+        family = socket.AF_INET6 if ":" in parts.hostname else socket.AF_INET
+        # This succeeds only if the host is an address of this machine.
+        with socket.create_server((parts.hostname, 0), family=family):
+            return True
+    except (OSError, ValueError):
+        return False
+
+
 def try_start(settings: Settings, cli: Cli, environ: Mapping[str, str]) -> str:
-    """Have a spare made, and say what it can. Raises CliUnusable."""
-    alone = dataclasses.replace(settings, processes=1)
-    with contextlib.closing(Service(alone, cli, environ)) as service:
-        pool = service.pool
-        while not (pool.failure or pool.refusal or pool.snapshot()[0]["spare"]):
-            time.sleep(POLL_S)
-        if refusal := pool.refusal:
-            return f"claude starts, but each new conversation takes a process of its own: {refusal}"
+    """Have a spare made, and return what it can do. Raises CliUnusable."""
+    one_process = dataclasses.replace(settings, processes=1)
+    with contextlib.closing(Gateway(one_process, cli, environ)) as gateway:
+        pool = gateway.pool
+        while not pool.failure and not pool.reuse_problem:
+            pids, _ = pool.snapshot()
+            if pids["spare"]:
+                return "claude starts, and can be used again"
+            time.sleep(POLL_INTERVAL_S)
         if pool.failure:
             raise CliUnusable(pool.failure)
-    return "claude starts, and can be used again"
+        return (
+            "claude starts, but each new conversation takes a process of its own: "
+            f"{pool.reuse_problem}"
+        )
+
+
+class Check:
+    """What `--check` looks at, one method for each line that it prints.
+
+    Each returns what it has found, or raises CliUnusable with the problem and its remedy.
+    """
+
+    def __init__(self, settings: Settings, environ: Mapping[str, str]) -> None:
+        self._settings = settings
+        self._environ = environ
+        self._cli: Cli | None = None
+
+    def keys(self) -> str:
+        return check_keys(self._settings)
+
+    def port(self) -> str:
+        address = f"{self._settings.host} port {self._settings.port}"
+        if is_running(self._settings):
+            return f"a cc2api runs on {address} already"
+        with listen(self._settings):
+            return f"{address} is free"
+
+    def upstream(self) -> str:
+        return check_upstream(self._environ, self._settings.port)
+
+    def claude(self) -> str:
+        self._cli = find_cli(self._settings.claude, self._environ)
+        return str(self._cli)
+
+    def sign_in(self) -> str:
+        if self._settings.demo:
+            return IN_DEMO
+        bare = uses_bare(self._settings.bare, self._environ)
+        sign_in = describe_sign_in(self._found_cli(), self._environ, bare=bare)
+        if sign_in.startswith(NOT_SIGNED_IN):
+            raise CliUnusable(sign_in)
+        return sign_in
+
+    def start(self) -> str:
+        return try_start(self._settings, self._found_cli(), self._environ)
+
+    def _found_cli(self) -> Cli:
+        if self._cli is None:
+            raise CliUnusable("there is no claude to be looked at")
+        return self._cli
 
 
 def run_check(settings: Settings, environ: Mapping[str, str]) -> int:
-    """Say line by line what is in order and what to do about the rest; return the exit status."""
+    """Print line by line what is in order, or what to do about it; return the exit status."""
     logging.disable()  # what would be logged stands in the lines
-    found: dict[str, Any] = {}
-
-    def port() -> str:
-        if is_running(settings):
-            return f"a cc2api runs on {settings.host} port {settings.port} already"
-        with listen(settings):
-            return f"{settings.host} port {settings.port} is free"
-
-    def sign_in() -> str:
-        bare = wants_bare(settings.bare, environ)
-        now = IN_DEMO if settings.demo else ask_sign_in(found["claude"], environ, bare=bare)
-        if now.startswith(NOT_SIGNED_IN):
-            raise CliUnusable(now)
-        return now
-
-    steps: dict[str, Callable[[], Any]] = {
-        "keys": lambda: check_keys(settings),
-        "port": port,
-        "upstream": lambda: check_upstream(environ, settings.port),
-        "claude": lambda: find_cli(settings.claude, environ),
-        "sign-in": sign_in,
-        "start": lambda: try_start(settings, found["claude"], environ),
+    check = Check(settings, environ)
+    steps: dict[str, Callable[[], str]] = {
+        "keys": check.keys,
+        "port": check.port,
+        "upstream": check.upstream,
+        "claude": check.claude,
+        "sign-in": check.sign_in,
+        "start": check.start,
     }
+    exit_status = 0
     for name, step in steps.items():
         try:
-            found[name] = step()
-            print(f"{name:<9}ok    {found[name]}", flush=True)
+            print(f"{name:<9}ok    {step()}", flush=True)
         except CliUnusable as exc:
             print(f"{name:<9}FAIL  {exc}", flush=True)
-            if name == "claude":
+            exit_status = 1
+            if name == "claude":  # the rest needs it
                 break
-    return int(len(found) < len(steps))
+    return exit_status
 
 
 def give_memory_back() -> None:
@@ -4630,47 +6186,61 @@ def give_memory_back() -> None:
 
 
 def serve(settings: Settings, environ: Mapping[str, str]) -> int:
-    """Serve until a signal; then let running answers finish, until `--drain` or a second one."""
+    """Serve until a signal, then let running answers finish; return the exit status.
+
+    They get `--drain` seconds, or until a second signal.
+    """
     check_keys(settings)
-    cli, server = find_cli(settings.claude, environ), listen(settings)
+    cli = find_cli(settings.claude, environ)
+    server = listen(settings)
     check_upstream(environ, server.server_port)
     give_memory_back()
     sys.setswitchinterval(SWITCH_INTERVAL_S)
+
     signals: list[int] = []
     is_up = False
 
     def stop(number: int, frame: object) -> None:
         signals.append(number)
         if not is_up:
-            raise KeyboardInterrupt  # out of what waits for the CLI to tell of itself
+            raise KeyboardInterrupt  # out of what waits for the CLI to describe its sign-in
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has it
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup sets it
             signal.signal(number, stop)
-    service = Service(settings, cli, environ)
-    server.serve(service)
+    gateway = Gateway(settings, cli, environ)
+    server.serve(gateway)
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     url = f"http://{host}:{server.server_port}"
     with contextlib.suppress(KeyboardInterrupt):
-        listed = [f"  {name:<8} {text}" for name, text in service.describe(url).items()]
-        with contextlib.suppress(OSError):  # nobody reads it, or the disk is full
-            print("\n".join([f"cc2api {__version__} listens on {url}", *listed]), flush=True)
+        _print_banner(gateway, url)
     is_up = True
     log.info("event=start version=%s claude=%s url=%s", __version__, cli.version, url)
+
     # Not by an Event: the kernel may hand a signal to any thread, and a main thread that waits for
     # a lock then never runs its handler (seen, Python 3.11). This one wakes up by itself.
     while not signals:
-        time.sleep(ACCEPT_TICK_S)
+        time.sleep(ACCEPT_INTERVAL_S)
+
     server.shutdown()
     server.server_close()  # from now on no request is answered
-    deadline = time.monotonic() + settings.drain
-    if running := len(server.answers):
+    drain_until = time.monotonic() + settings.drain
+    running = server.running_responses
+    if running:
         log.warning("%d answers get %g s more; Ctrl-C cuts them off", running, settings.drain)
-    while server.answers and len(signals) < 2 and time.monotonic() < deadline:
-        time.sleep(ACCEPT_TICK_S)
-    service.close()
+    while server.running_responses and len(signals) < 2 and time.monotonic() < drain_until:
+        time.sleep(ACCEPT_INTERVAL_S)
+    gateway.close()
     log.info("event=stop")
     return 0
+
+
+def _print_banner(gateway: Gateway, url: str) -> None:
+    lines = [f"cc2api {__version__} listens on {url}"]
+    for name, text in gateway.describe(url).items():
+        lines.append(f"  {name:<8} {text}")
+    with contextlib.suppress(OSError):  # nobody reads it, or the disk is full
+        print("\n".join(lines), flush=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -4684,7 +6254,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         logging.basicConfig(level=level, handlers=[handler])
         if settings.demo:
             settings, environ = start_demo(settings, environ)
-        return (run_check if settings.check else serve)(settings, environ)
+        return run_check(settings, environ) if settings.check else serve(settings, environ)
     except CliUnusable as exc:
         print(f"cc2api: {exc}", file=sys.stderr)
         return 1

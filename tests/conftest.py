@@ -56,7 +56,7 @@ def login_gateway(api: ScriptedApi, claude: str) -> Iterator[RunningGateway]:
 @pytest.fixture(autouse=True)
 def _quick_farewells(monkeypatch: pytest.MonkeyPatch) -> None:
     """Give the fake CLI, which cannot be interrupted while it sleeps, less time to end its turn."""
-    monkeypatch.setattr(cc2api, "LEAVE_S", 0.2)
+    monkeypatch.setattr(cc2api, "INTERRUPT_TIMEOUT_S", 0.2)
 
 
 @pytest.fixture(autouse=True)

@@ -54,7 +54,7 @@ def replies(draw: st.DrawFn) -> Reply:
     return Reply(blocks=blocks, stop_reason=draw(_REASONS), stop_details=details)
 
 
-def asked() -> cc2api.ResponseWriter:
+def asked() -> cc2api.ResponsesEncoder:
     body = {"model": "m", "input": "hi", "tools": TOOLS}
     return cc2api.parse_responses_request(body)[1]
 
@@ -69,8 +69,8 @@ def streams(draw: st.DrawFn) -> list[JsonObject]:
     written: list[JsonObject] = []
     for place, event in enumerate(events):
         if place in silences:
-            written += writer.live()
+            written += writer.keepalive()
         if place == fails_at:
-            return written + writer.fail(cc2api.ApiError("broken"), {})
+            return written + writer.error_events(cc2api.ApiError("broken"), {})
         written += writer.feed(event)
     return written

@@ -263,7 +263,7 @@ class InProcessGateway(Client):
         self.server = cc2api.Server((self.settings.host, 0), cc2api.Handler)
         # The key file that is looked for where none is named; this process stays where it is.
         with mock.patch.object(cc2api, "DEFAULT_KEY_FILE", str(tmp_path / "apikeys.txt")):
-            self.gateway = cc2api.Service(self.settings, self.cli, self.environ)
+            self.gateway = cc2api.Gateway(self.settings, self.cli, self.environ)
         self.server.serve(self.gateway)
         self.port = self.server.server_port
 

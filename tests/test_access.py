@@ -119,10 +119,10 @@ def test_on_another_address_an_emptied_or_vanished_key_file_is_401(
         assert status(gateway, {"x-api-key": "sk-1"}) == 400
         lose(keys)
         assert status(gateway, {"x-api-key": "sk-2"}) == 401
-        monkeypatch.setattr(cc2api, "KEYS_GONE_S", 0.0)
+        monkeypatch.setattr(cc2api, "KEY_FILE_GRACE_S", 0.0)
         assert status(gateway, {"x-api-key": "sk-1"}) == 401
         assert status(gateway, {}) == 401
-        assert gateway.gateway.keys.who.startswith("NOBODY CAN CALL")
+        assert gateway.gateway.keys.summary.startswith("NOBODY CAN CALL")
 
 
 @pytest.mark.parametrize("lose", WAYS_TO_LOSE_KEYS)
@@ -135,7 +135,7 @@ def test_a_key_file_that_is_written_anew_does_not_open_the_gateway(
         assert status(gateway, {}) == 401
         lose(keys)
         assert [status(gateway, {}), status(gateway, {"x-api-key": "sk-1"})] == [401, 400]
-        monkeypatch.setattr(cc2api, "KEYS_GONE_S", 0.0)
+        monkeypatch.setattr(cc2api, "KEY_FILE_GRACE_S", 0.0)
         assert status(gateway, {}) == 400, "after a while it is meant so"
         monkeypatch.undo()
         keys.write_text("sk-1\n")
@@ -230,7 +230,7 @@ def test_a_key_file_that_is_no_regular_file_closes_the_gateway(tmp_path: Path) -
     os.mkfifo(tmp_path / "apikeys.txt")
     with InProcessGateway(tmp_path) as gateway:
         assert status(gateway, {"x-api-key": "sk-1"}) == 401
-        assert "not a regular file" in gateway.gateway.keys.who
+        assert "not a regular file" in gateway.gateway.keys.summary
 
 
 def test_old_line_ends_other_letters_and_names_in_the_key_file(tmp_path: Path) -> None:
@@ -333,7 +333,7 @@ def test_nothing_of_a_request_is_in_argv_environment_files_or_log(
     log = "\n".join(gateway.log)
     assert word not in log
     assert "sk-gateway-secret" not in log
-    assert "key=…1234" in log
+    assert "caller=…1234" in log
 
 
 def test_user_settings_hooks_and_memory_do_not_reach_the_model(

@@ -118,7 +118,7 @@ BARE = [
 def test_bare_is_for_keys_and_providers(
     choice: bool | None, environ: dict[str, str], bare: bool
 ) -> None:
-    assert cc2api.wants_bare(choice, environ) is bare
+    assert cc2api.uses_bare(choice, environ) is bare
 
 
 def test_a_process_inherits_the_environment_less_the_clis_own_switches() -> None:
@@ -135,7 +135,7 @@ def test_a_process_inherits_the_environment_less_the_clis_own_switches() -> None
     dropped = {"CLAUDECODE": "1", "MAX_THINKING_TOKENS": "9", "CLAUDE_NEXT_YEAR": "1"}
     cli = cc2api.Cli("claude", "2.1.300")
     environ = {**handed_down, **dropped}
-    _, given = cc2api.process_start(cli, cc2api.Settings(), environ, "/tmp/x")
+    _, given = cc2api.command_and_environment(cli, cc2api.Settings(), environ, "/tmp/x")
     assert given == {
         **handed_down,
         "TMPDIR": "/tmp/x",

@@ -937,7 +937,7 @@ def test_keys_are_read_on_every_request(start: Any, api: ScriptedApi) -> None:
     assert status() == 401
     log = "\n".join(gateway.log)
     assert "sk-mykey-abc123" not in log
-    assert "key=…c123" in log
+    assert "caller=…c123" in log
 
 
 def test_the_gateway_passes_no_key_of_its_callers_on(start: Any, api: ScriptedApi) -> None:

@@ -30,19 +30,19 @@ def lines(reply: Reply) -> list[JsonObject]:
 
 
 def assemble(events: list[JsonObject]) -> JsonObject:
-    writer = cc2api.AnswerWriter()
+    writer = cc2api.MessagesEncoder()
     for event in events:
         writer.feed(event)
     return writer.message
 
 
 def test_the_answer_is_over_with_the_stop_reason_and_message_stop_is_added() -> None:
-    reader = cc2api.AnswerReader()
+    reader = cc2api.StreamParser()
     reply = Reply(blocks=[{"type": "text", "text": "a b"}])
     events = [each["event"] for each in lines(reply) if "event" in each]
     got = [out for each in lines(reply) for out in reader.feed(each)]
     assert got[1:] == events[1:]
-    assert reader.done
+    assert reader.is_done
     assert reader.can_go_on
     assert reader.feed(line(events[0])) == []
 
@@ -63,14 +63,14 @@ def test_the_answer_is_over_with_the_stop_reason_and_message_stop_is_added() -> 
 def test_it_is_known_when_the_cli_would_ask_again(
     blocks: list[JsonObject], stop_reason: str, asks_again: bool
 ) -> None:
-    reader = cc2api.AnswerReader()
+    reader = cc2api.StreamParser()
     for each in lines(Reply(blocks=blocks, stop_reason=stop_reason)):
         reader.feed(each)
     assert reader.can_go_on is not asks_again
 
 
 def test_lines_of_other_kinds_and_of_subagents_bring_nothing() -> None:
-    reader = cc2api.AnswerReader()
+    reader = cc2api.StreamParser()
     event = {"type": "message_start", "message": {"id": "msg_1", "content": [], "usage": {}}}
     assert reader.feed({"type": "brand_new"}) == []
     assert reader.feed({"type": "keep_alive"}) == []
@@ -110,8 +110,8 @@ def test_failures_keep_status_type_and_message(
 ) -> None:
     said, expected = texts.split(" | ")
     result = {"type": "result", "is_error": True, "result": said, **fields}
-    error = cc2api.read_error(result, cli_error)
-    assert (error.status, error.kind, str(error)) == (status, kind, expected)
+    error = cc2api.to_api_error(result, cli_error)
+    assert (error.status, error.type, str(error)) == (status, kind, expected)
 
 
 def test_tool_input_is_parsed_and_a_cut_one_is_empty() -> None:
@@ -152,7 +152,7 @@ def test_usage_of_message_delta_overwrites_and_null_does_not() -> None:
 
 def test_a_frame_is_ascii_and_on_one_line() -> None:
     event = {"type": "content_block_delta", "delta": {"text": "a\u2028b\n\U0001f600"}}
-    frame = cc2api.to_frames(event)
+    frame = cc2api.to_sse_frames([event])
     assert frame.isascii()
     assert frame.count(b"\n") == 3
 
@@ -175,13 +175,13 @@ def test_deep_tool_input_can_be_answered(depth: int) -> None:
 
 
 def test_an_event_that_lacks_what_it_should_hold_is_upstreams_failure() -> None:
-    with pytest.raises(cc2api.CliFailed, match="broke the protocol"), cc2api.upstream_protocol():
+    with pytest.raises(cc2api.CliFailed, match="broke the protocol"), cc2api.malformed_as_502():
         assemble([{"type": "message_start"}])
 
 
 def test_a_call_has_left_when_the_log_says_so_though_it_was_not_announced_yet() -> None:
     """The two come by two pipes; the hold would be too late if it waited for the other one."""
     leaves = {"type": cc2api.LOG_LINE, "text": "[API:timing] dispatching to firstParty"}
-    reader = cc2api.AnswerReader()
+    reader = cc2api.StreamParser()
     assert reader.feed(leaves) == []
-    assert (reader.is_called, reader.has_left) == (True, True)
+    assert (reader.is_calling, reader.has_left) == (True, True)

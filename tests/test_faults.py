@@ -103,7 +103,7 @@ def test_odd_lines_lose_neither_the_answer_nor_a_place(tmp_path: Path) -> None:
             assert answer.status == 200
             assert b"from the fake" in answer.body
         wait_until(lambda: gateway.now.busy == [])
-        cost = [value for _, value in gateway.gateway.metrics.series("cc2api_cost_dollars_total")]
+        cost = [value for _, value in gateway.gateway.metrics.series("cc2api_cost_usd_total")]
         assert all(value == 0 for value in cost)
 
 
@@ -202,7 +202,7 @@ def test_a_process_that_calls_in_the_last_moment_is_not_replaced(
     """It has announced its call when it is given up, and nobody has read that yet."""
     with InProcessGateway(tmp_path) as gateway:
         late = cc2api.ProcessDied("claude did not call upstream")
-        next_line = cc2api.Channel.next
+        next_line = cc2api.ControlChannel.read_line
 
         def is_late(channel: Any, patience: Any = None) -> Any:
             if queries(tmp_path) and not gave_up:
@@ -212,7 +212,7 @@ def test_a_process_that_calls_in_the_last_moment_is_not_replaced(
             return next_line(channel, patience)
 
         gave_up: list[bool] = []
-        monkeypatch.setattr(cc2api.Channel, "next", is_late)
+        monkeypatch.setattr(cc2api.ControlChannel, "read_line", is_late)
         assert gateway.ask("stall").status == 502
     assert len(queries(tmp_path)) == 1
 
@@ -231,7 +231,7 @@ def test_a_process_that_did_not_announce_its_call_is_not_taken_for_held(tmp_path
 def test_healthz_recovers_without_a_request_also_where_no_process_is_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cc2api, "KEEPER_TICK_S", 0.1)
+    monkeypatch.setattr(cc2api, "SUPERVISOR_INTERVAL_S", 0.1)
     script, away = tmp_path / "claude", tmp_path / "away"
     script.write_bytes(FAKE_CLAUDE.read_bytes())
     script.chmod(0o755)
@@ -275,7 +275,7 @@ def test_processes_killed_at_one_moment_are_all_skipped_and_replaced(tmp_path: P
 def test_a_process_killed_between_its_choice_and_the_query_is_replaced(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    bring = cc2api.Session.bring
+    bring = cc2api.Session.prepare
     killed: list[int] = []
 
     def bring_and_kill(session: cc2api.Session, *args: Any) -> None:
@@ -289,7 +289,7 @@ def test_a_process_killed_between_its_choice_and_the_query_is_replaced(
         wait_until(lambda: len(gateway.now.spare) == 1)
         assert gateway.ask("one").status == 200
         wait_until(lambda: len(gateway.now.spare) == 1)
-        monkeypatch.setattr(cc2api.Session, "bring", bring_and_kill)
+        monkeypatch.setattr(cc2api.Session, "prepare", bring_and_kill)
         assert gateway.ask("hello").status == 200
     assert killed
 
@@ -320,30 +320,30 @@ def test_a_claude_that_ends_at_once_is_not_restarted_without_pause(
         start(process, *args)
 
     monkeypatch.setattr(cc2api.Process, "__init__", note)
-    monkeypatch.setattr(cc2api, "KEEPER_TICK_S", 0.5)
+    monkeypatch.setattr(cc2api, "SUPERVISOR_INTERVAL_S", 0.5)
     with InProcessGateway(tmp_path, orders="always-leave", processes=2) as gateway:
         wait_until(lambda: len(started) == 3)
         assert gateway.request("GET", "/healthz").status == 503
     assert min(b - a for a, b in itertools.pairwise(started)) >= 0.5
 
 
-def test_the_keeper_goes_on_whatever_happens(
+def test_the_supervisor_goes_on_whatever_happens(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     failures = iter(["once"])
 
-    take_gone = cc2api.Fleet.take_gone
+    reap = cc2api.Fleet.reap
 
     def fail_once(fleet: cc2api.Fleet) -> list[cc2api.Session]:
         if next(failures, None):
             raise RuntimeError("something unheard of")
-        return take_gone(fleet)
+        return reap(fleet)
 
     with InProcessGateway(tmp_path, processes=2) as gateway:
         wait_until(lambda: len(gateway.now.spare) == 1)
-        monkeypatch.setattr(cc2api.Fleet, "take_gone", fail_once)
+        monkeypatch.setattr(cc2api.Fleet, "reap", fail_once)
         assert gateway.ask("hello").status == 200
-        wait_until(lambda: "the keeper goes on" in caplog.text)
+        wait_until(lambda: "pool thread failed, continuing" in caplog.text)
         assert gateway.ask("hello").status == 200
 
 
@@ -423,7 +423,7 @@ def test_a_cli_that_cannot_start_keeps_the_server_up(start_fake: Any, tmp_path: 
 
 
 def test_processes_grow_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cc2api, "KEEPER_TICK_S", 0.1)
+    monkeypatch.setattr(cc2api, "SUPERVISOR_INTERVAL_S", 0.1)
     with InProcessGateway(tmp_path, processes=2) as gateway:
         wait_until(lambda: len(gateway.now.spare) == 1)
         (first,) = gateway.now.spare
@@ -467,7 +467,7 @@ def test_a_spare_that_no_thread_can_prime_is_ended(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def start(thread: threading.Thread) -> None:
-        if thread.name == "cc2api-prime":
+        if thread.name == "cc2api-warmup":
             raise RuntimeError("can't start new thread")
         start_thread(thread)
 

@@ -43,7 +43,7 @@ def sign_in(
         config.mkdir()
         stored = {**STORED, "scopes": ["user:inference"], "subscriptionType": "max"}
         (config / ".credentials.json").write_text(json.dumps({"claudeAiOauth": stored}))
-    return cc2api.ask_sign_in(cc2api.Cli(claude, "2.1.331"), environ, bare=bare)
+    return cc2api.describe_sign_in(cc2api.Cli(claude, "2.1.331"), environ, bare=bare)
 
 
 @pytest.mark.parametrize(
@@ -102,7 +102,7 @@ def test_an_answer_that_says_nothing_is_unknown(tmp_path: Path, said: str) -> No
     program.write_text(f"#!/bin/sh\necho '{said}'\n")
     program.chmod(0o755)
     cli = cc2api.Cli(str(program), "2.1.331")
-    assert cc2api.ask_sign_in(cli, {"PATH": "/bin"}, bare=False) == cc2api.UNKNOWN
+    assert cc2api.describe_sign_in(cli, {"PATH": "/bin"}, bare=False) == cc2api.UNKNOWN_SIGN_IN
 
 
 # ---- one line each

@@ -27,7 +27,7 @@ class Fed(cc2api.ClientStream):
 
     def __init__(self, pieces: list[bytes]) -> None:
         ours, self.theirs = socket.socketpair()
-        super().__init__(ours, patience_s=1)
+        super().__init__(ours, send_timeout_s=1)
         self._pieces = list(pieces)
 
     def readinto(self, buffer: Any) -> int:
@@ -51,7 +51,7 @@ def read_all(pieces: list[bytes]) -> list[Any]:
     try:
         while True:
             seen.append(stream.read_head(1))
-            stream.expect_body(seen[-1])
+            stream.parse_framing(seen[-1])
             seen.append(stream.read_body())
     except cc2api.ClientGone:
         seen.append("gone")

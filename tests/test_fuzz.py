@@ -77,11 +77,11 @@ def test_any_json_is_a_valid_turn_or_a_400(body: Any, betas: str, login: bool) -
         turn = cc2api.parse_messages_request(body, betas)
     except cc2api.InvalidRequest:
         return
-    turn = cc2api.for_login(turn) if login else turn
+    turn = cc2api.with_login_caching(turn) if login else turn
     roles = [m.role for m in turn.messages]
     assert roles[-1] == "user"
     assert all(a != b for a, b in itertools.pairwise(roles)), "roles alternate"
-    lines = [cc2api.to_line(turn, index, "m") for index in range(len(turn.messages))]
+    lines = [cc2api.to_stdin_message(turn, index, "m") for index in range(len(turn.messages))]
     sent = json.dumps([lines, cc2api.to_flag_settings(turn, "m")])
     assert sent.count('"cache_control": {"type": "ephemeral"') <= 1, (
         "the CLI sets three of the four"
@@ -172,24 +172,24 @@ lines = st.one_of(
 @settings(max_examples=100, deadline=None)
 @given(st.lists(lines, max_size=25))
 def test_any_lines_give_a_valid_answer_or_an_error(script: list[Any]) -> None:
-    reader, writer = cc2api.AnswerReader(), cc2api.AnswerWriter()
+    reader, writer = cc2api.StreamParser(), cc2api.MessagesEncoder()
     given_out: list[Any] = []
     failure: Any = None
     try:
         for line in script:
-            with cc2api.upstream_protocol():
+            with cc2api.malformed_as_502():
                 for out in reader.feed(line):
                     given_out.append(out)
                     writer.feed(out)
     except cc2api.ApiError as error:
-        _, failure = cc2api.to_anthropic_error(error)
+        _, failure = cc2api.to_anthropic_error(error, "req_1")
     if failure:
         assert 400 <= cc2api.STATUS_BY_TYPE[failure["error"]["type"]] <= 599
         json.dumps(failure)
     kinds = [out["type"] for out in given_out]
     assert kinds.count("message_start") <= 1
     assert kinds == [] or kinds[0] == "message_start"
-    if reader.done:
+    if reader.is_done:
         assert kinds[-2:] == ["message_delta", "message_stop"]
         assert isinstance(writer.message["stop_reason"], str)
     json.dumps(writer.message)

@@ -132,5 +132,5 @@ def test_nothing_large_is_dealt_with_at_once(name: str, monkeypatch: pytest.Monk
     monkeypatch.setattr(json, "loads", loads_little)
     monkeypatch.setattr(json, "dumps", dumps_little)
     turn = cc2api.parse_messages_request(cc2api.parse_json(raw))
-    line = cc2api.to_line(turn, 0, "m")
+    line = cc2api.to_stdin_message(turn, 0, "m")
     assert "".join(cc2api.json_pieces(line)) == dumps(line)

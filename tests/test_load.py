@@ -141,7 +141,7 @@ def test_beyond_the_queue_it_is_529_and_the_queue_is_in_order(tmp_path: Path) ->
 def test_who_needs_a_new_process_keeps_its_place_and_is_not_slept_over(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cc2api, "KEEPER_TICK_S", 60.0)
+    monkeypatch.setattr(cc2api, "SUPERVISOR_INTERVAL_S", 60.0)
 
     def ask(text: str, key: str) -> int:
         message = {"role": "user", "content": text}
@@ -191,7 +191,7 @@ def test_a_stream_shows_life_before_and_after_its_first_event(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cc2api, "KEEPALIVE_S", 0.1)
-    monkeypatch.setattr(cc2api, "TICK_S", 0.05)
+    monkeypatch.setattr(cc2api, "CLIENT_CHECK_S", 0.05)
     with InProcessGateway(tmp_path) as gateway:
         with send_request(gateway, "stall", stream=True) as sock:
             seen = read_until(sock, b": waiting\n\n")
@@ -206,7 +206,7 @@ def test_chat_completions_are_kept_alive_by_comments_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cc2api, "KEEPALIVE_S", 0.1)
-    monkeypatch.setattr(cc2api, "TICK_S", 0.05)
+    monkeypatch.setattr(cc2api, "CLIENT_CHECK_S", 0.05)
     body = {
         "model": "m",
         "stream": True,
@@ -227,7 +227,7 @@ def test_a_waiting_client_in_the_queue_is_shown_life_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cc2api, "KEEPALIVE_S", 0.1)
-    monkeypatch.setattr(cc2api, "TICK_S", 0.05)
+    monkeypatch.setattr(cc2api, "CLIENT_CHECK_S", 0.05)
     with (
         InProcessGateway(tmp_path, max_concurrency=1) as gateway,
         send_request(gateway, "stall", stream=True) as first,

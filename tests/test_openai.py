@@ -24,7 +24,7 @@ PNG = "iVBORw0KGgoAAAANSUhEUg=="
 CALL = {"id": "call_1", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
 
 
-def parse(**fields: Any) -> tuple[cc2api.Turn, cc2api.ChatWriter]:
+def parse(**fields: Any) -> tuple[cc2api.Turn, cc2api.ChatEncoder]:
     body = {"model": "m", "messages": [{"role": "user", "content": "hi"}], **fields}
     return cc2api.parse_chat_request(copy.deepcopy(body))
 
@@ -381,7 +381,7 @@ def completion_of(reply: Reply) -> JsonObject:
     _, writer = parse()
     for event in reply.events("m"):
         writer.feed(event)
-    return writer.whole()
+    return writer.result()
 
 
 @pytest.mark.parametrize(

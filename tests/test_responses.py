@@ -41,7 +41,7 @@ OUTPUT: JsonObject = {"type": "function_call_output", "call_id": "a", "output": 
 HI: JsonObject = {"role": "user", "content": "hi"}
 
 
-def parse(*items: JsonObject, **fields: Any) -> tuple[cc2api.Turn, cc2api.ResponseWriter]:
+def parse(*items: JsonObject, **fields: Any) -> tuple[cc2api.Turn, cc2api.ResponsesEncoder]:
     body = {"model": "m", "input": list(items) or "hi", **fields}
     return cc2api.parse_responses_request(copy.deepcopy(body))
 
@@ -197,7 +197,7 @@ def test_tools_are_translated(
 ) -> None:
     turn, writer = parse(tools=tools)
     assert turn.tools == sent
-    assert writer.calls == calls
+    assert writer.call_fields == calls
     assert ("tool_choice" in turn.extra_body) == bool(sent)
 
 
@@ -208,7 +208,7 @@ def test_a_custom_tool_tells_the_model_its_grammar() -> None:
     assert sent["description"].startswith("edits\n\n")
     assert 'lark grammar:\nstart: "x"' in sent["description"]
     assert sent["input_schema"]["properties"] == {"input": {"type": "string"}}
-    assert writer.calls == {"c": {"type": "custom_tool_call", "name": "c"}}
+    assert writer.call_fields == {"c": {"type": "custom_tool_call", "name": "c"}}
 
 
 def test_tools_come_with_items_too() -> None:
@@ -232,7 +232,7 @@ def test_tools_come_with_items_too() -> None:
 def test_a_tool_that_a_later_search_describes_anew_is_the_later() -> None:
     anew = {**SPACE, "tools": [{**F, "description": "better"}]}
     turn, writer = parse({"type": "additional_tools", "tools": [anew]}, HI, tools=[SPACE, C])
-    assert [sent["name"] for sent in turn.tools] == ["ns__f", "c"] == list(writer.calls)
+    assert [sent["name"] for sent in turn.tools] == ["ns__f", "c"] == list(writer.call_fields)
     assert turn.tools[0]["description"] == "of ns\n\nbetter"
 
 
@@ -423,7 +423,7 @@ def test_a_refused_field_is_named(fields: JsonObject, param: str) -> None:
 
 
 IDS = st.sampled_from(["a", "b"])
-ITEM_TYPES = st.sampled_from([*cc2api._READERS, "item_reference", None])
+ITEM_TYPES = st.sampled_from([*cc2api.ITEM_READERS, "item_reference", None])
 FUZZED_TOOLS = st.one_of(
     values,
     st.fixed_dictionaries(
@@ -466,8 +466,8 @@ def test_any_json_is_a_valid_turn_or_a_400(fields: JsonObject) -> None:
     except cc2api.InvalidRequest:
         return
     assert turn.messages[-1].role == "user"
-    assert {tool["name"] for tool in turn.tools} <= set(writer.calls)
-    json.dumps(writer.whole())
+    assert {tool["name"] for tool in turn.tools} <= set(writer.call_fields)
+    json.dumps(writer.result())
 
 
 def test_a_null_beside_an_output_is_as_absent() -> None:
@@ -521,7 +521,7 @@ def test_errors_are_told_so_that_codex_does_not_repeat_in_vain(
     assert (got, body["error"]["type"], body["error"]["code"]) == (status, kind, code)
     is_window = kind == "usage_limit_reached"
     assert is_window == (time.time() + 3500 < body["error"].get("resets_at", 0))
-    failure = cc2api._to_failure(error)
+    failure = cc2api.to_failure(error)
     assert failure["code"] == late
     assert failure["message"].startswith(str(error))
     assert ("try again in 7s" in failure["message"]) == (error.retry_after_s == 7)
@@ -538,7 +538,7 @@ def response_of(reply: Reply) -> JsonObject:
     writer = asked()
     for event in reply.events("m"):
         writer.feed(event)
-    return writer.whole()
+    return writer.result()
 
 
 def names(events: list[JsonObject]) -> list[str]:
@@ -700,7 +700,7 @@ def test_a_refusal_is_an_item_of_its_own(explanation: str | None) -> None:
     events = stream_of(reply)
     refusal = [kind.replace("output_text", "refusal") for kind in MESSAGE]
     assert names(events) == [*BEGINNING, *MESSAGE, *refusal, "completed"]
-    part = {"type": "refusal", "refusal": (explanation or "").strip() or cc2api._DEFAULT_REFUSAL}
+    part = {"type": "refusal", "refusal": (explanation or "").strip() or cc2api.DEFAULT_REFUSAL}
     output = events[-1]["response"]["output"]
     assert [item["content"][0] for item in output[1:]] == [part]
     assert output[0]["content"][0]["text"] == "so far"
@@ -712,11 +712,11 @@ def test_the_response_says_what_was_asked() -> None:
         **{"max_output_tokens": 9, "tool_choice": "auto", "parallel_tool_calls": False},
         **{"text": {"format": {"type": "text"}, "verbosity": "low"}, "user": "u"},
     }
-    response = parse(**fields, store=True)[1].whole()
+    response = parse(**fields, store=True)[1].result()
     assert response.items() >= fields.items()
     assert response["store"] is False
     assert abs(response["created_at"] - time.time()) < 60
-    unsaid = parse(text={"format": None})[1].whole()["text"]
+    unsaid = parse(text={"format": None})[1].result()["text"]
     assert unsaid == {"format": {"type": "text"}}
 
 
@@ -732,7 +732,7 @@ def test_the_python_sdk_assembles_every_stream(events: list[JsonObject]) -> None
     assert [event["sequence_number"] for event in events] == list(range(len(events)))
     state: Any = ResponseStreamState(input_tools=[], text_format=openai.omit)
     for event in events:
-        cc2api.to_frames(event)
+        cc2api.to_sse_frames([event])
         if event["type"] in EVENT_TYPES:
             EVENT_TYPES[event["type"]].model_validate(without_tools(event))
         else:
@@ -1051,7 +1051,7 @@ def test_a_kept_process_goes_on_through_a_turn_with_late_rules(
     late = {"type": "message", "role": "developer", "content": f"late {more}"}
     items += [{**OUTPUT, "call_id": "toolu_1"}, late]
     final(gateway, items, tools=[F])
-    assert "process=kept" in gateway.wait_for_log("event=done", 2)
+    assert "process=reused" in gateway.wait_for_log("event=done", 2)
     first, second = api.calls_with(word)
     assert first.body["system"] == second.body["system"]
     reminder = f"<system-reminder>\nlate {more}\n</system-reminder>"
@@ -1075,7 +1075,7 @@ def test_a_stream_that_upstream_keeps_waiting_begins_and_is_kept_alive(
 ) -> None:
     """22."""
     monkeypatch.setattr(cc2api, "KEEPALIVE_S", 0.1)
-    monkeypatch.setattr(cc2api, "TICK_S", 0.05)
+    monkeypatch.setattr(cc2api, "CLIENT_CHECK_S", 0.05)
     word = marker()
     api.on(word, text_reply("x", delay_s=1.0))
     with InProcessGateway(tmp_path, claude=claude, base_url=api.url) as gateway:
@@ -1089,7 +1089,7 @@ def test_a_silent_stream_begins_and_is_kept_alive_by_events(
 ) -> None:
     """22, and the end of it: what took too long was paid for, so it is no status."""
     monkeypatch.setattr(cc2api, "KEEPALIVE_S", 0.1)
-    monkeypatch.setattr(cc2api, "TICK_S", 0.05)
+    monkeypatch.setattr(cc2api, "CLIENT_CHECK_S", 0.05)
     with InProcessGateway(tmp_path, timeout=1.0) as gateway:
         events = ask(gateway, order, stream=True).events
     said = ["output_item.added", "content_part.added", "output_text.delta"]

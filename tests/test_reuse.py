@@ -531,7 +531,7 @@ def between(
 
 @pytest.fixture
 def _short_changes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cc2api, "CHANGE_TIMEOUT_S", 0.7)
+    monkeypatch.setattr(cc2api, "REUSE_TIMEOUT_S", 0.7)
 
 
 @pytest.mark.usefixtures("_short_changes")
@@ -553,7 +553,7 @@ def test_a_cut_or_prompt_that_is_not_taken_ends_the_process_and_a_new_one_is_ask
             assert len(call.body["messages"]) == 1
             assert call.body["tools"] == TOOLS[number:]
     assert "a new process is asked" in caplog.text
-    assert gateway.gateway.pool.refusal == ""
+    assert gateway.gateway.pool.reuse_problem == ""
 
 
 FOR_GOOD = [("refuse", "rewind_conversation"), ("silent", "set_model")]
@@ -571,7 +571,7 @@ def test_a_cli_that_refuses_for_good_gets_a_process_for_each_conversation(
 ) -> None:
     order = f"{mode} {subtype} 1"
     with between(tmp_path, api, claude, order, processes=3) as gateway:
-        wait_until(lambda: bool(gateway.gateway.pool.refusal))
+        wait_until(lambda: bool(gateway.gateway.pool.reuse_problem))
         talks = [Talk(gateway, api, system=f"prompt {number}") for number in range(2)]
         for _ in range(2):
             for number, talk in enumerate(talks):
@@ -581,7 +581,7 @@ def test_a_cli_that_refuses_for_good_gets_a_process_for_each_conversation(
         for talk in talks:
             words = [m["content"].split()[-1] for m in talk.messages[::2]]
             assert len(set(processes_of(api, *words))) == 1, "it goes on where nothing is cut"
-        assert gateway.gateway.pool.refusal in gateway.request("GET", "/").body.decode()
+        assert gateway.gateway.pool.reuse_problem in gateway.request("GET", "/").body.decode()
         assert caplog.text.count("takes a process of its own") == 1
         said = cc2api.try_start(gateway.settings, gateway.cli, gateway.environ)
         assert "takes a process of its own" in said, "as --check says"
@@ -668,8 +668,8 @@ def test_another_caller_gets_the_place_of_the_least_recently_used(tmp_path: Path
 def test_what_a_burst_leaves_beyond_the_number_kept_ends_in_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cc2api, "KEEPER_TICK_S", 0.1)
-    monkeypatch.setattr(cc2api, "IDLE_S", 0.5)
+    monkeypatch.setattr(cc2api, "SUPERVISOR_INTERVAL_S", 0.1)
+    monkeypatch.setattr(cc2api, "IDLE_TIMEOUT_S", 0.5)
     with InProcessGateway(tmp_path, processes=2, max_concurrency=4) as gateway:
         threads = [threading.Thread(target=gateway.ask, args=["a while"]) for _ in range(4)]
         for thread in threads:
@@ -706,7 +706,7 @@ def test_a_client_is_looked_after_in_a_long_replay(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cc2api, "KEEPALIVE_S", 0.05)
-    monkeypatch.setattr(cc2api, "TICK_S", 0.02)
+    monkeypatch.setattr(cc2api, "CLIENT_CHECK_S", 0.02)
     messages = [
         {"role": role, "content": "x"} for _ in range(1500) for role in ("user", "assistant")
     ]

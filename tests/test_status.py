@@ -120,7 +120,7 @@ def test_no_header_gets_a_foreign_page_or_name_past_the_door(
 def test_healthz_is_503_while_no_process_can_start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cc2api, "KEEPER_TICK_S", 0.1)
+    monkeypatch.setattr(cc2api, "SUPERVISOR_INTERVAL_S", 0.1)
     with InProcessGateway(tmp_path, processes=2) as gateway:
         wait_until(lambda: len(gateway.now.spare) == 1)
         assert gateway.request("GET", "/healthz").status == 200
@@ -140,7 +140,7 @@ def test_healthz_is_503_while_no_process_can_start(
 def test_healthz_is_503_while_processes_end_by_themselves(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cc2api, "KEEPER_TICK_S", 0.1)
+    monkeypatch.setattr(cc2api, "SUPERVISOR_INTERVAL_S", 0.1)
     with InProcessGateway(tmp_path, orders="always-die", processes=2) as gateway:
         wait_until(lambda: gateway.request("GET", "/healthz").status == 503)
         (tmp_path / "always-die").unlink()
@@ -165,23 +165,23 @@ def test_metrics_count_requests_tokens_and_times_by_name_never_by_key(start_fake
     assert total(samples, requests, 'caller="my_laptop_"', 'status="200"', model) == 1
     assert total(samples, requests, 'caller="…ey-2"', 'route="messages"') == 2
     assert total(samples, "cc2api_tokens_total", 'kind="output"') == 8
-    assert samples["cc2api_first_delta_seconds_count{}"] == 2
+    assert samples["cc2api_time_to_first_token_seconds_count{}"] == 2
     assert samples['cc2api_request_seconds_bucket{route="messages",le="+Inf"}'] == 2
     assert samples['cc2api_processes{state="idle"}'] == 2
     assert samples["cc2api_waiting_requests"] == 0
     assert "sk-a-long-key" not in "".join(gateway.log) + "".join(samples)
-    gateway.wait_for_log("key=my_laptop_ ")
+    gateway.wait_for_log("caller=my_laptop_ ")
 
 
 def test_the_cost_is_what_the_cli_reports(lone_gateway: RunningGateway, start: Any) -> None:
-    ended = total(metrics(lone_gateway), "cc2api_cost_dollars_total")
+    ended = total(metrics(lone_gateway), "cc2api_cost_usd_total")
     lone_gateway.ask("what is the price of one?")
-    wait_until(lambda: total(metrics(lone_gateway), "cc2api_cost_dollars_total") > ended)
-    one = total(metrics(lone_gateway), "cc2api_cost_dollars_total") - ended
+    wait_until(lambda: total(metrics(lone_gateway), "cc2api_cost_usd_total") > ended)
+    one = total(metrics(lone_gateway), "cc2api_cost_usd_total") - ended
     gateway = start()
     for _ in range(3):
         gateway.ask("what is the price of one?")
-    kept = total(metrics(gateway), "cc2api_cost_dollars_total", 'caller="open"')
+    kept = total(metrics(gateway), "cc2api_cost_usd_total", 'caller="open"')
     assert kept in (pytest.approx(2 * one), pytest.approx(3 * one)), "when it is used next"
 
 
@@ -206,7 +206,7 @@ def test_the_log_is_key_value(start_fake: Any) -> None:
         answers = list(threads.map(gateway.ask, ["a while", "a while", "a while"]))
     assert [answer.status for answer in answers] == [200] * 3
     gateway.wait_for_log("event=done", count=3)
-    gateway.wait_for_log("event=first_delta", count=3)
+    gateway.wait_for_log("event=first_token", count=3)
     pair = r"[a-z_]+=(?:\"(?:[^\"\\]|\\.)*\"|\S+)"
     for line in gateway.log:
         assert re.fullmatch(rf"time=\S+ level=\w+ event=\w+(?: {pair})*", line), line
@@ -309,7 +309,7 @@ def test_the_status_walks_each_family_of_metrics_once(
 def test_after_an_update_of_the_cli_its_new_version_is_shown(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cc2api, "SIGN_IN_S", 0.0)
+    monkeypatch.setattr(cc2api, "SIGN_IN_TTL_S", 0.0)
     program = tmp_path / "claude"
     program.write_text(FAKE_CLAUDE.read_text())
     program.chmod(0o755)

@@ -233,5 +233,7 @@ def test_every_pinned_variable_stands_in_the_table() -> None:
 @pytest.mark.parametrize("name", sorted(FROM_THE_START))
 def test_what_no_settings_win_over_is_not_handed_down(name: str) -> None:
     environ = {name: FROM_THE_START[name], "PATH": "/bin"}
-    _, given = cc2api.process_start(cc2api.Cli("claude", "2"), cc2api.Settings(), environ, "/tmp")
+    _, given = cc2api.command_and_environment(
+        cc2api.Cli("claude", "2"), cc2api.Settings(), environ, "/tmp"
+    )
     assert name not in given

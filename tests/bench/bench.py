@@ -124,7 +124,7 @@ class Talk:
 
 def blocks_of(stream: bytes) -> list[JsonObject]:
     """Put a streamed answer together."""
-    writer = cc2api.AnswerWriter()
+    writer = cc2api.MessagesEncoder()
     for line in stream.split(b"\n"):
         if line.startswith(b"data: "):
             writer.feed(json.loads(line[6:]))

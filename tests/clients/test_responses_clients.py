@@ -116,7 +116,7 @@ def test_codex_keeps_its_process_through_a_turn(
     api.on(word, Reply(blocks=[THINKING, command], stop_reason="tool_use"))
     api.on(f"out-42-{word}", text_reply("The command said it."))
     Codex(codex, tmp_path, gateway.url)(word)
-    assert "process=kept" in gateway.wait_for_log("event=done", 2)
+    assert "process=reused" in gateway.wait_for_log("event=done", 2)
 
 
 def test_codex_applies_a_patch_and_speaks_for_models_that_it_knows(
