@@ -1313,7 +1313,7 @@ def parse_json(raw: bytes) -> JsonObject:
 def is_deeper_than(depth: int, value: Any) -> bool:
     """Return whether lists and objects are nested deeper than that. Does not recurse."""
     level = [value]  # lists and objects that are equally deep
-    for _ in range(depth + 1):
+    for _ in range(depth):
         children: list[Any] = []
         for container in level:
             members = container.values() if isinstance(container, dict) else container

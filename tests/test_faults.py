@@ -202,17 +202,17 @@ def test_a_process_that_calls_in_the_last_moment_is_not_replaced(
     """It has announced its call when it is given up, and nobody has read that yet."""
     with InProcessGateway(tmp_path) as gateway:
         late = cc2api.ProcessDied("claude did not call upstream")
-        next_line = cc2api.ControlChannel.read_line
+        wait = cc2api.Process.wait
 
-        def is_late(channel: Any, patience: Any = None) -> Any:
+        def give_up_once(process: cc2api.Process, deadline: cc2api.Deadline) -> None:
             if queries(tmp_path) and not gave_up:
                 gave_up.append(True)
-                wait_until(channel.process.has_lines)
+                wait_until(process.has_lines)
                 raise late
-            return next_line(channel, patience)
+            wait(process, deadline)
 
         gave_up: list[bool] = []
-        monkeypatch.setattr(cc2api.ControlChannel, "read_line", is_late)
+        monkeypatch.setattr(cc2api.Process, "wait", give_up_once)
         assert gateway.ask("stall").status == 502
     assert len(queries(tmp_path)) == 1
 

@@ -182,7 +182,7 @@ def test_any_lines_give_a_valid_answer_or_an_error(script: list[Any]) -> None:
                     given_out.append(out)
                     writer.feed(out)
     except cc2api.ApiError as error:
-        _, failure = cc2api.to_anthropic_error(error, "req_1")
+        failure = cc2api.to_anthropic_error(error, "req_1")[1]
     if failure:
         assert 400 <= cc2api.STATUS_BY_TYPE[failure["error"]["type"]] <= 599
         json.dumps(failure)

@@ -552,7 +552,7 @@ def test_a_cut_or_prompt_that_is_not_taken_ends_the_process_and_a_new_one_is_ask
             assert call.body["system"][-1]["text"] == f"prompt {number}"
             assert len(call.body["messages"]) == 1
             assert call.body["tools"] == TOOLS[number:]
-    assert "a new process is asked" in caplog.text
+    assert "retrying on a new process" in caplog.text
     assert gateway.gateway.pool.reuse_problem == ""
 
 
