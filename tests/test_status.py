@@ -288,24 +288,6 @@ def test_a_request_is_counted_when_its_log_line_is_written(
     assert counted == [1, 2]
 
 
-def test_the_status_walks_each_family_of_metrics_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    walked: list[str] = []
-    series = cc2api.Metrics.series
-
-    def note(metrics: cc2api.Metrics, name: str) -> list[tuple[dict[str, str], float]]:
-        walked.append(name)
-        return series(metrics, name)
-
-    monkeypatch.setattr(cc2api.Metrics, "series", note)
-    with InProcessGateway(tmp_path) as gateway:
-        for number in range(20):
-            gateway.gateway.metrics.add("cc2api_tokens_total", kind="input", caller=f"c{number}")
-        assert "20 input" in gateway.request("GET", "/").body.decode()
-    assert len(walked) == len(set(walked)), "at 2,000 series 402 walks held the lock for 0.35 s"
-
-
 def test_after_an_update_of_the_cli_its_new_version_is_shown(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
