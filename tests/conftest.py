@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from running import API_KEY, FAKE_CLAUDE, LOGIN, Client, RunningGateway, real_claude, wait_until
+from harness import API_KEY, FAKE_CLAUDE, LOGIN, Client, RunningGateway, real_claude, wait_until
 from scripted_api import ScriptedApi
 
 import cc2api

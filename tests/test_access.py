@@ -15,7 +15,7 @@ from typing import Any
 from uuid import uuid4
 
 import pytest
-from running import API_KEY, LOGIN, InProcessGateway, RunningGateway, wait_until
+from harness import API_KEY, LOGIN, InProcessGateway, RunningGateway, wait_until
 from scripted_api import ScriptedApi, text_reply
 
 import cc2api

@@ -7,7 +7,7 @@ from pathlib import Path
 from uuid import uuid4
 
 import pytest
-from running import WAIT_S, RunningGateway, clean_environment
+from harness import WAIT_S, RunningGateway, clean_environment
 from scripted_api import ScriptedApi
 
 import cc2api

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from running import FAKE_CLAUDE, GATEWAY, clean_environment
+from harness import FAKE_CLAUDE, GATEWAY, clean_environment
 
 import cc2api
 

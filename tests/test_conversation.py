@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from running import GATEWAY, InProcessGateway
+from harness import GATEWAY, InProcessGateway
 
 import cc2api
 

@@ -9,7 +9,8 @@ from uuid import uuid4
 
 import anthropic
 import pytest
-from running import Answer, RunningGateway
+from harness import Answer, RunningGateway
+from helpers import marker
 from scripted_api import ScriptedApi
 
 JsonObject = dict[str, Any]
@@ -24,10 +25,6 @@ def count(gateway: RunningGateway, text: str, **fields: Any) -> int:
     answer: Answer = gateway.request("POST", "/v1/messages/count_tokens", {**body, **fields})
     assert answer.status == 200, answer.body
     return int(answer.json["input_tokens"])
-
-
-def marker() -> str:
-    return "mark" + uuid4().hex
 
 
 def test_counts_differ_as_the_apis_own_do_and_nothing_is_generated(

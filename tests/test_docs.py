@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from running import API_KEY, GATEWAY, ROOT, RunningGateway, clean_environment, real_claude
+from harness import API_KEY, GATEWAY, ROOT, RunningGateway, clean_environment, real_claude
 from scripted_api import DEFAULT_TEXT, ScriptedApi
 
 import cc2api

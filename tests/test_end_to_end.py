@@ -12,32 +12,15 @@ import struct
 import zlib
 from collections.abc import Callable
 from typing import Any
-from uuid import uuid4
 
 import pytest
 from additions import split_additions
-from running import API_KEY, LOGIN, Answer, RunningGateway, wait_until
+from harness import API_KEY, LOGIN, Answer, RunningGateway, wait_until
+from helpers import assistant, marker, text, user
 from scripted_api import DEFAULT_TEXT, Call, Reply, ScriptedApi, text_reply
 
 JsonObject = dict[str, Any]
 EPHEMERAL = {"type": "ephemeral"}
-
-
-def marker() -> str:
-    """Return a word that stands in one test's prompts only."""
-    return f"mark-{uuid4().hex[:12]}"
-
-
-def user(*content: Any) -> JsonObject:
-    return {"role": "user", "content": content[0] if isinstance(content[0], str) else [*content]}
-
-
-def assistant(*content: Any) -> JsonObject:
-    return {**user(*content), "role": "assistant"}
-
-
-def text(words: str, **more: Any) -> JsonObject:
-    return {"type": "text", "text": words, **more}
 
 
 def striped(length: int) -> bytes:

@@ -16,18 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from running import FAKE_CLAUDE, InProcessGateway, Snapshot, children_of, wait_until
+from harness import FAKE_CLAUDE, InProcessGateway, Snapshot, children_of, wait_until
+from helpers import in_parallel
 
 import cc2api
 
 
 def order(tmp_path: Path, name: str) -> None:
     (tmp_path / name).touch()
-
-
-def in_parallel(gateway: Any, texts: list[str]) -> None:
-    with concurrent.futures.ThreadPoolExecutor(len(texts)) as threads:
-        assert [a.status for a in threads.map(gateway.ask, texts)] == [200] * len(texts)
 
 
 def queries(tmp_path: Path) -> list[str]:
@@ -169,13 +165,20 @@ def test_nothing_of_a_large_request_is_kept_once_it_has_ended(
         assert kept < 1_000_000
 
 
+def state_of(pid: int) -> str:
+    """Return a process's state, one letter (Linux)."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+
 def test_a_stopped_process_is_passed_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with InProcessGateway(tmp_path, processes=3) as gateway:
-        in_parallel(gateway, ["a while 1", "a while 2"])
+        answers = in_parallel(gateway, ["a while 1", "a while 2"])
+        assert [answer.status for answer in answers] == [200, 200]
         wait_until(lambda: len(gateway.now.idle) == 2)
         stopped = gateway.now.idle
         for pid in stopped:
             os.kill(pid, signal.SIGSTOP)
+        wait_until(lambda: all(state_of(pid) == "T" for pid in stopped))
         assert gateway.ask("hello").status == 200
         assert set(gateway.now.idle) - set(stopped), "by one that was not stopped"
         assert not set(gateway.now.busy) & set(stopped)
@@ -262,7 +265,8 @@ def test_a_turn_that_ends_without_an_answer_is_a_502(start_fake: Any) -> None:
 
 def test_processes_killed_at_one_moment_are_all_skipped_and_replaced(tmp_path: Path) -> None:
     with InProcessGateway(tmp_path, processes=4) as gateway:
-        in_parallel(gateway, ["a while"] * 3)
+        answers = in_parallel(gateway, ["a while"] * 3)
+        assert [answer.status for answer in answers] == [200] * 3
         wait_until(lambda: len(gateway.now.idle) > 1 and len(gateway.now.spare) == 1)
         killed = gateway.now.idle + gateway.now.spare
         for pid in killed:
@@ -349,7 +353,8 @@ def test_the_supervisor_goes_on_whatever_happens(
 
 def test_a_stop_ends_processes_and_removes_the_temporary_directory(start_fake: Any) -> None:
     gateway = start_fake()
-    in_parallel(gateway, ["a while"] * 3)
+    answers = in_parallel(gateway, ["a while"] * 3)
+    assert [answer.status for answer in answers] == [200] * 3
     wait_until(lambda: len(gateway.children()) >= 3)
     children = gateway.children()
     work_dir = Path(os.readlink(f"/proc/{children[0]}/cwd"))

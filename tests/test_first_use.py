@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from running import API_KEY, FAKE_CLAUDE, GATEWAY, LOGIN, RunningGateway, clean_environment
+from harness import API_KEY, FAKE_CLAUDE, GATEWAY, LOGIN, RunningGateway, clean_environment
 from scripted_api import ScriptedApi
 
 import cc2api
@@ -122,11 +122,6 @@ def test_a_gateway_that_would_call_itself_does_not_start(
 
 
 @pytest.fixture
-def free_port() -> int:
-    with cc2api.Server(("127.0.0.1", 0), cc2api.Handler) as server:
-        return server.server_port
-
-
 def test_no_password_of_an_upstream_is_told(free_port: int) -> None:
     environ = {"ANTHROPIC_BASE_URL": f"http://me:secret@127.0.0.1:{free_port}"}
     with pytest.raises(cc2api.CliUnusable, match="is this gateway") as caught:

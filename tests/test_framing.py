@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from harness import InProcessGateway, RunningGateway, wait_until
 from hypothesis import given, settings, strategies as st
-from running import InProcessGateway, RunningGateway, wait_until
 
 import cc2api
 

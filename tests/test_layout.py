@@ -7,7 +7,7 @@ import functools
 import re
 import sys
 
-from running import GATEWAY
+from harness import GATEWAY
 
 SOURCE = GATEWAY.read_text()
 TREE = ast.parse(SOURCE)

@@ -12,27 +12,15 @@ import threading
 import time
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import pytest
-from running import (
-    Answer,
-    Client,
-    InProcessGateway,
-    RunningGateway,
-    Snapshot,
-    is_running,
-    wait_until,
-)
+from harness import Client, InProcessGateway, RunningGateway, Snapshot, is_running, wait_until
+from helpers import in_parallel, marker
 from scripted_api import DEFAULT_TEXT, Reply, ScriptedApi, text_reply
 
 import cc2api
 
 NOTICED_S = 2.0  # a second, and as much again for a busy machine
-
-
-def marker() -> str:
-    return f"mark-{uuid4().hex[:12]}"
 
 
 def send_request(gateway: Client, text: str, *, stream: bool) -> socket.socket:
@@ -43,11 +31,6 @@ def send_request(gateway: Client, text: str, *, stream: bool) -> socket.socket:
     head = f"POST /v1/messages HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(data)}\r\n\r\n"
     sock.sendall(head.encode() + data)
     return sock
-
-
-def in_parallel(gateway: Client, texts: list[str], **fields: Any) -> list[Answer]:
-    with concurrent.futures.ThreadPoolExecutor(len(texts)) as threads:
-        return list(threads.map(lambda text: gateway.ask(text, **fields), texts))
 
 
 # ---- clients that leave

@@ -13,10 +13,11 @@ from typing import Any
 
 import pytest
 from additions import split_additions
-from running import LOGIN, InProcessGateway, wait_until
+from harness import LOGIN, InProcessGateway, wait_until
+from helpers import marker
 from scripted_api import Call, ScriptedApi
 from test_refusals import IMAGE
-from test_reuse import BETWEEN, TOOLS, marker, said, tool_result, tool_use
+from test_reuse import PROXY, TOOLS, said, tool_result, tool_use
 
 JsonObject = dict[str, Any]
 
@@ -129,8 +130,8 @@ def test_a_hold_that_is_refused_costs_another_process_and_no_call(
 ) -> None:
     """Three settings are those of the rehearsal, then come a request's own, held and not."""
     order = f"refuse apply_flag_settings {first}"
-    env = {**LOGIN, "BETWEEN_ORDER": order, "BETWEEN_CLAUDE": claude}
-    settings: JsonObject = {"claude": str(BETWEEN), "base_url": api.url, "env": env}
+    env = {**LOGIN, "PROXY_ORDER": order, "PROXY_CLAUDE": claude}
+    settings: JsonObject = {"claude": str(PROXY), "base_url": api.url, "env": env}
     word = marker()
     with InProcessGateway(tmp_path, processes=1, **settings) as gateway:
         wait_until(lambda: len(gateway.now.spare) == 1)

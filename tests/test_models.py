@@ -12,7 +12,7 @@ from uuid import uuid4
 import anthropic
 import openai
 import pytest
-from running import LOGIN, InProcessGateway, RunningGateway
+from harness import LOGIN, InProcessGateway, RunningGateway
 from scripted_api import Reply, ScriptedApi
 
 import cc2api

@@ -9,12 +9,12 @@ import itertools
 import json
 from collections.abc import Iterable, Iterator
 from typing import Any
-from uuid import uuid4
 
 import openai
 import pytest
+from harness import RunningGateway
+from helpers import marker, tool
 from pydantic import BaseModel
-from running import RunningGateway
 from scripted_api import DEFAULT_TEXT, Reply, ScriptedApi, text_reply
 
 import cc2api
@@ -316,10 +316,6 @@ def deltas_of(reply: Reply, **fields: Any) -> list[JsonObject]:
     return [c["choices"][0]["delta"] for c in chunks_of(reply, **fields) if c["choices"]]
 
 
-def tool(name: str, given: JsonObject, number: int) -> JsonObject:
-    return {"type": "tool_use", "id": f"toolu_{number}", "name": name, "input": given}
-
-
 def test_chunks_follow_the_rules() -> None:
     blocks = [
         {"type": "thinking", "thinking": "hm", "signature": "s"},
@@ -424,10 +420,6 @@ def test_a_refusal_is_told() -> None:
 def client(gateway: RunningGateway) -> Iterator[openai.OpenAI]:
     with openai.OpenAI(base_url=gateway.url + "/v1", api_key="any", max_retries=0) as made:
         yield made
-
-
-def marker() -> str:
-    return f"mark-{uuid4().hex}"
 
 
 def test_sdk_stream_helper_runs_a_tool_loop(client: openai.OpenAI, api: ScriptedApi) -> None:

@@ -11,8 +11,8 @@ import time
 from typing import Any
 
 import pytest
+from harness import WAIT_S, wait_until
 from hypothesis import given, settings, strategies as st
-from running import WAIT_S, wait_until
 
 import cc2api
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from uuid import uuid4
 
 import pytest
-from running import RunningGateway
+from harness import RunningGateway
 from scripted_api import Call, Reply, ScriptedApi, text_reply
 
 JsonObject = dict[str, Any]

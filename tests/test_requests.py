@@ -7,6 +7,7 @@ import json
 from typing import Any
 
 import pytest
+from helpers import assistant, user
 
 import cc2api
 
@@ -28,14 +29,6 @@ def saying(text: str) -> JsonObject:
 
 def parse(**fields: Any) -> cc2api.Turn:
     return cc2api.parse_messages_request(copy.deepcopy({**BASE, **fields}))
-
-
-def user(*blocks: Any) -> JsonObject:
-    return {"role": "user", "content": list(blocks)}
-
-
-def assistant(*blocks: Any) -> JsonObject:
-    return {"role": "assistant", "content": list(blocks)}
 
 
 @pytest.mark.parametrize("body", ['{"a": [1, 2.5, "\\u00e9", null]}', '{"a": "\\ud83d\\ude00"}'])

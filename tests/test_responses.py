@@ -14,17 +14,17 @@ import typing
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import openai
 import pytest
+from harness import Answer, InProcessGateway, RunningGateway
+from helpers import marker, text, tool
 from hypothesis import HealthCheck, given, settings, strategies as st
 from openai._models import construct_type
 from openai.lib.streaming.responses._responses import ResponseStreamState
 from openai.types.responses import ResponseStreamEvent
 from pydantic import BaseModel
 from random_answers import asked, streams
-from running import Answer, InProcessGateway, RunningGateway
 from scripted_api import DEFAULT_TEXT, Reply, ScriptedApi, text_reply
 from test_fuzz import values
 
@@ -48,14 +48,6 @@ def parse(*items: JsonObject, **fields: Any) -> tuple[cc2api.Turn, cc2api.Respon
 
 def messages_of(*items: JsonObject, **fields: Any) -> list[tuple[str, Any]]:
     return [(message.role, message.content) for message in parse(*items, **fields)[0].messages]
-
-
-def text(said: str) -> JsonObject:
-    return {"type": "text", "text": said}
-
-
-def tool(name: str, given: JsonObject, number: int = 1) -> JsonObject:
-    return {"type": "tool_use", "id": f"toolu_{number}", "name": name, "input": given}
 
 
 # ---- requests
@@ -760,10 +752,6 @@ def without_tools(event: JsonObject) -> JsonObject:
 def client(gateway: RunningGateway) -> Iterator[openai.OpenAI]:
     with openai.OpenAI(base_url=gateway.url + "/v1", api_key="any", max_retries=0) as made:
         yield made
-
-
-def marker() -> str:
-    return f"mark-{uuid4().hex}"
 
 
 def ask(gateway: Any, given: Any, **fields: Any) -> Answer:

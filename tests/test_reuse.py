@@ -15,22 +15,19 @@ from typing import Any
 from uuid import uuid4
 
 import pytest
-from running import API_KEY, LOGIN, InProcessGateway, RunningGateway, wait_until
+from harness import API_KEY, LOGIN, InProcessGateway, RunningGateway, wait_until
+from helpers import marker
 from scripted_api import Call, Reply, ScriptedApi, text_reply
 
 import cc2api
 
-BETWEEN = Path(__file__).parent / "between.py"
+PROXY = Path(__file__).parent / "control_proxy.py"
 THINKING_S = 0.1  # no model is quicker: meanwhile the CLI is held back from a second call
 JsonObject = dict[str, Any]
 TOOLS: list[JsonObject] = [
     {"name": "look", "description": "d", "input_schema": {"type": "object"}, "strict": True},
     {"type": "bash_20250124", "name": "bash"},
 ]
-
-
-def marker() -> str:
-    return f"mark-{uuid4().hex[:12]}"
 
 
 def calls_for(api: ScriptedApi, word: str) -> list[Call]:
@@ -523,10 +520,8 @@ REFUSALS = [
 def between(
     tmp_path: Path, api: ScriptedApi, claude: str, order: str, **settings: Any
 ) -> InProcessGateway:
-    environ = {**API_KEY, "BETWEEN_ORDER": order, "BETWEEN_CLAUDE": claude}
-    return InProcessGateway(
-        tmp_path, claude=str(BETWEEN), base_url=api.url, env=environ, **settings
-    )
+    environ = {**API_KEY, "PROXY_ORDER": order, "PROXY_CLAUDE": claude}
+    return InProcessGateway(tmp_path, claude=str(PROXY), base_url=api.url, env=environ, **settings)
 
 
 @pytest.fixture

@@ -17,6 +17,8 @@ from typing import Any, ClassVar
 import hypothesis
 import pytest
 from additions import split_additions
+from harness import API_KEY, LOGIN, InProcessGateway, wait_until
+from helpers import marker
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -26,9 +28,8 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from running import API_KEY, LOGIN, InProcessGateway, wait_until
 from scripted_api import Call, Reply, ScriptedApi, text_reply
-from test_reuse import TOOLS, JsonObject, calls_for, marker, said, tool_result, tool_use
+from test_reuse import TOOLS, JsonObject, calls_for, said, tool_result, tool_use
 
 PROCESSES, AT_ONCE = 3, 2  # fewer than conversations
 DELAY_S = 0.1  # no model is quicker; two gateways, an API and the test share one interpreter here

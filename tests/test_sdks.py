@@ -10,8 +10,9 @@ from uuid import uuid4
 import anthropic
 import openai
 import pytest
+from harness import RunningGateway
+from helpers import marker
 from pydantic import BaseModel
-from running import RunningGateway
 from scripted_api import DEFAULT_TEXT, Reply, ScriptedApi, text_reply
 
 
@@ -76,10 +77,6 @@ def test_openai_create(gateway: RunningGateway) -> None:
     assert completion.choices[0].message.content == DEFAULT_TEXT
     assert completion.usage is not None
     assert completion.usage.total_tokens == 61
-
-
-def marker() -> str:
-    return f"mark-{uuid4().hex}"
 
 
 def test_anthropic_tool_runner_falls_back_from_threads(

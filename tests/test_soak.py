@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from running import API_KEY, RunningGateway, leftovers, wait_until
+from harness import API_KEY, RunningGateway, leftovers, wait_until
 from scripted_api import Reply, ScriptedApi, text_reply
 
 REQUESTS = int(os.environ.get("CC2API_TEST_REQUESTS", "200"))

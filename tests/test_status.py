@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from running import (
+from harness import (
     API_KEY,
     FAKE_CLAUDE,
     GATEWAY,

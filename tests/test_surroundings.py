@@ -8,7 +8,6 @@ import json
 import logging
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -17,14 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from running import API_KEY, FAKE_CLAUDE, GATEWAY, WAIT_S, clean_environment, wait_until
+from harness import API_KEY, FAKE_CLAUDE, GATEWAY, WAIT_S, clean_environment, wait_until
+from helpers import free_port
 
 import cc2api
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])
 
 
 class Started:

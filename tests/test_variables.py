@@ -14,7 +14,7 @@ from typing import Any
 from uuid import uuid4
 
 import pytest
-from running import API_KEY, LOGIN, RunningGateway
+from harness import API_KEY, LOGIN, RunningGateway
 from scripted_api import Call, Reply, ScriptedApi, text_reply
 from test_reuse import said, tool_result, tool_use
 

@@ -12,7 +12,7 @@ from uuid import uuid4
 
 import pytest
 from additions import split_additions
-from running import API_KEY, LOGIN, RunningGateway, files_in, is_running, leftovers, wait_until
+from harness import API_KEY, LOGIN, RunningGateway, files_in, is_running, leftovers, wait_until
 from scripted_api import Reply, ScriptedApi, text_reply
 
 import cc2api

@@ -33,7 +33,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))  # tests/
 sys.path.insert(0, str(Path(__file__).parents[2]))  # cc2api.py
 
-from running import API_KEY, LOGIN, RunningGateway, clean_environment, real_claude
+from harness import API_KEY, LOGIN, RunningGateway, clean_environment, real_claude
 from scripted_api import Reply, ScriptedApi, text_reply
 
 import cc2api

@@ -36,7 +36,7 @@ from typing import Any, NamedTuple
 sys.path.insert(0, str(Path(__file__).parents[1]))  # tests/
 sys.path.insert(0, str(Path(__file__).parents[2]))  # cc2api.py
 
-from running import API_KEY, LOGIN, RunningGateway
+from harness import API_KEY, LOGIN, RunningGateway
 from scripted_api import Reply, ScriptedApi
 
 JsonObject = dict[str, Any]

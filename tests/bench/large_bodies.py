@@ -30,7 +30,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))  # tests/
 sys.path.insert(0, str(Path(__file__).parents[2]))  # cc2api.py
 
-from running import RunningGateway, real_claude
+from harness import RunningGateway, real_claude
 
 AT_ONCE = 8
 THINKING_S = 0.1

@@ -20,7 +20,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))  # tests/
 sys.path.insert(0, str(Path(__file__).parents[2]))  # cc2api.py
 
-from running import RunningGateway
+from harness import RunningGateway
 from scripted_api import Reply, ScriptedApi, text_reply
 
 AT_ONCE = 4

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # tests/
 sys.path.insert(0, str(Path(__file__).parents[2]))  # cc2api.py
 
 from bench import body_of, rss_mb
-from running import RunningGateway, wait_until
+from harness import RunningGateway, wait_until
 from scripted_api import ScriptedApi
 
 BLOCK = 100  # turns to a line

@@ -10,7 +10,7 @@ from typing import Any
 from uuid import uuid4
 
 import pytest
-from running import RunningGateway, clean_environment
+from harness import RunningGateway, clean_environment
 from scripted_api import DEFAULT_TEXT, Reply, ScriptedApi, text_reply
 
 pytest_plugins = "installing"

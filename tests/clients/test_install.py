@@ -14,8 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from harness import API_KEY, ROOT, clean_environment
 from installing import run_installer
-from running import API_KEY, ROOT, clean_environment
 from scripted_api import DEFAULT_TEXT, ScriptedApi
 
 README = (ROOT / "README.md").read_text()

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from additions import split_additions
-from running import LOGIN, InProcessGateway
+from harness import LOGIN, InProcessGateway
 from scripted_api import ScriptedApi
 from test_reuse import Talk
 

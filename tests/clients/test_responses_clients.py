@@ -13,9 +13,10 @@ from typing import Any
 from uuid import uuid4
 
 import pytest
+from harness import RunningGateway, clean_environment
+from helpers import tool
 from hypothesis import given, settings
 from random_answers import streams
-from running import RunningGateway, clean_environment
 from scripted_api import DEFAULT_TEXT, Reply, ScriptedApi, text_reply
 from test_clients import run
 from test_table import settle_codex
@@ -24,10 +25,6 @@ pytest_plugins = "installing"
 
 HERE = Path(__file__).parent
 THINKING = {"type": "thinking", "thinking": "hm", "signature": "c2ln"}
-
-
-def tool(name: str, given: dict[str, Any], number: int = 1) -> dict[str, Any]:
-    return {"type": "tool_use", "id": f"toolu_{number}", "name": name, "input": given}
 
 
 def calling(*calls: dict[str, Any]) -> Reply:

@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from running import ROOT, Answer, Client, RunningGateway, clean_environment, wait_until
+from harness import ROOT, Answer, Client, RunningGateway, clean_environment, wait_until
+from helpers import free_port
 from scripted_api import DEFAULT_TEXT, ScriptedApi, text_reply
 
 pytest_plugins = "installing"
@@ -31,12 +32,6 @@ README = (ROOT / "README.md").read_text()
 def block(kind: str) -> str:
     """Return the README's code block of a kind."""
     return str(re.findall(rf"```{kind}\n(.*?)```", README, re.DOTALL)[0])
-
-
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
 
 
 class Nginx(Client):

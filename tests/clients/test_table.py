@@ -13,7 +13,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from running import ROOT, RunningGateway, clean_environment
+from harness import ROOT, RunningGateway, clean_environment
 from scripted_api import DEFAULT_TEXT
 
 pytest_plugins = "installing"

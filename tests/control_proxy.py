@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Stands between the gateway and the real CLI, and answers some of its control requests otherwise.
 
-BETWEEN_ORDER is `MODE SUBTYPE N`: from the N-th request of that subtype on, in each process, it is
+PROXY_ORDER is `MODE SUBTYPE N`: from the N-th request of that subtype on, in each process, it is
 `refuse`d, answered with `rewound: false` (`keep`), never answered (`silent`), or answered a second
 later (`late`). The CLI sees only those of `late`.
 """
@@ -17,7 +17,7 @@ import sys
 import threading
 from typing import Any
 
-CLI = [os.environ["BETWEEN_CLAUDE"], *sys.argv[1:]]
+CLI = [os.environ["PROXY_CLAUDE"], *sys.argv[1:]]
 PR_SET_PDEATHSIG = 1
 libc = ctypes.CDLL(None)
 lock = threading.Lock()
@@ -42,7 +42,7 @@ def respond(request: Any, **response: Any) -> None:
 def main() -> int:
     if "--version" in CLI or "auth" in CLI:
         os.execv(CLI[0], CLI)
-    mode, subtype, first = os.environ["BETWEEN_ORDER"].split()
+    mode, subtype, first = os.environ["PROXY_ORDER"].split()
     process = subprocess.Popen(
         CLI, stdin=subprocess.PIPE, stdout=subprocess.PIPE, preexec_fn=die_with_parent
     )
