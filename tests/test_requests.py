@@ -74,7 +74,10 @@ BAD: list[tuple[JsonObject, str]] = [
     ({"messages": [{"role": "user", "content": 5}]}, "messages.0.content: "),
     ({"messages": [{"role": "user", "content": ""}]}, "messages.0: all messages must have"),
     ({"messages": [user()]}, "messages.0: all messages must have non-empty content"),
-    ({"messages": [{"role": "user", "content": ["hi"]}]}, "messages.0.content.0: Input should be a valid dictionary"),
+    (
+        {"messages": [{"role": "user", "content": ["hi"]}]},
+        "messages.0.content.0: Input should be a valid dictionary",
+    ),
     (in_user({"text": "x"}), "messages.0.content.0.type: Field required"),
     (in_user({"type": "text"}), "messages.0.content.0.text.text: Field required"),
     (in_user({"type": "text", "text": " \n"}), "messages.0.content.0: text content blocks must"),
