@@ -357,8 +357,10 @@ def _scan_string(text: str, begin: int, strict: bool = True) -> tuple[str, int]:
         quoted = text[start:end] + '"'
         unescaped, _ = json.decoder.scanstring(quoted, 0, strict)  # type: ignore[attr-defined]
         if not unescaped.isascii():
-            unescaped.encode("utf-8")  # raises what half an emoji would raise later
-        string += unescaped  # in place, as in `load_in_slices`
+            # Half an emoji would raise only when it is written, much later.
+            unescaped.encode("utf-8")
+        # This grows in place, as in `load_in_slices`.
+        string += unescaped
         start = end
     return string, start + 1
 
@@ -503,7 +505,8 @@ class ClientStream(io.RawIOBase):
         self._read_until = time.monotonic() + HEAD_TIMEOUT_S
         lines = self._read_lines()
         if not lines:
-            lines = self._read_lines()  # RFC 9112, 2.2: one empty line may come before a request
+            # One empty line may come before a request (RFC 9112, 2.2).
+            lines = self._read_lines()
         request_line = lines[0] if lines else ""
         request = _REQUEST_LINE.fullmatch(request_line)
         if request is None:
@@ -521,7 +524,8 @@ class ClientStream(io.RawIOBase):
         if target is None or (target["server"] and method != "OPTIONS"):
             raise InvalidRequest("malformed request target")
         if target["host"]:
-            headers["host"] = target["host"]  # it wins over the header (RFC 9112, 3.2.2)
+            # It wins over the header (RFC 9112, 3.2.2).
+            headers["host"] = target["host"]
         path = urllib.parse.unquote(target["server"] or target["path"] or "/")
         return Head(method, path, is_http_11, headers)
 
@@ -555,7 +559,8 @@ class ClientStream(io.RawIOBase):
             if len(body) + size > MAX_BODY_BYTES:
                 raise InvalidRequest(_TOO_LARGE, status=413)
             if size == 0:
-                self._read_lines()  # trailers are dropped
+                # Trailers are read and dropped.
+                self._read_lines()
                 return bytes(body)
             body += self._reader.read(size)
             if self._reader.read(2) != b"\r\n":
@@ -569,7 +574,8 @@ class ClientStream(io.RawIOBase):
         while line := self._read_line(left):
             lines.append(line)
             left -= len(line) + len("\r\n")
-            if len(lines) > MAX_HEADERS + 1:  # with the request line
+            # One more than headers, for the request line.
+            if len(lines) > MAX_HEADERS + 1:
                 raise InvalidRequest(f"over {MAX_HEADERS} headers", status=431)
         return lines
 
@@ -672,10 +678,12 @@ class Response:
 
     def write_chunk(self, data: bytes, *, is_last: bool = False) -> None:
         """Write a part of a stream with one write, the first one after its head."""
-        if not data:  # an empty chunk would end the body
+        # An empty chunk would end the body.
+        if not data:
             return
         headers = {"content-type": "text/event-stream; charset=utf-8"}
-        if self._head.is_http_11:  # else the end of the connection is the end of the body
+        # With HTTP/1.0 the end of the connection is the end of the body.
+        if self._head.is_http_11:
             headers["transfer-encoding"] = "chunked"
             end = b"0\r\n\r\n" if is_last else b""
             data = b"%x\r\n%b\r\n%b" % (len(data), data, end)
@@ -765,7 +773,8 @@ class Server(ThreadingHTTPServer):
             log.warning("over %d connections: one was turned away", MAX_CONNECTIONS)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        if not isinstance(sys.exc_info()[1], OSError):  # a connection that broke is no news
+        # A connection that broke is not worth a line.
+        if not isinstance(sys.exc_info()[1], OSError):
             log.exception("connection from %s failed", client_address)
 
 
@@ -1020,7 +1029,8 @@ def _write_to_stderr(data: bytes) -> None:
     while data:
         try:
             written = os.write(STDERR, data)
-        except BlockingIOError:  # whoever shares the descriptor has made it so
+        except BlockingIOError:
+            # Another process that shares the descriptor may have made it non-blocking.
             select.select([], [STDERR], [])
         else:
             data = data[written:]
@@ -1117,7 +1127,8 @@ class KeyFile:
         A file that held keys and holds none is being written anew, perhaps slowly, by a shell or an
         editor, with its comments first: what it held goes on for KEY_FILE_GRACE_S.
         """
-        if self.path.exists() and not self.path.is_file():  # reading a pipe would block
+        # To read a pipe, for example, could block for ever.
+        if self.path.exists() and not self.path.is_file():
             raise OSError(0, "it is not a regular file")
 
         text = ""
@@ -1165,7 +1176,8 @@ def authenticate(keys: Mapping[str, str] | None, api_key: str, authorization: st
     presented = api_key.strip(" \t")
     if not presented and scheme.lower() == "bearer":
         presented = token.strip(" \t")
-    raw = presented.encode("latin-1", "replace")  # as it came over the wire
+    # These are the bytes as they came over the wire.
+    raw = presented.encode("latin-1", "replace")
     digest = hashlib.sha256(raw).digest()
 
     if keys is not None and not keys:
@@ -1302,7 +1314,8 @@ def parse_json(raw: bytes) -> JsonObject:
             json.dumps(body, ensure_ascii=False, allow_nan=False).encode("utf-8")
         else:
             body = load_in_slices(raw)
-    except (RecursionError, ValueError) as exc:  # also of a lone surrogate, NaN, 4301 digits
+    except (RecursionError, ValueError) as exc:
+        # Also raised for a lone surrogate, NaN, or a number of over 4,300 digits.
         raise InvalidRequest(f"The request body is not valid JSON: {exc}") from None
 
     if not isinstance(body, dict) or is_deeper_than(MAX_JSON_DEPTH, body):
@@ -1394,7 +1407,8 @@ def to_turn(
     last_block = merged[-1].content[-1]
     own = [each.owner for each in breakpoints if each.owner is not last_block]
     for owner in (body, *system_blocks):
-        strip_cache_control(owner, breakpoints)  # only for its ttl: the CLI marks these itself
+        # Only the ttl is of interest: the CLI sets breakpoints on these itself.
+        strip_cache_control(owner, breakpoints)
     # One for all: the API takes no 1h after a 5m, and the CLI marks before and after the client.
     cache_ttl = "1h" if any(each.ttl == "1h" for each in breakpoints) else "5m"
 
@@ -1554,7 +1568,8 @@ def _check_tool_result(path: str, block: Block) -> None:
         return
     for part_path, part in located_objects(block, "content", path):
         check_block(part_path, part)
-        if block.get("is_error") and part["type"] != "text":  # the CLI would drop it
+        # The CLI would drop anything else.
+        if block.get("is_error") and part["type"] != "text":
             raise InvalidRequest(f"{part_path}: all content must be type `text` in an error")
 
 
@@ -2014,7 +2029,8 @@ def describe_sign_in(cli: Cli, environ: Mapping[str, str], *, bare: bool) -> str
         return f"{NOT_SIGNED_IN}with --bare claude reads no claude.ai login"
 
     if method == "oauth_token" and "ANTHROPIC_AUTH_TOKEN" in environ:
-        method = "ANTHROPIC_AUTH_TOKEN"  # `auth status` does not tell the two apart
+        # `auth status` does not tell the two apart.
+        method = "ANTHROPIC_AUTH_TOKEN"
     if method not in _BILLING_BY_AUTH_METHOD:
         return UNKNOWN_SIGN_IN
     billing = _BILLING_BY_AUTH_METHOD[method].format_map(status)
@@ -2088,7 +2104,8 @@ def command_and_environment(
         if name not in _SET_BY_REQUESTS and (is_foreign or _HANDED_DOWN.fullmatch(name)):
             environment[name] = value
     environment.update(PINNED_VARIABLES)
-    environment["SHELL"] = "/bin/sh"  # with a login the model is told of it
+    # With a login the model is told the name of the shell.
+    environment["SHELL"] = "/bin/sh"
     # The CLI leaves sockets and probe files: they go where we clean up.
     environment["TMPDIR"] = temp_dir
     # It keeps notes on its tool servers, with the names of a request's tools and the text of failed
@@ -2126,7 +2143,8 @@ class Workplace:
 
         if not self._holds_temp_dir():
             self._take_temp_dir()
-        _make_private(self.temp_dir)  # a CLI may have made it again, readable by others
+        # A CLI may have made it again, readable by others.
+        _make_private(self.temp_dir)
         self.remove_leftovers()
 
     def clean_up(self) -> None:
@@ -2191,7 +2209,8 @@ def _process_state(pid: int) -> str:
 def _is_running(pid: int) -> bool:
     """Return whether there is a process with this number that has not ended, ours or another's."""
     with contextlib.suppress(OSError):
-        is_zombie = _process_state(pid) == "Z"  # it has ended, and its parent has not asked yet
+        # A zombie has ended; only its parent has not asked for its status yet.
+        is_zombie = _process_state(pid) == "Z"
         return not is_zombie
     try:
         os.kill(pid, 0)
@@ -2232,7 +2251,8 @@ def _make_private(path: Path) -> None:
     is_writable_by_others = found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
     if not is_own or is_writable_by_others:
         raise OSError(f"{path} must be a directory that is yours alone: remove it, or set TMPDIR")
-    if stat.S_IMODE(found.st_mode) != 0o700:  # a CLI has made it again, readable by others
+    # A CLI has made it again, readable by others.
+    if stat.S_IMODE(found.st_mode) != 0o700:
         path.chmod(0o700)
 
 
@@ -2342,7 +2362,8 @@ def to_stdin_message(turn: Turn, index: int, model: str, *, is_query: bool = Fal
         "session_id": "",
     }
     if role == "user":
-        line["client_composed"] = True  # verbatim: no @paths and no commands
+        # The text is then taken verbatim: no @paths, no commands.
+        line["client_composed"] = True
         line["shouldQuery"] = is_query
         return line
 
@@ -2371,7 +2392,8 @@ def to_tool_results(query: Message, call_ids: Sequence[str]) -> list[JsonObject]
     chars = 0
     for block in query.content:
         if not block.keys() <= _TOOL_RESULT_FIELDS:
-            return None  # MCP has no place for a field that is newer than this file
+            # MCP has no place for a field that is newer than this file.
+            return None
 
         parts = as_blocks(block.get("content") or [])
         texts = [part.get("text") for part in parts]
@@ -2398,7 +2420,8 @@ def read_log_line(raw: bytes) -> str | None:
     if match is None:
         return None
     text = match[1].decode("utf-8", "replace")
-    if text.startswith('"'):  # a message of several lines is written as one JSON string
+    # A message of several lines is written as one JSON string.
+    if text.startswith('"'):
         with contextlib.suppress(ValueError):
             text = str(json.loads(text))
     return text
@@ -2566,7 +2589,8 @@ def to_refusal(text: str) -> ApiError | None:
         body = json.loads(match[2])
     error = as_object(as_object(body).get("error"))
     message = error.get("message")
-    if not isinstance(message, str):  # from something between the CLI and upstream
+    # It comes from something between the CLI and upstream.
+    if not isinstance(message, str):
         return ApiError(match[2][:MAX_FOREIGN_ERROR_CHARS], status)
     details = as_object(error.get("details")) or None
     return ApiError(message, status, str(error.get("type") or ""), details)
@@ -2578,13 +2602,15 @@ def to_api_error(result: Line, cli_error: str | None = None) -> ApiError:
     That is upstream's, else one by `cli_error`, the CLI's own word for it, else a 502.
     """
     text = str(result.get("result") or f"claude gave no answer: {result.get('errors')}")
-    if not result.get("is_error"):  # the text is then the model's
+    # The text is then the model's own.
+    if not result.get("is_error"):
         return CliFailed("claude ended its turn without an answer")
     if text.startswith(("Not logged in", "Invalid API key")):
         problem = "claude is not signed in on the gateway's machine, or its sign-in was refused"
         hint = f"{problem}: run `claude auth login` there"
         return ApiError(hint, status=401, is_for_operator=True)
-    if result.get("terminal_reason") == "blocking_limit":  # BLOCK_UPSTREAM_CALLS came too early
+    # BLOCK_UPSTREAM_CALLS took effect before this turn's call had left.
+    if result.get("terminal_reason") == "blocking_limit":
         return CliFailed("claude held its call back; nothing was sent upstream", status=503)
     if text.startswith("Prompt is too long"):
         return InvalidRequest("prompt is too long for the model's context window")
@@ -2625,7 +2651,8 @@ def to_rate_limit_headers(info: Any) -> dict[str, str]:
     headers = {}
     for window, ending, state, name in sources:
         value = str(as_object(state).get(name, ""))
-        if re.fullmatch(r"[a-z_]+|[0-9.]+", value):  # nothing else is put into a header
+        # Nothing else may get into a header.
+        if re.fullmatch(r"[a-z_]+|[0-9.]+", value):
             headers[f"{_RATE_LIMIT_PREFIX}{window}-{ending}"] = value
     return headers
 
@@ -2706,7 +2733,8 @@ class Process:
 
     def is_stopped(self) -> bool:
         """Return whether it was stopped by a signal or a debugger, where the system says so."""
-        with contextlib.suppress(OSError):  # only Linux does
+        # Only Linux says so.
+        with contextlib.suppress(OSError):
             return _process_state(self.pid) in ("T", "t")
         return False
 
@@ -2737,7 +2765,8 @@ class Process:
 
     def kill(self) -> None:
         """End it at once, and what it has started; `close` comes after."""
-        if self.is_alive():  # so that the group is still its own
+        # Only then does the group's number certainly still belong to it.
+        if self.is_alive():
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self.pid, signal.SIGKILL)
 
@@ -2760,7 +2789,8 @@ class Process:
                     return
                 del self._write_buffer[:written]
                 self._fill_write_buffer()
-        except (OSError, ValueError):  # it has closed its stdin, or `close_stdin` has
+        except (OSError, ValueError):
+            # It has closed its stdin, or `close_stdin` has; what it still prints says why.
             self._write_buffer.clear()  # what it still prints says why
             self._unwritten.clear()
 
@@ -2788,7 +2818,8 @@ class Process:
             line: object = None
             with contextlib.suppress(ValueError, RecursionError):
                 line = load_json(self._partial_line)
-            if isinstance(line, dict):  # anything else is skipped
+            # Anything else is skipped.
+            if isinstance(line, dict):
                 self.lines.append(line)
             self._partial_line = bytearray(start_of_next)
 
@@ -2811,7 +2842,8 @@ class Process:
         how = "claude closed its output"
         with contextlib.suppress(subprocess.TimeoutExpired):
             how = f"claude ended with status {self._popen.wait(EXIT_STATUS_S)}"
-        self._read_stderr()  # what it printed last may still be in the pipe
+        # What it printed last may still be in the pipe.
+        self._read_stderr()
 
         # On one line, and nothing in it that could pass for a log line of its own.
         tail = self._stderr_tail + self._partial_log_line[-STDERR_TAIL_BYTES:]
@@ -2870,7 +2902,8 @@ class ToolServer:
             meta = as_object(as_object(message.get("params")).get("_meta"))
             self.waiting_calls[str(meta.get("claudecode/toolUseId"))] = line
             return True
-        if "id" not in message:  # not MCP, or a notification, which wants no answer
+        # It is not MCP, or is a notification, which wants no answer.
+        if "id" not in message:
             return False
 
         result: JsonObject = {}
@@ -3274,7 +3307,8 @@ class Session:
         if not may_rewind and (lost or differs):
             return None
         if lost == 1 and self._conversation.has_unanswered_query:
-            lost = 0  # only a query without an answer
+            # Only a query without an answer is lost, which is worth nothing.
+            lost = 0
         weight = 2 if turn.is_login else 1
         return len(turn.messages) - reusable + weight * lost
 
@@ -3321,12 +3355,14 @@ class Session:
         """Make the process hold all messages but the last, or all to count; none goes upstream."""
         if self.key not in (None, request.key):
             raise RuntimeError("a session must never change its caller")
-        self.key = request.key  # for good
+        # This is for good.
+        self.key = request.key
         self.turns += 1
         turn = request.turn
         deadline = request.deadline
         previous = self._previous
-        self._previous = None  # not reusable until the last line of this method has run
+        # Until the last line of this method has run, nothing here can be reused.
+        self._previous = None
 
         if self.is_new:
             self._initialize(turn, deadline)
@@ -3364,7 +3400,8 @@ class Session:
         if self._turn is None:
             raise RuntimeError("`prepare` comes first")
         turn = self._turn
-        self._turn = None  # an idle process keeps nothing of a large request
+        # An idle process must keep nothing of a large request.
+        self._turn = None
         self.parser = StreamParser()
 
         last = len(turn.messages) - 1
@@ -3397,15 +3434,18 @@ class Session:
                     self._channel.start_applying(BLOCK_UPSTREAM_CALLS)
                 if parser.refusal:
                     if not self._channel.is_blocked:
-                        raise parser.refusal  # at once, for `finish_turn` has to end the process
+                        # At once, because `finish_turn` then has to end the process.
+                        raise parser.refusal
                     deadline = deadline.capped(INTERRUPT_TIMEOUT_S, parser.refusal)
             except ApiError:
-                yield batch  # what came just before it
+                # The client gets what came just before the error.
+                yield batch
                 raise
             except ProcessDied as exc:
                 self._read_to_the_end()
                 if not parser.is_calling:
-                    raise  # the CLI says so before it calls: nothing was sent upstream
+                    # The CLI announces each call, so nothing was sent upstream.
+                    raise
                 log.error("%s", exc)
                 yield batch
                 raise CliFailed("claude ended before its answer was complete") from exc
@@ -3482,7 +3522,8 @@ class Session:
         `blocked`: until the next settings no call goes upstream (`_append_blocked`).
         """
         channel = self._channel
-        if turn.tools != self._tools():  # first: they take the CLI a moment
+        # The tools come first, because they take the CLI a moment.
+        if turn.tools != self._tools():
             channel.replace_tools(turn.tools, deadline)
 
         model = resolve_model(turn.model, self.models)
@@ -3692,7 +3733,8 @@ class Pool:
             with self._changed:
                 self._enqueue(waiter, assigned)
                 self._assign_sessions()
-                if not assigned.done():  # else the supervisor would only take the processor
+                # If it is done, the supervisor would only take up the processor.
+                if not assigned.done():
                     self._changed.notify_all()
             while True:
                 waiter.deadline.check()
@@ -3739,7 +3781,8 @@ class Pool:
             for session in self._fleet.in_state("spare", "idle"):
                 self._fleet.end(session)
             for session in self._fleet.in_state("busy", "starting"):
-                session.process.kill()  # whoever has it notices, and releases it
+                # Whoever holds it notices, and releases it.
+                session.process.kill()
             while self._waiters:
                 _, assigned = self._waiters.popitem()
                 assigned.set_exception(CliFailed(_CLOSING, status=503))
@@ -3758,7 +3801,8 @@ class Pool:
             raise ApiError(message, status=529, retry_after_s=OVERLOADED_RETRY_AFTER_S)
 
         self._waiters[waiter] = assigned
-        if waiter.wants_new:  # it has waited once already, and gets the place that it had
+        # It has waited once already, and gets back the place that it had.
+        if waiter.wants_new:
             in_order = sorted(self._waiters, key=lambda each: each.arrived_at)
             self._waiters = {each: self._waiters[each] for each in in_order}
 
@@ -3774,7 +3818,8 @@ class Pool:
             if session is None:
                 self._changed.notify_all()
                 continue
-            if session.key is None:  # a spare, whose successor is due soon
+            # This is a spare, and its successor is due soon.
+            if session.key is None:
                 due_at = time.monotonic() + SPARE_DELAY_S
                 self._next_spare_at = max(self._next_spare_at, due_at)
                 self._changed.notify_all()
@@ -3824,7 +3869,8 @@ class Pool:
         while not is_over:
             try:
                 is_over = self._supervise_once()
-            except Exception:  # without this thread nothing works any more
+            except Exception:
+                # Without this thread nothing would work any more.
                 log.exception("pool thread failed, continuing")
                 time.sleep(POLL_INTERVAL_S)
 
@@ -3892,7 +3938,8 @@ class Pool:
             if problem is None:
                 self.reuse_problem = ""
             elif isinstance(problem, CliRefused):
-                if not self.reuse_problem:  # once is enough
+                # To say so once is enough.
+                if not self.reuse_problem:
                     log.warning("%s: each new conversation takes a process of its own", problem)
                 self.reuse_problem = str(problem)
                 self._next_spare_at = time.monotonic() + REUSE_RETRY_S
@@ -3990,7 +4037,8 @@ class Gateway:
         command, environment = command_and_environment(cli, settings, environ, temp_dir)
 
         def start() -> Session:
-            os.stat(cli.path)  # raises the OSError that a shim around the CLI would hide
+            # This raises the OSError that the shim around the CLI would hide.
+            os.stat(cli.path)
             self._workplace.prepare()
             return Session(Process(command, environment, str(self._workplace.work_dir)))
 
@@ -4021,7 +4069,8 @@ class Gateway:
                 forget_frames(death)
             finally:
                 self._release(session)
-        yield last_batch  # after the session is back: the next request finds it there
+        # Only now, when the session is back in the pool: the next request finds it there.
+        yield last_batch
 
     def _answer_with(
         self, session: Session, request: SessionRequest, request_log: RequestLog
@@ -4131,7 +4180,8 @@ class Gateway:
             log.warning("discarding process: %s", str(exc) or repr(exc))
             forget_frames(exc)
         if not usable:
-            session.process.kill()  # first of all: it may be about to call upstream
+            # This comes first of all, because it may be about to call upstream.
+            session.process.kill()
 
         try:
             self.models.update(session.models)
@@ -4187,7 +4237,8 @@ def parse_messages_request(body: JsonObject, betas: str = "", *, is_count: bool 
         # With this code the SDKs' tool runners send the whole history instead.
         problem = "thread: message threads are not supported; send the whole history"
         raise InvalidRequest(problem, details={"error_code": "thread_unsupported_request"})
-    if body.get("max_tokens") is None and not is_count:  # the CLI would put a number of its own
+    # The CLI would put in a number of its own.
+    if body.get("max_tokens") is None and not is_count:
         raise InvalidRequest("max_tokens: Field required")
     require(body, "messages", list)
     return to_turn(body, located_objects(body, "messages"), betas, is_count=is_count)
@@ -4216,7 +4267,8 @@ class MessagesEncoder:
 
     def keepalive(self) -> Sequence[JsonObject]:
         """Return events that show life in a stream that is silent; none: an SSE comment does."""
-        if not self.message:  # so early an event confuses some clients
+        # Before message_start an event would confuse some clients.
+        if not self.message:
             return []
         return [{"type": "ping"}]
 
@@ -4268,7 +4320,8 @@ class MessagesEncoder:
             block[block["type"]] += text
             return
 
-        block["input"] = {}  # also where it was cut short, and is no JSON
+        # It stays empty where it was cut short, and is no JSON.
+        block["input"] = {}
         with contextlib.suppress(ValueError, RecursionError):
             tool_input = json.loads(text)
             if can_be_sent(tool_input, ANSWER_LEVELS):
@@ -4396,7 +4449,8 @@ def _to_source(url: str) -> JsonObject:
     media_type = data_url[1].replace("image/jpg", "image/jpeg")
     encoded = data_url[2]
     if not media_type.startswith(("image/", "application/pdf")):
-        with contextlib.suppress(ValueError):  # what is no text upstream refuses
+        # What is not text is left to upstream, which refuses it.
+        with contextlib.suppress(ValueError):
             text = base64.b64decode(encoded, validate=True).decode("utf-8")
             return {"type": "text", "media_type": "text/plain", "data": text}
     return {"type": "base64", "media_type": media_type, "data": encoded}
@@ -4426,7 +4480,8 @@ class ItemReader:
         if item_type not in ITEM_READERS:
             hint = _ITEM_HINTS.get(item_type, "this type is not supported by this gateway")
             raise InvalidRequest(f"{path}.type: {item_type}: {hint}")
-        if item.get("execution") == "server":  # a search that OpenAI ran
+        # This is a search that OpenAI ran.
+        if item.get("execution") == "server":
             raise InvalidRequest(f"{path}.execution: Input should be 'client'")
         ITEM_READERS[item_type](self, path, item)
 
@@ -4486,7 +4541,8 @@ class ItemReader:
     def read_output(self, path: str, item: Item) -> None:
         call_id = require(item, "call_id", str, path)
         field_name = "output"
-        if item.get("content") is not None:  # as chat completions have it
+        # Chat completions have it there.
+        if item.get("content") is not None:
             field_name = "content"
         require(item, field_name, object, path)
         if call_id not in self._unanswered_calls:
@@ -4501,7 +4557,8 @@ class ItemReader:
             "tool_use_id": call_id,
         }
         message = {"role": "user", "content": [result]}
-        self.messages.insert(self._results_end, (path, message))  # before what the user says
+        # Results stand before what the user says.
+        self.messages.insert(self._results_end, (path, message))
         self._results_end += 1
 
     def read_tools(self, path: str, item: Item) -> None:
@@ -4595,7 +4652,8 @@ def _describe_custom_tool(tool: JsonObject, path: str) -> list[str]:
     if tool.get("type") != "custom":
         return []
     tool_format = optional(tool, "format", dict, path) or {}
-    if as_object(tool_format.get("grammar")):  # where chat completions have it
+    # Chat completions have it one level deeper.
+    if as_object(tool_format.get("grammar")):
         tool_format = tool_format["grammar"]
     grammar = optional(tool_format, "definition", str, f"{path}.format")
     if not grammar:
@@ -4684,10 +4742,12 @@ def to_messages_fields(
     """
     temperature = body.get("temperature")
     if isinstance(temperature, (int, float)) and 1 < temperature <= 2:
-        temperature = 1  # OpenAI's scale goes to 2, Anthropic's to 1
+        # OpenAI's scale goes to 2, Anthropic's to 1.
+        temperature = 1
     top_p = body.get("top_p")
     if temperature is not None and top_p == 1:
-        top_p = None  # it changes nothing, and newer models refuse the two together
+        # It changes nothing, and newer models refuse the two together.
+        top_p = None
 
     translated, call_fields = _to_tools([*tools, *items.tools])
     choice, translated = _to_tool_choice(body, translated)
@@ -5052,7 +5112,8 @@ def _read_input(body: JsonObject) -> ItemReader:
 def _shows_thinking(reasoning: JsonObject, tool_choice: Any) -> bool:
     """Return whether a request wants summaries of the model's thinking, and may have them."""
     wants_summary = bool(reasoning.get("summary") or reasoning.get("generate_summary"))
-    is_forced = as_object(tool_choice).get("type") in ("any", "tool")  # the API refuses both
+    # The API refuses thinking beside a forced tool.
+    is_forced = as_object(tool_choice).get("type") in ("any", "tool")
     return wants_summary and not is_forced and reasoning.get("effort") != "none"
 
 
@@ -5183,7 +5244,8 @@ class _OutputItem:
         if text:
             self._texts.append(text)
         if not self._has_begun:
-            text = "".join(self._texts)  # with the blank text that was held back
+            # This includes blank text that was held back.
+            text = "".join(self._texts)
             if not text.strip():
                 return
             self._has_begun = True
@@ -5197,7 +5259,8 @@ class _OutputItem:
     def finish(self) -> Iterator[JsonObject]:
         """End the item; a message without text is none."""
         tool_input = self._block.get("input")
-        if self.type == "custom_tool_call":  # its text was inside JSON so far
+        # Its text was inside JSON until now.
+        if self.type == "custom_tool_call":
             yield from self.add_text(to_raw_input(tool_input))
         elif self.type == "function_call" and not self._texts:
             yield from self.add_text(json.dumps(tool_input))
@@ -5321,7 +5384,8 @@ class ResponsesEncoder(MessagesEncoder):
         else:
             item_type = str(block["type"])
 
-        is_left_out = item_type not in _ITEM_FORMS  # what upstream's own tools do
+        # Such blocks are what upstream's own tools do.
+        is_left_out = item_type not in _ITEM_FORMS
         is_in_message = self._item is not None and self._item.type == "message"
         goes_on = is_in_message and (is_left_out or item_type == "message")
         if not goes_on:
@@ -5380,7 +5444,8 @@ def to_responses_error(error: ApiError, request_id: str = "") -> tuple[int, Json
         inner["code"] = "server_is_overloaded"
     if inner["param"] == "previous_response_id":
         inner["code"] = "previous_response_not_found"
-    if error.status == 429 and error.should_retry is False:  # a window of the plan is used up
+    # A window of the plan is used up.
+    if error.status == 429 and error.should_retry is False:
         inner["type"] = "usage_limit_reached"
         inner["resets_at"] = int(time.time()) + (error.retry_after_s or 0)
     return status, body
@@ -5398,7 +5463,8 @@ def to_failure(error: ApiError) -> JsonObject:
     message = inner["message"]
     if inner["type"] == "usage_limit_reached":
         code = "insufficient_quota"
-    elif code == "rate_limit_exceeded":  # Codex waits for as long as the message says
+    elif code == "rate_limit_exceeded":
+        # Codex waits for as long as the message says.
         message += f" Please try again in {error.retry_after_s or DEFAULT_RETRY_S}s."
     elif code not in ("server_is_overloaded", "insufficient_quota", "context_length_exceeded"):
         code = "invalid_prompt" if status < 500 else "server_error"
@@ -5438,7 +5504,8 @@ def status_text(gateway: Gateway, url: str) -> str:
         tokens[labels["kind"]] += count
     cost_usd = sum(value for _, value in gateway.metrics.series("cc2api_cost_usd_total"))
     cost = f"${cost_usd:.4f}"
-    if gateway.account.is_login or gateway.settings.demo:  # nothing is billed by the token
+    # Nothing is billed by the token then.
+    if gateway.account.is_login or gateway.settings.demo:
         cost += " at list price"
 
     health = gateway.pool.failure or gateway.pool.reuse_problem
@@ -5571,7 +5638,8 @@ class Handler(BaseRequestHandler):
                     return
                 idle_s = IDLE_CONNECTION_S
         except InvalidRequest as error:
-            if error.status != 408:  # a client that never sent a whole head gets no answer
+            # A client that never sent a whole head gets no answer.
+            if error.status != 408:
                 no_head = Head("-", "-", True, {})
                 Exchange(self.server, stream, no_head, client).run(error)
 
@@ -5658,7 +5726,8 @@ class Exchange:
         """
         error = with_retry_after(error, self._gateway.rate_limits)
         self._log.add(error=error.type)
-        if error.status != 400:  # its message may quote the prompt
+        # The message of a 400 may quote the prompt.
+        if error.status != 400:
             self._log.add(msg=json.dumps(str(error)[:MAX_LOGGED_ERROR_CHARS]))
         self._log.debug("error", str(error).encode("utf-8", "replace"))
 
@@ -5683,7 +5752,8 @@ class Exchange:
             headers["retry-after"] = str(error.retry_after_s)
         should_retry = error.should_retry
         if error.status == 402 and status == 429:
-            should_retry = False  # OpenAI's status for it is one that SDKs would retry
+            # SDKs would retry OpenAI's status for it.
+            should_retry = False
         if should_retry is not None:
             headers["x-should-retry"] = "true" if should_retry else "false"
         return headers
@@ -5727,7 +5797,8 @@ class Exchange:
 
     def show_model(self) -> None:
         """Answer with one model, by its id, an alias or a mapped name."""
-        models = self._model_list()  # first: an alias can be resolved only once they are known
+        # This comes first: an alias can be resolved only once the models are known.
+        models = self._model_list()
         _, _, name = self._head.path.partition("/models/")
         model_id = self._gateway.models.resolve(name)
         for model in models:
@@ -6153,7 +6224,8 @@ class Check:
 
 def run_check(settings: Settings, environ: Mapping[str, str]) -> int:
     """Print line by line what is in order, or what to do about it; return the exit status."""
-    logging.disable()  # what would be logged stands in the lines
+    # What would be logged stands in the lines that are printed.
+    logging.disable()
     check = Check(settings, environ)
     steps: dict[str, Callable[[], str]] = {
         "keys": check.keys,
@@ -6170,7 +6242,8 @@ def run_check(settings: Settings, environ: Mapping[str, str]) -> int:
         except CliUnusable as exc:
             print(f"{name:<9}FAIL  {exc}", flush=True)
             exit_status = 1
-            if name == "claude":  # the rest needs it
+            # The other checks need it.
+            if name == "claude":
                 break
     return exit_status
 
@@ -6181,7 +6254,8 @@ def give_memory_back() -> None:
     By itself glibc keeps more with each large block that is freed, up to 64 MB for each thread
     (mallopt(3), M_MMAP_THRESHOLD): after a few large bodies some hundred megabytes.
     """
-    with contextlib.suppress(OSError, AttributeError, TypeError):  # another C library
+    # Another C library has no mallopt.
+    with contextlib.suppress(OSError, AttributeError, TypeError):
         ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, LARGE_BLOCK_BYTES)
 
 
@@ -6203,10 +6277,12 @@ def serve(settings: Settings, environ: Mapping[str, str]) -> int:
     def stop(number: int, frame: object) -> None:
         signals.append(number)
         if not is_up:
-            raise KeyboardInterrupt  # out of what waits for the CLI to describe its sign-in
+            # This gets out of waiting for the CLI to describe its sign-in.
+            raise KeyboardInterrupt
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup sets it
+        # nohup has it ignored.
+        if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, stop)
     gateway = Gateway(settings, cli, environ)
     server.serve(gateway)
@@ -6223,7 +6299,8 @@ def serve(settings: Settings, environ: Mapping[str, str]) -> int:
         time.sleep(ACCEPT_INTERVAL_S)
 
     server.shutdown()
-    server.server_close()  # from now on no request is answered
+    # From now on no request is answered.
+    server.server_close()
     drain_until = time.monotonic() + settings.drain
     running = server.running_responses
     if running:
@@ -6239,7 +6316,8 @@ def _print_banner(gateway: Gateway, url: str) -> None:
     lines = [f"cc2api {__version__} listens on {url}"]
     for name, text in gateway.describe(url).items():
         lines.append(f"  {name:<8} {text}")
-    with contextlib.suppress(OSError):  # nobody reads it, or the disk is full
+    # Nobody may read it, or the disk may be full.
+    with contextlib.suppress(OSError):
         print("\n".join(lines), flush=True)
 
 
@@ -6258,7 +6336,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except CliUnusable as exc:
         print(f"cc2api: {exc}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:  # before signals are caught
+    except KeyboardInterrupt:
+        # The signal came before `serve` could catch it.
         return 130
 
 
