@@ -23,6 +23,23 @@ def claude() -> str:
 
 
 @pytest.fixture(scope="session")
+def quick_claude(claude: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The real CLI, whose answers on how it is signed in are known: each takes 0.15 s."""
+    script = tmp_path_factory.mktemp("quick") / "claude"
+    key = '{"loggedIn": true, "authMethod": "api_key", "apiKeySource": "ANTHROPIC_API_KEY"}'
+    token = '{"loggedIn": true, "authMethod": "oauth_token"}'
+    script.write_text(
+        "#!/bin/sh\n"
+        f'[ "$1" = auth ] || exec {claude} "$@"\n'
+        f"if [ -n \"$ANTHROPIC_API_KEY\" ]; then echo '{key}'\n"
+        f"elif [ -n \"$CLAUDE_CODE_OAUTH_TOKEN\" ]; then echo '{token}'\n"
+        'else echo \'{"loggedIn": false, "authMethod": "none"}\'; fi\n'
+    )
+    script.chmod(0o755)
+    return str(script)
+
+
+@pytest.fixture(scope="session")
 def api() -> Iterator[ScriptedApi]:
     """The scripted upstream."""
     with ScriptedApi() as running:
@@ -31,25 +48,29 @@ def api() -> Iterator[ScriptedApi]:
 
 
 @pytest.fixture(scope="session")
-def gateway(api: ScriptedApi, claude: str) -> Iterator[RunningGateway]:
+def gateway(api: ScriptedApi, quick_claude: str) -> Iterator[RunningGateway]:
     """A gateway on the real CLI, signed in with an API key."""
-    with RunningGateway(claude=claude, base_url=api.url, env=API_KEY) as running:
-        yield running
-
-
-@pytest.fixture(scope="session")
-def lone_gateway(api: ScriptedApi, claude: str) -> Iterator[RunningGateway]:
-    """A gateway that keeps no process: any that is there is answering."""
     with RunningGateway(
-        "--processes", "0", claude=claude, base_url=api.url, env=API_KEY
+        "--processes", "2", claude=quick_claude, base_url=api.url, env=API_KEY
     ) as running:
         yield running
 
 
 @pytest.fixture(scope="session")
-def login_gateway(api: ScriptedApi, claude: str) -> Iterator[RunningGateway]:
+def lone_gateway(api: ScriptedApi, quick_claude: str) -> Iterator[RunningGateway]:
+    """A gateway that keeps no process: any that is there is answering."""
+    with RunningGateway(
+        "--processes", "0", claude=quick_claude, base_url=api.url, env=API_KEY
+    ) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def login_gateway(api: ScriptedApi, quick_claude: str) -> Iterator[RunningGateway]:
     """A gateway on the real CLI, signed in with a claude.ai token."""
-    with RunningGateway(claude=claude, base_url=api.url, env=LOGIN) as running:
+    with RunningGateway(
+        "--processes", "2", claude=quick_claude, base_url=api.url, env=LOGIN
+    ) as running:
         yield running
 
 
@@ -80,14 +101,14 @@ Starter = Callable[..., RunningGateway]
 
 
 @pytest.fixture
-def start(api: ScriptedApi, claude: str) -> Iterator[Starter]:
+def start(api: ScriptedApi, quick_claude: str) -> Iterator[Starter]:
     """Start further gateways on the real CLI; they are stopped after the test."""
     with ExitStack() as stack:
 
         def start_one(*args: str, **more: Any) -> RunningGateway:
             # A spare beside a used process would take half a second of a processor each time.
             frugal = () if "--processes" in args else ("--processes", "1")
-            given = {"claude": claude, "base_url": api.url, **more}
+            given = {"claude": quick_claude, "base_url": api.url, **more}
             return stack.enter_context(RunningGateway(*args, *frugal, **given))
 
         yield start_one

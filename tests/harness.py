@@ -146,7 +146,11 @@ class RunningGateway(Client):
         self.started.append(self)
         self._dir = tempfile.TemporaryDirectory(prefix="gateway-test-")
         self.dir = Path(self._dir.name)
-        command = [sys.executable, str(GATEWAY), "--port", "0", *args]
+        # As the command that pip installs does: an imported module is compiled only once.
+        script = (
+            f"import sys; sys.path.insert(0, {str(ROOT)!r})\nimport cc2api\nsys.exit(cc2api.main())"
+        )
+        command = [sys.executable, "-c", script, "--port", "0", *args]
         if "--claude" not in args:
             command += ["--claude", claude or real_claude()]
         self.process = subprocess.Popen(

@@ -8,6 +8,7 @@ other. Without a marker the answer is the text "Hello, I am scripted.".
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import json
 import re
@@ -143,7 +144,15 @@ class Call:
     headers: dict[str, str]
     body: JsonObject
 
+    @functools.cached_property
+    def text(self) -> str:
+        return json.dumps(self.body, ensure_ascii=False)
+
     def last_user_text(self) -> str:
+        return self._last_user_text
+
+    @functools.cached_property
+    def _last_user_text(self) -> str:
         """Return all the text of the last user message, tool results included."""
         for message in reversed(self.body.get("messages", [])):
             if message["role"] == "user":
@@ -194,7 +203,7 @@ class ScriptedApi:
     def calls_with(self, marker: str) -> list[Call]:
         """Return the recorded generations whose messages hold `marker`, oldest first."""
         with self._lock:
-            return [c for c in self.calls if marker in json.dumps(c.body, ensure_ascii=False)]
+            return [c for c in self.calls if marker in c.text]
 
     def wait_for(self, condition: Callable[[], bool], timeout_s: float = 10.0) -> bool:
         """Wait until `condition()` holds; it is looked at after every recorded request."""

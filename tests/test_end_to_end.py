@@ -893,8 +893,8 @@ def test_a_chat_completions_mistake_has_openais_envelope(gateway: RunningGateway
 # ---- keys
 
 
-def test_keys_are_read_on_every_request(start: Any, api: ScriptedApi) -> None:
-    gateway = start("--processes", "0")
+def test_keys_are_read_on_every_request(start_fake: Any) -> None:
+    gateway = start_fake("--processes", "0")
     keys = gateway.dir / "apikeys.txt"
 
     def status(**headers: str) -> int:

@@ -298,8 +298,8 @@ def test_no_header_is_built_from_client_text(gateway: InProcessGateway) -> None:
 def test_150_half_open_connections_disturb_nobody(
     gateway: InProcessGateway, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cc2api, "HEAD_TIMEOUT_S", 2.0)
-    monkeypatch.setattr(cc2api, "BODY_TIMEOUT_S", 2.0)
+    monkeypatch.setattr(cc2api, "HEAD_TIMEOUT_S", 0.5)
+    monkeypatch.setattr(cc2api, "BODY_TIMEOUT_S", 0.5)
     starts = [
         b"",
         b"GET / HT",

@@ -67,7 +67,7 @@ requests = st.one_of(
         optional={"system": values, "tools": st.lists(blocks), "thinking": values},
     ),
 )
-fuzz = settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+fuzz = settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
 @fuzz
@@ -169,7 +169,7 @@ lines = st.one_of(
 )
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(st.lists(lines, max_size=25))
 def test_any_lines_give_a_valid_answer_or_an_error(script: list[Any]) -> None:
     reader, writer = cc2api.StreamParser(), cc2api.MessagesEncoder()

@@ -19,7 +19,7 @@ VALUES = st.recursive(
     | TEXTS,
     lambda inner: st.lists(inner) | st.dictionaries(TEXTS, inner),
 )
-SOME = settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
+SOME = settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @pytest.fixture(params=[25, 40, 100])

@@ -12,7 +12,7 @@ from uuid import uuid4
 import anthropic
 import openai
 import pytest
-from harness import LOGIN, InProcessGateway, RunningGateway
+from harness import InProcessGateway, RunningGateway
 from scripted_api import Reply, ScriptedApi
 
 import cc2api
@@ -118,8 +118,8 @@ def test_keys_apply_to_models_too(fake: InProcessGateway, tmp_path: Any) -> None
         keys.unlink()
 
 
-def test_a_used_up_plan_says_when_to_come_back(start: Any, api: ScriptedApi) -> None:
-    gateway = start(env=LOGIN)
+def test_a_used_up_plan_says_when_to_come_back(login_gateway: Any, api: ScriptedApi) -> None:
+    gateway = login_gateway
     word = f"mark-{uuid4().hex}"
     name = "anthropic-ratelimit-unified"
     reset = str(int(time.time()) + 3600)

@@ -9,8 +9,6 @@ import base64
 import copy
 import itertools
 import json
-import os
-import signal
 import time
 import typing
 from collections.abc import Iterator
@@ -452,7 +450,7 @@ FUZZED_FIELDS = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(FUZZED_FIELDS)
 def test_any_json_is_a_valid_turn_or_a_400(fields: JsonObject) -> None:
     try:
@@ -720,7 +718,7 @@ EVENT_TYPES: dict[str, type[BaseModel]] = {
 }
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(streams())
 def test_the_python_sdk_assembles_every_stream(events: list[JsonObject]) -> None:
     assert [event["sequence_number"] for event in events] == list(range(len(events)))
@@ -1077,22 +1075,14 @@ def test_a_stream_that_upstream_keeps_waiting_begins_and_is_kept_alive(
 def test_a_silent_stream_begins_and_is_kept_alive_by_events(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, order: str
 ) -> None:
-    """And how it ends: what was cut off may have been paid for, so it is no status."""
+    """And how it ends: what took too long was paid for, so it is no status.
+
+    The time is long enough for a process to start on a busy machine.
+    """
     monkeypatch.setattr(cc2api, "KEEPALIVE_S", 0.1)
     monkeypatch.setattr(cc2api, "CLIENT_CHECK_S", 0.05)
-    body = json.dumps({"model": "m", "input": order, "stream": True})
-    with InProcessGateway(tmp_path) as gateway:
-        connection = gateway.connect()
-        connection.request("POST", "/v1/responses", body)
-        response = connection.getresponse()
-        stream = b""
-        while b'"type": "keepalive"' not in stream:
-            stream += response.read1()
-        (pid,) = gateway.now.busy
-        os.kill(pid, signal.SIGKILL)
-        stream += response.read()
-        connection.close()
-    events = Answer(response.status, {}, stream).events
+    with InProcessGateway(tmp_path, timeout=3.0) as gateway:
+        events = ask(gateway, order, stream=True).events
     said = ["output_item.added", "content_part.added", "output_text.delta"]
     said = said if order == "stall-after-start" else []
     assert names(events) == [*BEGINNING, *said, "keepalive", "failed"]

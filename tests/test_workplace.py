@@ -117,7 +117,7 @@ def test_requests_leave_no_files_and_a_killed_gateway_none_for_good(
     gateway = start("--processes", "2", env=env)
     run_tool_loops(gateway, api, 2)
     before = files(gateway)
-    for _ in range(2):
+    for _ in range(1):
         run_tool_loops(gateway, api, 2)
     wait_until(lambda: files(gateway) <= before, "no more files than before")
     assert not any("secret_name" in Path(path).name for path in files_in(home, parent))
