@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from harness import API_KEY, FAKE_CLAUDE, GATEWAY, LOGIN, RunningGateway, clean_environment
+from helpers import free_port
 from scripted_api import ScriptedApi
 
 import cc2api
@@ -111,21 +112,22 @@ def test_an_answer_that_says_nothing_is_unknown(tmp_path: Path, said: str) -> No
 @pytest.mark.parametrize("name", ["localhost", "127.0.0.1", "[::1]"])
 @pytest.mark.parametrize("more", [[], ["--check"]])
 def test_a_gateway_that_would_call_itself_does_not_start(
-    tmp_path: Path, free_port: int, name: str, more: list[str]
+    tmp_path: Path, name: str, more: list[str]
 ) -> None:
-    url = f"http://{name}:{free_port}"
-    done = start_and_fail(tmp_path, "--port", str(free_port), *more, ANTHROPIC_BASE_URL=url)
+    port = free_port()
+    url = f"http://{name}:{port}"
+    done = start_and_fail(tmp_path, "--port", str(port), *more, ANTHROPIC_BASE_URL=url)
     assert done.returncode == 1
     assert f"ANTHROPIC_BASE_URL={url} is this gateway, which would call itself" in (
         done.stdout if more else done.stderr
     )
 
 
-@pytest.fixture
-def test_no_password_of_an_upstream_is_told(free_port: int) -> None:
-    environ = {"ANTHROPIC_BASE_URL": f"http://me:secret@127.0.0.1:{free_port}"}
+def test_no_password_of_an_upstream_is_told() -> None:
+    port = free_port()
+    environ = {"ANTHROPIC_BASE_URL": f"http://me:secret@127.0.0.1:{port}"}
     with pytest.raises(cc2api.CliUnusable, match="is this gateway") as caught:
-        cc2api.check_upstream(environ, free_port)
+        cc2api.check_upstream(environ, port)
     assert "secret" not in str(caught.value)
 
 
