@@ -4591,8 +4591,8 @@ ITEM_READERS: Final[dict[str, Callable[[ItemReader, str, Item], None]]] = {
 
 def _parse_arguments(item: Item, path: str) -> JsonObject:
     """Return a function call's arguments, which are JSON in a string."""
-    arguments = optional(item, "arguments", str, path) or "{}"
     try:
+        arguments = optional(item, "arguments", str, path) or "{}"
         return parse_json(arguments.encode())
     except InvalidRequest:
         problem = "Input should be a JSON object in a string"
@@ -5089,6 +5089,7 @@ def parse_responses_request(
     )
     fields["max_tokens"] = body.get("max_output_tokens")
     fields["effort"] = to_effort(reasoning, "effort", "reasoning")
+    fields["thinking"] = None
     if _shows_thinking(reasoning, fields["tool_choice"]):
         fields["thinking"] = {"type": "adaptive", "display": "summarized"}
 
@@ -5098,12 +5099,13 @@ def parse_responses_request(
 
 def _read_input(body: JsonObject) -> ItemReader:
     """Return the conversation of a request, whose input is a text or a list of items."""
-    items = ItemReader(to_blocks(body, "instructions", ""))
     given = body.get("input") or None
     if isinstance(given, str):
         given = [{"role": "user", "content": given}]
     owner = {"input": given}
     require(owner, "input", list)
+
+    items = ItemReader(to_blocks(body, "instructions", ""))
     for path, item in located_objects(owner, "input"):
         items.read(path, item)
     return items
