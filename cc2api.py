@@ -1864,7 +1864,7 @@ PINNED_VARIABLES: Final = {
     "CLAUDE_CODE_EFFORT_LEVEL": "",
     "CLAUDE_CODE_ALWAYS_ENABLE_EFFORT": "",
     "CLAUDE_CODE_MAX_EFFORT_REMINDER": "",
-    # Cache breakpoints as they are told with each request.
+    # Cache breakpoints as each request sets them.
     "DISABLE_PROMPT_CACHING": "",
     "DISABLE_PROMPT_CACHING_FABLE": "",
     "DISABLE_PROMPT_CACHING_HAIKU": "",
@@ -3355,7 +3355,7 @@ class Session:
         """Make the process hold all messages but the last, or all to count; none goes upstream."""
         if self.key not in (None, request.key):
             raise RuntimeError("a session must never change its caller")
-        # This is for good.
+        # From now on the process is bound to this caller and these betas.
         self.key = request.key
         self.turns += 1
         turn = request.turn
@@ -3733,7 +3733,7 @@ class Pool:
             with self._changed:
                 self._enqueue(waiter, assigned)
                 self._assign_sessions()
-                # If it is done, the supervisor would only take up the processor.
+                # Where a session was assigned at once, the supervisor need not wake up.
                 if not assigned.done():
                     self._changed.notify_all()
             while True:
@@ -4069,7 +4069,8 @@ class Gateway:
                 forget_frames(death)
             finally:
                 self._release(session)
-        # Only now, when the session is back in the pool: the next request finds it there.
+        # The last events go out when the session is back in the pool, so that the client's next
+        # request finds it there.
         yield last_batch
 
     def _answer_with(
@@ -4180,7 +4181,7 @@ class Gateway:
             log.warning("discarding process: %s", str(exc) or repr(exc))
             forget_frames(exc)
         if not usable:
-            # This comes first of all, because it may be about to call upstream.
+            # First of all it is killed, because it may be about to call upstream again.
             session.process.kill()
 
         try:
@@ -4541,7 +4542,7 @@ class ItemReader:
     def read_output(self, path: str, item: Item) -> None:
         call_id = require(item, "call_id", str, path)
         field_name = "output"
-        # Chat completions have it there.
+        # Items of chat completions have the output in `content`.
         if item.get("content") is not None:
             field_name = "content"
         require(item, field_name, object, path)
@@ -4623,7 +4624,7 @@ def _upstream_name(tool: JsonObject, path: str) -> str:
 
 
 def _flatten_namespaces(tools: Iterable[Located]) -> Iterator[Located]:
-    """Yield each tool with `namespace` and `description`, as the model is to be told of it."""
+    """Yield each tool with its `namespace`, and the `description` that the model is to get."""
     for path, tool in tools:
         if tool.get("type") != "namespace":
             texts = [optional(tool, "description", str, path), *_describe_custom_tool(tool, path)]
