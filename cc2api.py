@@ -21,17 +21,19 @@ Rules that hold throughout:
 
  1. Data goes one way: HTTP bytes, Turn, lines, events, frames. Raw client JSON is looked at only in
     the section Turn and in those of the three APIs.
- 2. A process serves one caller for life. A message that was rewound is never sent again. Where a
-    CLI cannot rewind, or cannot take another system prompt, each conversation gets its own process.
+ 2. A process serves one caller, and one set of betas, for life. A message that was rewound is never
+    sent again. Where a CLI cannot rewind, or cannot take another system prompt, each conversation
+    gets its own process.
  3. One request is one call upstream. After some answers, and after many refusals, the CLI would
     call again by itself. BLOCK_UPSTREAM_CALLS prevents that as soon as a call has left; where it is
     not certain that the block took effect in time, the process is killed.
  4. Prompts and keys go through pipes only: never into argv, files, an environment or the log.
- 5. Upstream gets what the client sent, in the same bytes by whichever process. With a login the CLI
-    adds reminders of its own, and those stay with the first message (`Session._append_blocked`).
-    No variable or setting of the user's changes how upstream is asked (PINNED_VARIABLES).
+ 5. Upstream gets what the client sent, in the same bytes whichever process sends it. With a login
+    the CLI adds reminders of its own, which stay with the first message
+    (`Session._append_blocked`). No variable or setting of the user's changes how upstream is asked
+    (PINNED_VARIABLES).
  6. A stream's status 200 goes out with its first event, so that an earlier failure keeps its true
-    status; or, where nothing comes for so long, after KEEPALIVE_S.
+    status. After KEEPALIVE_S of silence it goes out without one.
 
 To follow one request, read `Exchange.answer`, then `Gateway.answer`, then `Session.prepare`.
 
@@ -93,7 +95,7 @@ JsonObject = dict[str, Any]
 _T = TypeVar("_T")
 log = logging.getLogger("cc2api")
 
-# How often a condition is looked at that nothing can signal, such as the end of a process.
+# The polling interval for conditions that send no signal, such as the end of a process.
 POLL_INTERVAL_S: Final = 0.02
 
 
@@ -214,7 +216,7 @@ def forget_frames(exc: BaseException | None) -> None:
 
 
 class Deadline:
-    """A point in time until which is waited, with a hook that is called while waiting.
+    """A time limit, with a hook that is called while waiting.
 
     Whoever waits calls `check` before each wait, and waits for `next_wait_s` at most.
     """
@@ -238,13 +240,13 @@ class Deadline:
         return max(0.0, min(left_s, CLIENT_CHECK_S))
 
     def capped(self, seconds: float, timeout_error: Exception) -> Deadline:
-        """Return a deadline with the same hook that ends earlier; this one, if it is earlier."""
+        """Return the earlier of this deadline and one in `seconds` from now, with the same hook."""
         capped = Deadline(seconds, self._on_wait, timeout_error)
         return capped if capped._at < self._at else self
 
 
 def no_hook() -> None:
-    """The hook of a deadline for which nobody is looked after."""
+    """Do nothing: the hook of a deadline for which no client waits."""
 
 
 # ========================================================================= JSON
@@ -253,11 +255,12 @@ def no_hook() -> None:
 # and the settings that block a second call upstream would come too late. So what is large goes in
 # slices, and other threads have their turn in between. The result is the same. Pure.
 
-# Larger texts are handled in slices. The functions in C take some two milliseconds for one slice.
+# What is written as JSON goes in slices from this size on. One slice takes the functions in C some
+# two milliseconds.
 LARGE_CHARS: Final = 256 * 1024
 SLICE_CHARS: Final = 256 * 1024
-# How much JSON the functions in C may parse at once: as much as agents send in a long conversation.
-# That takes them 10 ms.
+# What is parsed goes in slices from this size on, which is as much as agents send in a long
+# conversation. It takes the functions in C 10 ms.
 MAX_BYTES_AT_ONCE: Final = 1024 * 1024
 MAX_CONTAINERS_AT_ONCE: Final = 10_000
 # Lists and objects in one body. The API takes 100,000 messages, which have three each.
@@ -302,7 +305,7 @@ def load_in_slices(raw: bytes | bytearray) -> Any:
 
 
 class _SlicedDecoder(json.JSONDecoder):
-    """The standard library's parser in its form in Python; only strings are scanned by our own.
+    """The standard library's JSON parser written in Python, with our own scanner for strings.
 
     The standard library keeps that form as a fallback, and does not document it (tried with Python
     3.10 to 3.14).
@@ -346,18 +349,19 @@ def _scan_string(text: str, begin: int, strict: bool = True) -> tuple[str, int]:
         part = _STRING_PART.match(text, start, start + SLICE_CHARS)
         end = part.end() if part else start
 
-        # The first half of an emoji waits for its other half, if that is in the next slice.
-        half = end - _HIGH_SURROGATE_CHARS
+        # Do not cut between the two escapes of one emoji: the first one waits for the next slice.
+        last_escape = end - _HIGH_SURROGATE_CHARS
         is_followed_by_escape = text[end : end + 1] == "\\"
-        if half > start and is_followed_by_escape and _HIGH_SURROGATE.fullmatch(text, half, end):
-            end = half
+        is_first_half = _HIGH_SURROGATE.fullmatch(text, last_escape, end)
+        if last_escape > start and is_followed_by_escape and is_first_half:
+            end = last_escape
         if end == start:
             raise json.JSONDecodeError("Unterminated string, or a bad escape in it", text, start)
 
         quoted = text[start:end] + '"'
         unescaped, _ = json.decoder.scanstring(quoted, 0, strict)  # type: ignore[attr-defined]
         if not unescaped.isascii():
-            # Half an emoji would raise only when it is written, much later.
+            # Refuse half an emoji here, and not when it is sent.
             unescaped.encode("utf-8")
         # This grows in place, as in `load_in_slices`.
         string += unescaped
@@ -415,7 +419,10 @@ def dump_json(value: Any) -> str:
 
 
 def is_blank(text: str, white_space: str | None = None) -> bool:
-    """Return whether a text is empty or white space alone: Python's, or these characters."""
+    """Return whether a text is empty or white space alone.
+
+    `white_space` are the characters that count as such; by default those that Python knows.
+    """
     for start in range(0, len(text), SLICE_CHARS):
         if text[start : start + SLICE_CHARS].strip(white_space):
             return False
@@ -454,7 +461,7 @@ READ_BYTES: Final = 64 * 1024  # a Linux pipe's capacity
 # No pattern may match a byte in two ways: backtracking on hostile input would take minutes.
 _REQUEST_LINE: Final = re.compile(r"([A-Z]{1,20}) ([\x21-\x7e]+) HTTP/1\.([01])")
 # The forms of a target (RFC 9112, 3.2): a path, the same with a host before it as proxies are sent
-# it, or * for the whole server.
+# it, or * for the whole server. After a host the path may be empty.
 _TARGET: Final = re.compile(
     r"(?:[Hh][Tt][Tt][Pp][Ss]?://(?P<host>[^/?#@]+))?"
     r"(?P<path>/[^?]*|(?=\?|\Z))(?:\?.*)?"
@@ -783,7 +790,8 @@ class Server(ThreadingHTTPServer):
 # by key, and no label holds what a client made up. Any thread.
 
 MAX_LOG_BACKLOG_CHARS: Final = 4_000_000  # of lines that wait to be written; some 20,000
-STDERR: Final = 2  # its descriptor
+STDOUT: Final = 1  # the descriptors
+STDERR: Final = 2
 LOG_FLUSH_S: Final = 1.0  # at the end of the program, for a stderr that is read
 MAX_LOGGED_PATH_CHARS: Final = 200
 MAX_LOGGED_MODEL_CHARS: Final = 100
@@ -803,7 +811,7 @@ METRIC_FAMILIES: Final = {
     "cc2api_signed_in": MetricFamily("gauge", "0 where claude says that it is not signed in."),
     "cc2api_requests_total": MetricFamily("counter", "Requests answered."),
     "cc2api_tokens_total": MetricFamily("counter", "Tokens as upstream counted them."),
-    "cc2api_cost_usd_total": MetricFamily("counter", "Cost as the CLI reported it, once it did."),
+    "cc2api_cost_usd_total": MetricFamily("counter", "Cost as the CLI reported it, one turn late."),
     "cc2api_time_to_first_token_seconds": MetricFamily(
         "histogram", "From the request to its answer's first delta."
     ),
@@ -833,7 +841,7 @@ class Metrics:
     def __init__(self) -> None:
         self.started_at = time.monotonic()
         self._lock = threading.Lock()  # guards what follows
-        # Of each family its values, by what follows the family's name, and by labels.
+        # family -> (suffix of its name, labels) -> value
         self._samples: dict[str, dict[tuple[str, Labels], float]] = {
             name: collections.defaultdict(float)
             for name, family in METRIC_FAMILIES.items()
@@ -1014,24 +1022,25 @@ class LogHandler(logging.Handler):
                 record = logging.makeLogRecord({"levelname": "WARNING", "msg": message})
                 text = f"{self.format(record)}\n{line}"
             with contextlib.suppress(OSError):
-                _write_to_stderr(text.encode("utf-8", "backslashreplace"))
+                write_whole(STDERR, text.encode("utf-8", "backslashreplace"))
 
             with self._changed:
                 self._backlog_chars -= len(line)
                 self._changed.notify_all()
 
 
-def _write_to_stderr(data: bytes) -> None:
-    """Write, waiting as long as it takes. Raises OSError.
+def write_whole(descriptor: int, data: bytes) -> None:
+    """Write to STDOUT or STDERR, waiting as long as it takes. Raises OSError.
 
-    Not by `sys.stderr`: the lock of its buffer would still be held at the end of the program.
+    Not by `sys.stderr`: the lock of its buffer would still be held at the end of the program, and
+    what a buffer could not write would be tried again then.
     """
     while data:
         try:
-            written = os.write(STDERR, data)
+            written = os.write(descriptor, data)
         except BlockingIOError:
             # Another process that shares the descriptor may have made it non-blocking.
-            select.select([], [STDERR], [])
+            select.select([], [descriptor], [])
         else:
             data = data[written:]
 
@@ -1070,7 +1079,8 @@ class Caller(NamedTuple):
     key_digest: bytes  # what tells one caller's conversations from another's
 
 
-NOBODY: Final = Caller("open", b"")  # the gateway itself, named as a caller without a key is
+# The gateway itself as a caller. In open mode its name is that of all callers.
+NOBODY: Final = Caller("open", b"")
 
 
 class KeyFile:
@@ -1242,9 +1252,9 @@ _LACKS_EFFORT: Final = re.compile(
 )
 # How the block begins in which Claude Code says who it is (code.claude.com: llm-gateway-protocol).
 ATTRIBUTION_START: Final = "x-anthropic-billing-header:"
-# Top-level fields that are not merged into the CLI's own body: they have a way of their own, are
-# the CLI's to say (metadata), what it does anyway (a breakpoint on the last block), or an older
-# spelling of `output_config`.
+# Top-level fields that are not merged into the CLI's own body. Each of the first five is sent in
+# another way. The CLI sends metadata of its own, and sets a breakpoint on the last block anyway.
+# The last two are older spellings of `output_config`.
 _NOT_IN_EXTRA_BODY: Final = (
     "model", "messages", "system", "stream", "tools", "metadata", "cache_control",
     "output_format", "effort",
@@ -1315,7 +1325,7 @@ def parse_json(raw: bytes) -> JsonObject:
         else:
             body = load_in_slices(raw)
     except (RecursionError, ValueError) as exc:
-        # Also raised for a lone surrogate, NaN, or a number of over 4,300 digits.
+        # Also raised for a lone surrogate, for NaN, and for an integer of over 4,300 digits.
         raise InvalidRequest(f"The request body is not valid JSON: {exc}") from None
 
     if not isinstance(body, dict) or is_deeper_than(MAX_JSON_DEPTH, body):
@@ -1363,7 +1373,12 @@ def located_objects(owner: JsonObject, name: str, path: str = "") -> Iterator[Lo
     """
     list_path = f"{path}.{name}" if path else name
     for index, item in enumerate(optional(owner, name, list, path) or []):
-        yield f"{list_path}.{index}", require({str(index): item}, str(index), dict, list_path)
+        item_path = f"{list_path}.{index}"
+        if item is None:
+            raise InvalidRequest(f"{item_path}: Field required")
+        if not isinstance(item, dict):
+            raise InvalidRequest(f"{item_path}: Input should be a valid dictionary")
+        yield item_path, item
 
 
 def as_blocks(content: Any) -> Any:
@@ -1384,9 +1399,11 @@ def to_turn(
     if not require(body, "model", str).strip():
         raise InvalidRequest("model: String should have at least 1 character")
     extra_body = _parse_extra_body(body)
+
     system_blocks = _parse_system(body)
     system = "\n\n".join(block["text"] for block in system_blocks)
     entries = list(_parse_messages(messages))
+
     if is_count and system:
         # The CLI counts with a system prompt of its own (`Gateway.count_tokens`): the client's is
         # counted as a message.
@@ -1397,6 +1414,7 @@ def to_turn(
     for path, tool in located_objects(body, "tools"):
         check_callers(f"{path}.allowed_callers", tool.get("allowed_callers"))
         tools.append(strip_cache_control(tool, breakpoints))
+
     merged = _merge_by_role(entries, breakpoints)
     if merged[-1].role == "assistant" and not is_count:
         problem = "This gateway does not support assistant message prefill."
@@ -1405,11 +1423,13 @@ def to_turn(
     # The API takes four breakpoints, and the CLI sets three: on two system blocks and the last of
     # the messages (seen, 2.1.330). The fourth is the client's latest that is not on one of those.
     last_block = merged[-1].content[-1]
-    own = [each.owner for each in breakpoints if each.owner is not last_block]
+    client_only = [each.owner for each in breakpoints if each.owner is not last_block]
+
     for owner in (body, *system_blocks):
         # Only the ttl is of interest: the CLI sets breakpoints on these itself.
         strip_cache_control(owner, breakpoints)
-    # One for all: the API takes no 1h after a 5m, and the CLI marks before and after the client.
+    # One for all: the API takes no 1h after a 5m, and the CLI's own breakpoints stand before and
+    # after the client's.
     cache_ttl = "1h" if any(each.ttl == "1h" for each in breakpoints) else "5m"
 
     return Turn(
@@ -1421,7 +1441,7 @@ def to_turn(
         tools=tools,
         extra_body=extra_body,
         betas=_parse_betas(betas),
-        cache_breakpoint=own[-1] if own else None,
+        cache_breakpoint=client_only[-1] if client_only else None,
         cache_ttl=cache_ttl,
         media_count=_count_media(merged),
     )
@@ -1469,7 +1489,8 @@ def _parse_thinking(body: JsonObject) -> JsonObject | None:
     thinking = optional(body, "thinking", dict)
     if thinking is None and is_top_p_alone(body):
         # Added for the client, which changes nothing: models that take top_p do not think by
-        # default. See `to_flag_settings`, which has to let the CLI believe that it thinks.
+        # default. The CLI has to be left with thinking on, because with thinking off it would send
+        # a temperature beside top_p (`to_flag_settings`); so the body has to turn thinking off.
         thinking = {"type": "disabled"}
     return thinking
 
@@ -1483,7 +1504,7 @@ def _parse_system(body: JsonObject) -> list[Block]:
     """Return the system prompt's text blocks; none for a blank string.
 
     The attribution block of a Claude Code that is the client is left out: the CLI sends its own,
-    and upstream drops a block that begins so whole, with the prompt that was joined to it.
+    and upstream drops the entire block that begins so, including a prompt that was joined to it.
     """
     system = body.get("system")
     if isinstance(system, str):
@@ -1543,7 +1564,7 @@ def _to_reminder(path: str, block: Block) -> Block:
 def check_block(path: str, block: Block) -> None:
     """Check one content block for what the CLI would not hand on as it is.
 
-    Raises InvalidRequest with the path as the API names it: after a block's own comes its type.
+    Raises InvalidRequest with the path as the API names it: a block's path ends with its type.
     """
     block_type = require(block, "type", str, path)
     inside = f"{path}.{block_type}"
@@ -1574,7 +1595,7 @@ def _check_tool_result(path: str, block: Block) -> None:
 
 
 def check_callers(path: str, callers: Any) -> None:
-    """Refuse calls that only other tools make: the CLI drops who has called (seen)."""
+    """Refuse tools that only other tools may call: the CLI drops the field `caller` (seen)."""
     if isinstance(callers, list) and callers and "direct" not in callers:
         problem = "programmatic tool calling does not pass through the CLI; only `direct` calls do"
         raise InvalidRequest(f"{path}: {problem}")
@@ -1586,7 +1607,7 @@ def check_image(path: str, source: JsonObject) -> None:
         return
     media_type = str(source.get("media_type"))
     data = require(source, "data", str, f"{path}.base64")
-    is_image = data.startswith(_IMAGE_STARTS.get(media_type, "no image"))
+    is_image = media_type in _IMAGE_STARTS and data.startswith(_IMAGE_STARTS[media_type])
     if not is_image or not _is_base64(data):
         raise InvalidRequest(f"{path}.base64.data: Could not process image as {media_type}")
 
@@ -1618,7 +1639,7 @@ def _merge_by_role(entries: Iterable[Entry], breakpoints: list[Breakpoint]) -> l
     for is_answer, group in itertools.groupby(entries, lambda entry: entry.role == "assistant"):
         joined = list(group)
         if any(entry.role == "system" for entry in joined):
-            # Tool results must stay in front of what became text. The sort keeps the order else.
+            # Tool results must stay in front of what became text. The sort is stable.
             joined.sort(key=lambda entry: entry.block["type"] != "tool_result")
         if is_answer:
             _check_says_something(joined)
@@ -1634,7 +1655,8 @@ def _merge_by_role(entries: Iterable[Entry], breakpoints: list[Breakpoint]) -> l
 def _check_says_something(answer: list[Entry]) -> None:
     """Refuse an answer that counts for nothing in the CLI.
 
-    It drops an answer that has only such blocks, and joins what stands before and after it (seen).
+    The CLI drops an answer that has only thinking or empty text, and joins what stands before and
+    after it (seen).
     """
     if not all(_says_nothing(entry.block) for entry in answer):
         return
@@ -1698,7 +1720,7 @@ class Breakpoint(NamedTuple):
 
 
 def strip_cache_control(owner: JsonObject, breakpoints: list[Breakpoint]) -> JsonObject:
-    """Return a copy of a block or tool without cache_control.
+    """Return a copy of a block or tool without its cache breakpoint.
 
     Each breakpoint found, also those inside a tool result, is appended to `breakpoints` as one of
     this copy.
@@ -1709,10 +1731,13 @@ def strip_cache_control(owner: JsonObject, breakpoints: list[Breakpoint]) -> Jso
         stripped["content"] = [
             strip_cache_control(as_object(part), found) for part in stripped["content"]
         ]
+
     cache_control = as_object(stripped.get("cache_control"))
     if cache_control.get("type") == "ephemeral":
         del stripped["cache_control"]
         found.append(Breakpoint(stripped, cache_control.get("ttl")))
+
+    # Breakpoints found inside count as ones of this block.
     breakpoints.extend(Breakpoint(stripped, each.ttl) for each in found)
     return stripped
 
@@ -1730,7 +1755,7 @@ def digest_message(message: Message) -> bytes:
 
 
 def _canonical(node: Any) -> Any:
-    """Drop what makes no difference to the model; a tool's input is verbatim."""
+    """Drop null and false fields, and `caller`, which the CLI drops; a tool's input is verbatim."""
     if isinstance(node, list):
         return [_canonical(item) for item in node]
     if not isinstance(node, dict):
@@ -1909,8 +1934,8 @@ PINNED_VARIABLES: Final = {
     "CLAUDE_CODE_MAX_MCP_DESCRIPTION_LENGTH": "1000000",
     "CLAUDE_CODE_MAX_TOOL_USE_CONCURRENCY": "1000",
 }
-# On the command line, since they win there over the user's own settings files, which
-# --setting-sources may load, and those over the environment.
+# They stand on the command line. That beats the user's settings files, which --setting-sources may
+# load; and those beat the environment.
 PINNED_SETTINGS: Final[JsonObject] = {
     "hooks": {},
     "mcpServers": {},
@@ -1932,9 +1957,9 @@ PROCESS_FLAGS: Final = (
     # Its log to stderr, of these categories only: that a call leaves, and the failure of one.
     "--debug-to-stderr", "--debug=api:timing,api error (attempt 1/1)",
 )  # fmt: skip
-# Of the variables that start with CLAUDE only those are handed down that say who signs in, by which
-# provider, and how it is reached. The rest are the CLI's own switches, some of which no settings
-# win over (STREAM_EVENT_HOLD_MS, REMOTE, ENTRYPOINT: seen, 2.1.300 and 2.1.332).
+# Of the variables that start with CLAUDE only those about the sign-in and the provider are passed
+# on. The others are the CLI's own switches, and settings cannot override some of them
+# (STREAM_EVENT_HOLD_MS, REMOTE, ENTRYPOINT: seen, 2.1.300 and 2.1.332).
 _HANDED_DOWN: Final = re.compile(
     r"CLAUDE_CONFIG_DIR|CLAUDE_SECURESTORAGE_CONFIG_DIR"
     r"|CLAUDE_CODE_OAUTH_\w+|CLAUDE_CODE_API_KEY_HELPER_TTL_MS|CLAUDE_CODE_ORGANIZATION_UUID"
@@ -2004,7 +2029,7 @@ def _cli_output(path: str, args: list[str], environ: Mapping[str, str]) -> str:
 
 IN_DEMO: Final = "DEMO: a script answers, no account is used"
 UNKNOWN_SIGN_IN: Final = "unknown (`claude auth status` does not say)"
-NOT_SIGNED_IN: Final = "NOT SIGNED IN: "  # how a sign-in begins with which requests will fail
+NOT_SIGNED_IN: Final = "NOT SIGNED IN: "  # the prefix of a description: requests will fail
 # By `authMethod` of `claude auth status` (seen, 2.1.300 and 2.1.331).
 _BILLING_BY_AUTH_METHOD: Final = {
     "claude.ai": "claude.ai login ({subscriptionType}): draws on the plan's limits",
@@ -2109,7 +2134,8 @@ def command_and_environment(
     # The CLI leaves sockets and probe files: they go where we clean up.
     environment["TMPDIR"] = temp_dir
     # It keeps notes on its tool servers, with the names of a request's tools and the text of failed
-    # results, a file for each process: but not where no directory can be made (seen).
+    # results, in a file for each process. Below /dev/null no directory can be made, so it keeps
+    # none (seen).
     environment["XDG_CACHE_HOME"] = os.devnull
     return command, environment
 
@@ -2132,11 +2158,14 @@ class Workplace:
         self._lock: int | None = None  # a descriptor of temp_dir, once it is locked
 
     def prepare(self) -> None:
-        """Make what is missing: a cleaner may have removed it. Raises OSError."""
+        """Make the directories that are missing, and remove what killed gateways have left.
+
+        It is called before each start, because a cleaner may have removed them. Raises OSError.
+        """
         _make_private(self._root)
         _make_private(self.work_dir)
-        # By itself the CLI runs git at every apply_flag_settings, to see whether the directory's
-        # settings are tracked there. With this file it takes them to be (seen: 7 ms, then 4.5).
+        # At every apply_flag_settings the CLI runs git, to see whether the directory's settings are
+        # tracked. An empty .git file makes it assume that, without git (seen: 7 ms, then 4.5).
         settings_dir = self.work_dir / ".claude"
         settings_dir.mkdir(exist_ok=True)
         (settings_dir / ".git").touch()
@@ -2268,9 +2297,10 @@ MAX_FOREIGN_ERROR_CHARS: Final = 1000  # of a proxy's page of HTML
 # From this size in tokens on the CLI refuses to call upstream ("Prompt is too long").
 BLOCKING_LIMIT_VARIABLE: Final = "CLAUDE_CODE_BLOCKING_LIMIT_OVERRIDE"
 # Settings for when a call has left, so that the process makes no other one, whatever comes back.
-# The limit, now 1 token, ends a turn that would go on after its answer ("Prompt is too long"). What
-# calls again below that, after a refusal, gets a header that no HTTP client sends, and fails inside
-# the CLI. Both are certain once the CLI has acknowledged them; before, only a kill helps.
+# A prompt limit of 1 token ends a turn that would go on after its answer ("Prompt is too long").
+# The repeated call after an upstream error does not look at that limit: for it, the newline makes
+# the anthropic-beta header one that no HTTP client sends, so it fails inside the CLI. Both are
+# certain once the CLI has acknowledged them; before that, only a kill helps.
 BLOCK_UPSTREAM_CALLS: Final[JsonObject] = {
     "env": {
         BLOCKING_LIMIT_VARIABLE: "1",
@@ -2427,14 +2457,14 @@ def read_log_line(raw: bytes) -> str | None:
     return text
 
 
-# get_context_usage takes 500 tokens off all tools together, and counts them beside a message of 8.
+# get_context_usage reports for all tools together: the true count, less 500, plus a message of 8.
 COUNTED_TOOLS_DEDUCTION: Final = 492
 # Counted with the tools, so that their sum is never below the deduction, and by themselves.
 PADDING_TOOLS: Final[list[JsonObject]] = [
     {"name": name, "description": "word " * 1000, "input_schema": {"type": "object"}}
     for name in ("cc2api_padding", "cc2api_padding2")
 ]
-# Of the system prompt of `Gateway.count_tokens` every true count is twice that.
+# The random system prompt that is counted along has at least 64 tokens; a guess has fewer than 32.
 _MIN_COUNTED_SYSTEM_TOKENS: Final = 32
 
 
@@ -2514,7 +2544,9 @@ class StreamParser:
         elif line_type == "result":
             self.has_failed = True
             error = to_api_error(line, self._cli_error)
-            raise self.refusal if self.refusal and not error.is_for_operator else error
+            if self.refusal and not error.is_for_operator:
+                raise self.refusal
+            raise error
         elif line.get("status") == "requesting":
             self.is_calling = True
         elif line_type == "rate_limit_event":
@@ -2548,7 +2580,7 @@ class StreamParser:
         stop_reason = as_object(event.get("delta")).get("stop_reason")
         if self._cli_error and not stop_reason:
             # After a failure come closing events of the CLI's own making, without a stop reason,
-            # and then `result`; after a refusal the true message_delta.
+            # and then `result`. A model's own refusal ends with a real message_delta.
             return []
         if event_type == "message_start" and self._has_started:
             return []  # a second start
@@ -2628,7 +2660,7 @@ def to_api_error(result: Line, cli_error: str | None = None) -> ApiError:
 
 
 _RATE_LIMIT_PREFIX: Final = "anthropic-ratelimit-unified"
-LONGEST_RETRY_S: Final = 60  # what SDKs wait for without seeming to hang
+LONGEST_RETRY_S: Final = 60  # clients may wait so long without seeming to hang
 
 
 def to_rate_limit_headers(info: Any) -> dict[str, str]:
@@ -2673,9 +2705,8 @@ def with_retry_after(error: ApiError, rate_limits: Mapping[str, str]) -> ApiErro
 # hands it over). That thread moves all three pipes while it waits for a line, so neither side can
 # block the other, and no pipe needs a thread of its own.
 
-# An answer of 128k tokens is about 1 MB. But where a message is rewound the CLI prints its text:
-# that is not longer than the body that it came in, and is given as much again for what it is
-# wrapped in and how it is escaped.
+# An answer of 128k tokens is about 1 MB. But where a message is rewound the CLI prints its text,
+# which is at most one body long; as much again is for escaping and wrapping.
 MAX_LINE_BYTES: Final = 2 * MAX_BODY_BYTES
 MAX_LOG_LINE_BYTES: Final = 64 * 1024  # of the CLI's log; upstream's errors are far shorter
 STDERR_TAIL_BYTES: Final = 2000  # enough for a stack trace's first lines in an error message
@@ -2683,7 +2714,7 @@ EXIT_STATUS_S: Final = 1.0  # from a closed stdout to the exit status; a dying p
 
 
 class ProcessDied(Exception):
-    """The process ended, closed its output, fell silent, or failed us; the message says how."""
+    """The process ended, fell silent, or broke the protocol: it cannot be used any more."""
 
 
 class CliRefused(ProcessDied):
@@ -2765,7 +2796,7 @@ class Process:
 
     def kill(self) -> None:
         """End it at once, and what it has started; `close` comes after."""
-        # Only then does the group's number certainly still belong to it.
+        # A reaped pid, and the group of that number, may be another process's.
         if self.is_alive():
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self.pid, signal.SIGKILL)
@@ -2790,7 +2821,7 @@ class Process:
                 del self._write_buffer[:written]
                 self._fill_write_buffer()
         except (OSError, ValueError):
-            # It has closed its stdin, or `close_stdin` has; what it still prints says why.
+            # stdin is closed; the reason is read from what the process still prints.
             self._write_buffer.clear()  # what it still prints says why
             self._unwritten.clear()
 
@@ -2804,7 +2835,7 @@ class Process:
                 self._write_buffer += piece.encode("ascii")
 
     def _read_some(self) -> None:
-        """Take what both pipes hold, so that no log line comes after what was printed later."""
+        """Take what both pipes hold: stdout first, so that no log line comes too late."""
         chunk: bytes | None = self._stdout.read(READ_BYTES)
         self._read_stderr()
         if chunk == b"":
@@ -2895,7 +2926,7 @@ class ToolServer:
         return {"sdkMcpServers": [TOOL_SERVER], "sdkMcpServerManifests": {TOOL_SERVER: manifest}}
 
     def feed(self, line: Line) -> bool:
-        """Answer an MCP request, or let a tool call wait; return whether the line was for MCP."""
+        """Answer an MCP request, or let a tool call wait; return whether it was one of them."""
         message = as_object(as_object(line.get("request")).get("message"))
         method = message.get("method")
         if method == "tools/call":
@@ -2973,7 +3004,7 @@ class ControlChannel:
         if line.get("type") == "result":
             self.pending_results -= 1
             cost = line.get("total_cost_usd")
-            # Not a number that no sum survives: infinity, or an integer beyond all floats.
+            # Infinity, and an integer beyond all floats, would spoil the sum.
             if isinstance(cost, (int, float)) and 0 <= cost < MAX_COST_USD:
                 self.cost_usd = float(cost)
         elif response.get("request_id") == self._pending_settings_id:
@@ -2990,8 +3021,8 @@ class ControlChannel:
     def request(self, subtype: str, deadline: Deadline, **fields: Any) -> JsonObject:
         """Send a control request and wait for its response.
 
-        Raises CliRefused for one of REUSE_REQUESTS that is refused or not answered, for any other
-        ProcessDied.
+        Raises CliRefused if one of REUSE_REQUESTS is refused or not answered. Any other failure
+        raises ProcessDied.
         """
         failure: type[ProcessDied] = ProcessDied
         timeout_s = CONTROL_TIMEOUT_S
@@ -3002,9 +3033,11 @@ class ControlChannel:
         request_id = self._send_control_request(subtype, **fields)
         too_late = failure(f"claude did not answer {subtype} within {timeout_s:.0f} s")
         capped = deadline.capped(timeout_s, too_late)
+
         response: JsonObject = {}
         while response.get("request_id") != request_id:
             response = as_object(self.read_line(capped).get("response"))
+
         if response.get("subtype") != "success":
             raise failure(f"claude refused {subtype}: {response.get('error')}")
         return as_object(response.get("response"))
@@ -3161,11 +3194,13 @@ class Conversation:
 
         `previous` is that of the turn before. There are three cases:
 
-        1. Nothing can be reused, because the model or the system prompt differs.
+        1. Nothing, because the model, the system prompt or the ttl differs, or the turn before was
+           prepared only in part (`previous` is None).
         2. All of it, because the turn goes on where the conversation ended. If that was with tool
            calls, the turn has to bring their results, in a form that passes through MCP.
-        3. The part before the last rewind point at or before the first difference: a message can be
-           rewound only together with those that follow it, and only if it is a user's own.
+        3. A part. From the first difference it is gone back to the nearest rewind point: a message
+           can be rewound only together with those that follow it, and only if it is a user's own.
+           What stands before that message is reused.
         """
         if previous != PrefixKey.of(turn):
             return 0
@@ -3231,7 +3266,7 @@ class SessionRequest:
     turn: Turn
     key: PoolKey
     deadline: Deadline
-    is_count: bool = False  # of its tokens, under a system prompt that no session holds
+    is_count: bool = False  # only its tokens are counted, with a random system prompt
     failed_attempts: int = 0
     arrived_at: float = field(default_factory=time.monotonic)  # its place among those who wait
 
@@ -3246,10 +3281,11 @@ class SessionRequest:
         So SETUP_ATTEMPTS are made: one with a process of the pool's, then with new ones. After them
         CliFailed is raised.
         """
-        log.warning("%s; nothing was sent upstream, retrying on a new process", death)
         self.failed_attempts += 1
         if self.failed_attempts == SETUP_ATTEMPTS:
+            log.warning("%s; nothing was sent upstream, giving up", death)
             raise CliFailed(str(death), status=503) from death
+        log.warning("%s; nothing was sent upstream, retrying on a new process", death)
 
 
 def _warmup_turn(**fields: Any) -> Turn:
@@ -3257,7 +3293,7 @@ def _warmup_turn(**fields: Any) -> Turn:
     return to_turn(body, [("messages.0", {"role": "user", "content": "rehearsal"})])
 
 
-# Two turns of no meaning, with other system prompts and tools: what any two requests may differ in.
+# Two turns of no meaning. They differ in system prompt and tools, so a warm-up tests both changes.
 WARMUP_TURNS: Final = (
     _warmup_turn(),
     _warmup_turn(system="rehearsal", tools=[{"name": "rehearsal", "input_schema": {}}]),
@@ -3313,10 +3349,7 @@ class Session:
         return len(turn.messages) - reusable + weight * lost
 
     def _can_count(self, tools: Iterable[JsonObject]) -> bool:
-        """Return whether the CLI would count these tools, and not others of their names.
-
-        It counts the tool that first had a name.
-        """
+        """Return whether the CLI would count these tools: it remembers counts by a tool's name."""
         known = self._channel.tool_server.known_tools
         return all(known.get(to_tool_name(tool), tool) == tool for tool in tools)
 
@@ -3342,17 +3375,23 @@ class Session:
         """
         first, second = WARMUP_TURNS
         key = PoolKey(NOBODY, ())
+
         self.prepare(SessionRequest(first, key, deadline))
         self._channel.apply_settings(BLOCK_UPSTREAM_CALLS, deadline)
         self.start_call(deadline)
         self._wait_for_blocked_end(deadline)
+
         self.prepare(SessionRequest(second, key, deadline))
+
         self.turns = 0
         self.key = None
         self._turn = None
 
     def prepare(self, request: SessionRequest) -> None:
-        """Make the process hold all messages but the last, or all to count; none goes upstream."""
+        """Make the process hold all messages but the last one, or all of them to be counted.
+
+        Nothing goes upstream. With a login one message is sent by a blocked query.
+        """
         if self.key not in (None, request.key):
             raise RuntimeError("a session must never change its caller")
         # From now on the process is bound to this caller and these betas.
@@ -3360,6 +3399,7 @@ class Session:
         self.turns += 1
         turn = request.turn
         deadline = request.deadline
+
         previous = self._previous
         # Until the last line of this method has run, nothing here can be reused.
         self._previous = None
@@ -3370,7 +3410,8 @@ class Session:
         conversation = self._conversation
         reusable = conversation.reusable_prefix(turn, previous)
         if reusable < len(conversation.messages):
-            self._channel.rewind(conversation.rewind(reusable), deadline)
+            fields = conversation.rewind(reusable)
+            self._channel.rewind(fields, deadline)
         else:
             self._channel.wait_for_turn_end(set(conversation.pending_tool_calls), deadline)
 
@@ -3378,6 +3419,7 @@ class Session:
             # The CLI's own breakpoints are on the messages that it holds. With one more of the
             # client's in each turn they would soon be over the four that the API takes.
             turn = dataclasses.replace(turn, cache_breakpoint=None)
+
         end = len(turn.messages) if request.is_count else len(turn.messages) - 1
         blocked_index = None
         if turn.is_login and reusable == 0 and not request.is_count:
@@ -3392,6 +3434,7 @@ class Session:
                 # User lines are queued but assistant lines applied at once: without a wait the
                 # order would be lost.
                 self._channel.wait_until_idle(deadline)
+
         self._turn = turn
         self._previous = PrefixKey.of(turn)
 
@@ -3409,6 +3452,7 @@ class Session:
         if not call_ids:
             self._append(turn, last, is_query=True)
             return
+
         results = to_tool_results(turn.messages[last], call_ids) or []
         self._conversation.add(turn, last, None)
         self._channel.send_tool_results(dict(zip(call_ids, results, strict=True)), deadline)
@@ -3421,15 +3465,18 @@ class Session:
         parser = self.parser
         silent = ProcessDied(f"claude did not call upstream within {CALL_TIMEOUT_S:.0f} s")
         until_called = deadline.capped(CALL_TIMEOUT_S, silent)
+
         batch: list[Event] = []
         while not parser.is_done:
             if batch and not self.process.lines:
                 yield batch
                 batch = []
+
             try:
                 line = self._channel.read_line(deadline if parser.is_calling else until_called)
                 with malformed_as_502():
                     batch += parser.feed(line)
+
                 if parser.has_left and self._channel.settings is not BLOCK_UPSTREAM_CALLS:
                     self._channel.start_applying(BLOCK_UPSTREAM_CALLS)
                 if parser.refusal:
@@ -3476,6 +3523,7 @@ class Session:
         channel = self._channel
         conversation = self._conversation
         parser = self.parser
+
         if self._previous is None:
             return False  # a turn is prepared only in part
         if conversation.messages and not conversation.messages[0].is_rewind_point:
@@ -3484,16 +3532,22 @@ class Session:
             return True  # nothing was called
 
         if parser.refusal:
-            # Where the CLI has gone on it remembers what it left out, and leaves it out for good.
+            # Where the CLI has repaired the request and called again, it goes on to leave out what
+            # was refused, and its conversation differs from the client's.
             return parser.has_failed and not parser.called_again
         if parser.has_failed:
             return True
         if not parser.is_done:
-            return parser.is_calling and channel.interrupt()
+            # Before the call the CLI cannot be interrupted: it is killed.
+            if not parser.is_calling:
+                return False
+            return channel.interrupt()
 
         tool_names = {to_tool_name(tool) for tool in self._tools()}
         if not parser.can_go_on or not tool_names.issuperset(parser.tool_calls.values()):
-            return channel.is_blocked  # the CLI would call again: certain not to, or killed
+            # The CLI would call again: by itself, or because the model called an unknown tool. It
+            # is kept only if it has acknowledged the block.
+            return channel.is_blocked
 
         conversation.add_answer(parser)
         # The settings are likely those of the next turn too. But while tool calls wait the block
@@ -3510,6 +3564,7 @@ class Session:
         if turn.system:
             fields["systemPrompt"] = [turn.system]
         fields.update(tool_server.initialize_fields())
+
         response = self._channel.request("initialize", deadline, **fields)
         self.models = response.get("models") or []
         self.is_new = False
@@ -3570,7 +3625,7 @@ class Session:
         self.process.kill()
         too_late = ProcessDied("claude did not end")
         with contextlib.suppress(ProcessDied, ApiError), malformed_as_502():
-            while True:
+            while True:  # until ProcessDied says that there is no more
                 deadline = Deadline(INTERRUPT_TIMEOUT_S, no_hook, too_late)
                 self.parser.feed(self._channel.read_line(deadline))
 
@@ -3593,11 +3648,10 @@ IDLE_TIMEOUT_S: Final = 300.0  # after a burst, for processes beyond --processes
 # Wait for so long before the next spare is started, so that its 0.45 s of processor time do not
 # delay the call of the request that took the last one.
 SPARE_DELAY_S: Final = 0.1
-# What using a spare costs, in messages: replaying so many takes as long as a spare's slower first
-# turn.
+# What using a spare costs, in messages: its first turn is slower by as much as replaying so many.
 SPARE_COST_MESSAGES: Final = 25
 SUPERVISOR_INTERVAL_S: Final = 5.0  # how soon a dead or stale spare is noticed without a request
-REUSE_RETRY_S: Final = 600.0  # a CLI that could not be used again may be busy, not another one
+REUSE_RETRY_S: Final = 600.0  # a warm-up may have failed from load alone, so it is tried again
 EXIT_GRACE_S: Final = 5.0  # from EOF on stdin to SIGKILL; the CLI needs 0.04 s
 OVERLOADED_RETRY_AFTER_S: Final = 5  # told to clients that find the queue full
 
@@ -3629,8 +3683,8 @@ class Fleet:
     def nearest(self, request: SessionRequest, *, may_rewind: bool) -> Session | None:
         """Return the session in which a request costs least, the longest idle of equal ones.
 
-        A spare costs 1 extra while fewer processes are in use than are kept when idle, so that no
-        conversation is thrown away needlessly. Above that number it costs SPARE_COST_MESSAGES,
+        A spare costs 1 extra while fewer than --processes - 1 are busy or idle, so that no
+        conversation is thrown away needlessly. From that number on it costs SPARE_COST_MESSAGES,
         because it means one more process.
         """
         kept_in_use = min(self.settings.processes - 1, self.settings.max_concurrency)
@@ -3678,8 +3732,11 @@ class Fleet:
         kept = self.settings.processes
         candidates = self.in_state("idle") if kept else self.in_state("spare", "idle")
         surplus = len(self.in_state("spare", "idle", "starting")) - kept
-        free_slots = self.free_slots() - 1 if incoming else self.free_slots()
+        free_slots = self.free_slots()
+        if incoming:
+            free_slots -= 1
         without_slot = len(candidates) - free_slots
+
         for rank, session in enumerate(candidates):  # the longest idle first
             _, idle_since = self._states[session]
             was_long_idle = now - idle_since > IDLE_TIMEOUT_S
@@ -3743,7 +3800,8 @@ class Pool:
         except BaseException:
             with self._changed:
                 self._waiters.pop(waiter, None)
-            # A session that was assigned in the last moment must not be lost.
+            # A session that was assigned in the last moment must not be lost. A new one is ended:
+            # it is not warmed up, and was started for this request alone.
             if assigned.done() and not assigned.exception():
                 session = assigned.result()
                 self.release(session, usable=not session.is_new)
@@ -3757,7 +3815,7 @@ class Pool:
                     self.failure = ""
                 self._fleet.move(session, "spare" if session.key is None else "idle")
 
-            # With --processes 0 a used session is ended. A new one was started for a waiter.
+            # With --processes 0 a used session is ended. One without a key is for a waiter.
             is_used = session.key is not None
             is_surplus = is_used and self._fleet.settings.processes == 0
             is_worn_out = session.turns >= MAX_SESSION_TURNS
@@ -3778,6 +3836,7 @@ class Pool:
         """End every process, lent ones too, and wait for that, up to EXIT_GRACE_S and a little."""
         with self._changed:
             self._is_closed = True
+
             for session in self._fleet.in_state("spare", "idle"):
                 self._fleet.end(session)
             for session in self._fleet.in_state("busy", "starting"):
@@ -3789,7 +3848,8 @@ class Pool:
             self._changed.notify_all()
         self._supervisor.join(EXIT_GRACE_S + 1)
 
-    # ---- The next methods need the lock held by the caller; those after them take it.
+    # ---- The next methods need the lock held by the caller; those after them take it. It may be
+    # taken twice by one thread.
 
     def _enqueue(self, waiter: SessionRequest, assigned: Future[Session]) -> None:
         """Add a request to the queue. Raises ApiError where it is full or closed."""
@@ -3848,7 +3908,8 @@ class Pool:
             return False
         if self._fleet.in_state("starting", "spare"):
             return False
-        # One of the processes that are kept is the spare; with one alone, only while none is used.
+        # One of the processes that are kept is the spare. With --processes 1 a spare is kept only
+        # while nothing else runs.
         is_any_used = bool(self._fleet.in_state("busy", "idle"))
         needed = 2 if is_any_used else 1
         return self._fleet.settings.processes >= needed or bool(self.failure)
@@ -3886,6 +3947,7 @@ class Pool:
                 return True
 
             self._assign_sessions()
+
             is_for_waiter = self._waiter_needs_process()
             self._fleet.evict(incoming=is_for_waiter)
             starts_one = is_for_waiter or self._spare_is_due()
@@ -3901,7 +3963,7 @@ class Pool:
         return False
 
     def _start_process(self, *, for_waiter: bool) -> None:
-        """Start a process: for the request that waits longest as it is, a spare to be warmed up."""
+        """Start a process: without a warm-up for a request that waits, as a spare with one."""
         session: Session | None = None
         try:
             session = self._start()
@@ -4097,18 +4159,20 @@ class Gateway:
             return self._count(request, []).messages
 
         model = request.turn.model
+
         if model not in self._padding_tokens:
             both = self._count(request, PADDING_TOOLS).tools
             first = self._count(request, PADDING_TOOLS[:1]).tools
             self._padding_tokens[model] = both - first
+
         counts = self._count(request, [*turn.tools, PADDING_TOOLS[0]])
         tools = counts.tools + COUNTED_TOOLS_DEDUCTION - self._padding_tokens[model]
         return counts.messages + max(0, tools)
 
     def _count(self, request: SessionRequest, tools: list[JsonObject]) -> TokenCounts:
         """Count a turn's messages, with these tools in place of its own."""
-        # A system prompt that was never counted before shows that upstream counted, and that the
-        # CLI did not guess (`to_token_counts`).
+        # 32 separate characters make over 32 tokens, so that a guess of the CLI's can be told from
+        # a count (`to_token_counts`). They are random, so that no earlier count is remembered.
         system = " ".join(uuid.uuid4().hex)
         turn = dataclasses.replace(request.turn, system=system, tools=tools, cache_breakpoint=None)
         counting = dataclasses.replace(request, turn=turn, is_count=True)
@@ -4267,7 +4331,7 @@ class MessagesEncoder:
         return self.message
 
     def keepalive(self) -> Sequence[JsonObject]:
-        """Return events that show life in a stream that is silent; none: an SSE comment does."""
+        """Return events that show life in a silent stream; without any an SSE comment is sent."""
         # Before message_start an event would confuse some clients.
         if not self.message:
             return []
@@ -4450,7 +4514,7 @@ def _to_source(url: str) -> JsonObject:
     media_type = data_url[1].replace("image/jpg", "image/jpeg")
     encoded = data_url[2]
     if not media_type.startswith(("image/", "application/pdf")):
-        # What is not text is left to upstream, which refuses it.
+        # Upstream refuses what is not text.
         with contextlib.suppress(ValueError):
             text = base64.b64decode(encoded, validate=True).decode("utf-8")
             return {"type": "text", "media_type": "text/plain", "data": text}
@@ -4601,7 +4665,7 @@ def _parse_arguments(item: Item, path: str) -> JsonObject:
 
 
 def seal(block: Block) -> str:
-    """Return a thinking block as `encrypted_content`, whole: clients cut summaries anew."""
+    """Return a thinking block as `encrypted_content`: whole, since clients split summaries."""
     return _SEAL + base64.urlsafe_b64encode(json.dumps(block).encode("ascii")).decode("ascii")
 
 
@@ -4690,7 +4754,8 @@ def _to_tools(tools: Iterable[Located]) -> tuple[list[JsonObject], dict[str, Jso
                 fields["namespace"] = tool["namespace"]
         # A later search may find a tool described anew, but `tools` names each once.
         is_named_twice = name in translated and path.startswith("tools.")
-        if is_named_twice or call_fields.setdefault(name, fields) != fields:
+        is_of_other_type = call_fields.setdefault(name, fields) != fields
+        if is_named_twice or is_of_other_type:
             raise InvalidRequest(f"{path}.name: there is another tool of the name {name}")
 
         parameters = optional(tool, "parameters", dict, path) or {"properties": {}}
@@ -5076,10 +5141,8 @@ def parse_responses_request(
         raise InvalidRequest("include: logprobs are not supported by this gateway")
 
     items = _read_input(body)
-    if not items.messages:
-        raise InvalidRequest("input: The last item must be a user's message or a tool's output")
-    _, last_message = items.messages[-1]
-    if last_message["role"] == "assistant" and not is_count:
+    last_role = items.messages[-1][1]["role"] if items.messages else "none"
+    if last_role == "none" or (last_role == "assistant" and not is_count):
         raise InvalidRequest("input: The last item must be a user's message or a tool's output")
 
     reasoning = optional(body, "reasoning", dict) or {}
@@ -5390,6 +5453,7 @@ class ResponsesEncoder(MessagesEncoder):
         # Such blocks are what upstream's own tools do.
         is_left_out = item_type not in _ITEM_FORMS
         is_in_message = self._item is not None and self._item.type == "message"
+        # Neither text nor a block of upstream's own tools ends an open message.
         goes_on = is_in_message and (is_left_out or item_type == "message")
         if not goes_on:
             yield from self._finish_item()
@@ -5440,7 +5504,7 @@ class ResponsesEncoder(MessagesEncoder):
 
 
 def to_responses_error(error: ApiError, request_id: str = "") -> tuple[int, JsonObject]:
-    """Return OpenAI's status and envelope, with the codes by which Codex does not repeat."""
+    """Return OpenAI's status and envelope, with the codes on which Codex does not repeat."""
     status, body = to_openai_error(error, request_id)
     inner = body["error"]
     if inner["code"] == "overloaded":
@@ -5457,7 +5521,7 @@ def to_responses_error(error: ApiError, request_id: str = "") -> tuple[int, Json
 def to_failure(error: ApiError) -> JsonObject:
     """Return the `error` of a response that failed: {"code", "message"}.
 
-    Codex repeats a request but for four codes: server_is_overloaded, insufficient_quota,
+    Codex repeats a request except on four codes: server_is_overloaded, insufficient_quota,
     context_length_exceeded and invalid_prompt.
     """
     status, body = to_responses_error(error)
@@ -5698,6 +5762,7 @@ class Exchange:
         route = self._route
         if self._server.is_closed():
             raise CliFailed(_CLOSING, status=503)
+
         keys = self._gateway.keys.load()
         is_open = keys == {}
         if is_open and route.name != "healthz":
@@ -5736,6 +5801,7 @@ class Exchange:
 
         status, body = self._route.dialect.to_error(error, self._log.request_id)
         self._response.add_headers(self._error_headers(error, status))
+
         encoder = self._stream_encoder
         may_be_paid = error.status in (502, 504)
         with contextlib.suppress(ClientGone):
@@ -5842,7 +5908,8 @@ class Exchange:
         if not turn.stream:
             with malformed_as_502():
                 body = encoder.result()
-            self._log.debug("response", self._response.send(200, body))
+            sent = self._response.send(200, body)
+            self._log.debug("response", sent)
 
     def _write_frames(self, events: list[JsonObject], end: bytes, is_last: bool) -> None:
         frames = to_sse_frames(events) + end
@@ -5878,7 +5945,8 @@ class Exchange:
     def _parsing_lock(self, body_bytes: int) -> Iterator[None]:
         """Wait until no other large body is parsed.
 
-        It keeps the interpreter busy for a second, and takes several times its size in memory.
+        To parse one keeps the interpreter busy for a second, and takes several times its size in
+        memory.
         """
         if body_bytes <= MAX_BYTES_AT_ONCE:
             yield
@@ -6027,7 +6095,7 @@ def parse_args(argv: Sequence[str] | None, environ: Mapping[str, str]) -> Settin
     """Return the settings. Wrong options end the process with status 2, as argparse does."""
     parser = argparse.ArgumentParser(
         "cc2api",
-        usage=argparse.SUPPRESS,  # it would stand before each problem, which then is one line
+        usage=argparse.SUPPRESS,  # without it an error is one line
         description="The Claude Code CLI on this machine as an Anthropic Messages API.",
         epilog="Every option can be given as a variable too: --port 8080 is CC2API_PORT=8080.",
     )
@@ -6241,7 +6309,8 @@ def run_check(settings: Settings, environ: Mapping[str, str]) -> int:
     exit_status = 0
     for name, step in steps.items():
         try:
-            print(f"{name:<9}ok    {step()}", flush=True)
+            found = step()
+            print(f"{name:<9}ok    {found}", flush=True)
         except CliUnusable as exc:
             print(f"{name:<9}FAIL  {exc}", flush=True)
             exit_status = 1
@@ -6275,11 +6344,11 @@ def serve(settings: Settings, environ: Mapping[str, str]) -> int:
     sys.setswitchinterval(SWITCH_INTERVAL_S)
 
     signals: list[int] = []
-    is_up = False
+    is_describing = False
 
     def stop(number: int, frame: object) -> None:
         signals.append(number)
-        if not is_up:
+        if is_describing:
             # This gets out of waiting for the CLI to describe its sign-in.
             raise KeyboardInterrupt
 
@@ -6287,13 +6356,19 @@ def serve(settings: Settings, environ: Mapping[str, str]) -> int:
         # nohup has it ignored.
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, stop)
+
     gateway = Gateway(settings, cli, environ)
     server.serve(gateway)
+
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     url = f"http://{host}:{server.server_port}"
     with contextlib.suppress(KeyboardInterrupt):
-        _print_banner(gateway, url)
-    is_up = True
+        try:
+            is_describing = True
+            if not signals:
+                _print_banner(gateway, url)
+        finally:
+            is_describing = False
     log.info("event=start version=%s claude=%s url=%s", __version__, cli.version, url)
 
     # Not by an Event: the kernel may hand a signal to any thread, and a main thread that waits for
@@ -6304,12 +6379,14 @@ def serve(settings: Settings, environ: Mapping[str, str]) -> int:
     server.shutdown()
     # From now on no request is answered.
     server.server_close()
+
     drain_until = time.monotonic() + settings.drain
     running = server.running_responses
     if running:
         log.warning("%d answers get %g s more; Ctrl-C cuts them off", running, settings.drain)
     while server.running_responses and len(signals) < 2 and time.monotonic() < drain_until:
         time.sleep(ACCEPT_INTERVAL_S)
+
     gateway.close()
     log.info("event=stop")
     return 0
@@ -6321,7 +6398,7 @@ def _print_banner(gateway: Gateway, url: str) -> None:
         lines.append(f"  {name:<8} {text}")
     # Nobody may read it, or the disk may be full.
     with contextlib.suppress(OSError):
-        print("\n".join(lines), flush=True)
+        write_whole(STDOUT, ("\n".join(lines) + "\n").encode("utf-8", "backslashreplace"))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -50,9 +50,7 @@ def api() -> Iterator[ScriptedApi]:
 @pytest.fixture(scope="session")
 def gateway(api: ScriptedApi, quick_claude: str) -> Iterator[RunningGateway]:
     """A gateway on the real CLI, signed in with an API key."""
-    with RunningGateway(
-        "--processes", "2", claude=quick_claude, base_url=api.url, env=API_KEY
-    ) as running:
+    with RunningGateway(claude=quick_claude, base_url=api.url, env=API_KEY) as running:
         yield running
 
 
@@ -68,9 +66,7 @@ def lone_gateway(api: ScriptedApi, quick_claude: str) -> Iterator[RunningGateway
 @pytest.fixture(scope="session")
 def login_gateway(api: ScriptedApi, quick_claude: str) -> Iterator[RunningGateway]:
     """A gateway on the real CLI, signed in with a claude.ai token."""
-    with RunningGateway(
-        "--processes", "2", claude=quick_claude, base_url=api.url, env=LOGIN
-    ) as running:
+    with RunningGateway(claude=quick_claude, base_url=api.url, env=LOGIN) as running:
         yield running
 
 

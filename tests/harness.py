@@ -143,7 +143,6 @@ class RunningGateway(Client):
         base_url: str = "http://127.0.0.1:9",
         env: dict[str, str] | None = None,
     ) -> None:
-        self.started.append(self)
         self._dir = tempfile.TemporaryDirectory(prefix="gateway-test-")
         self.dir = Path(self._dir.name)
         # As the command that pip installs does: an imported module is compiled only once.
@@ -174,6 +173,7 @@ class RunningGateway(Client):
             raise RuntimeError(f"no gateway: {self.banner} {self.log}")
         self.port = int(found.group(1))
         self.url = f"http://127.0.0.1:{self.port}"
+        self.started.append(self)  # only now: a gateway that did not start answers nothing
 
     def _read_banner(self) -> str:
         assert self.process.stdout is not None
@@ -257,7 +257,6 @@ class InProcessGateway(Client):
         **settings: Any,
     ) -> None:
         """Start it; `orders` are files for the fake CLI, made before the first one starts."""
-        self.started.append(self)
         for order in orders.split():
             (tmp_path / order).touch()
         more = {"FAKE_CLAUDE_ORDERS": str(tmp_path), **(API_KEY if env is None else env)}
@@ -270,6 +269,7 @@ class InProcessGateway(Client):
             self.gateway = cc2api.Gateway(self.settings, self.cli, self.environ)
         self.server.serve(self.gateway)
         self.port = self.server.server_port
+        self.started.append(self)  # only now: a gateway that did not start answers nothing
 
     def answered(self) -> int:
         counts = self.gateway.metrics.series("cc2api_requests_total")

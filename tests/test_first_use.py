@@ -70,8 +70,21 @@ def test_a_login_that_bare_would_not_read_is_none(claude: str, tmp_path: Path) -
     assert "--bare" in found
 
 
-def test_without_a_sign_in_one_command_and_the_demo_are_named(start: Any) -> None:
-    gateway: RunningGateway = start(env={})
+@pytest.mark.parametrize("env", [API_KEY, LOGIN, {}], ids=["key", "login", "none"])
+def test_the_stand_in_for_the_sign_in_says_what_the_cli_says(
+    claude: str, quick_claude: str, tmp_path: Path, env: dict[str, str]
+) -> None:
+    """Most tests start gateways with `quick_claude`: it must not drift from the real one."""
+    environ = clean_environment(tmp_path, **env)
+    described = [
+        cc2api.describe_sign_in(cc2api.Cli(path, ""), environ, bare=env == API_KEY)
+        for path in (claude, quick_claude)
+    ]
+    assert described[1].replace(quick_claude, claude) == described[0]
+
+
+def test_without_a_sign_in_one_command_and_the_demo_are_named(start: Any, claude: str) -> None:
+    gateway: RunningGateway = start(env={}, claude=claude)
     line = gateway.banner.partition("sign-in  ")[2].splitlines()[0]
     assert re.fullmatch("NOT SIGNED IN: run `/.* auth login`, or try `cc2api --demo` .*", line)
     status = gateway.request("GET", "/").body.decode()
