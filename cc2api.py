@@ -4783,6 +4783,8 @@ def _to_tool_choice(
         names = [_upstream_name(tool, path) for path, tool in allowed]
         tools = [tool for tool in tools if tool["name"] in names]
         choice = choice.get("mode") or "auto"
+        if isinstance(choice, dict):
+            raise InvalidRequest("tool_choice.mode: Input should be 'auto' or 'required'")
 
     translated: JsonObject
     if isinstance(choice, dict):
@@ -5497,7 +5499,9 @@ class ResponsesEncoder(MessagesEncoder):
 
     def _response_event(self, name: str, fields: JsonObject) -> JsonObject:
         """Change the response's fields, and return an event with the response as it then is."""
-        model = self.message.get("model") or self._response["model"]
+        model = self.message.get("model")
+        if model is None:
+            model = self._response["model"]
         output = list(self._output)
         self._response = {**self._response, "model": model, "output": output, **fields}
         return {"type": f"response.{name}", "response": self._response}
