@@ -198,7 +198,7 @@ def test_a_stopped_process_is_passed_over(tmp_path: Path, caplog: pytest.LogCapt
 def test_a_process_that_falls_silent_before_its_call_is_replaced(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cc2api, "CALL_TIMEOUT_S", 0.5)
+    monkeypatch.setattr(cc2api, "CALL_TIMEOUT_S", 2.0)
     order(tmp_path, "stall-at-query")
     with InProcessGateway(tmp_path) as gateway:
         assert gateway.ask("hello").status == 200
