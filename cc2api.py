@@ -5143,8 +5143,8 @@ def parse_responses_request(
         raise InvalidRequest("include: logprobs are not supported by this gateway")
 
     items = _read_input(body)
-    last_role = items.messages[-1][1]["role"] if items.messages else "none"
-    if last_role == "none" or (last_role == "assistant" and not is_count):
+    last_role = items.messages[-1][1]["role"] if items.messages else None
+    if last_role is None or (last_role == "assistant" and not is_count):
         raise InvalidRequest("input: The last item must be a user's message or a tool's output")
 
     reasoning = optional(body, "reasoning", dict) or {}
