@@ -457,6 +457,7 @@ LINGER_S: Final = 2.0
 ACCEPT_INTERVAL_S: Final = 0.1  # how soon a signal is noticed, and the end of the last answer
 LISTEN_BACKLOG: Final = 128  # socketserver's 5 refuses a burst of parallel clients
 READ_BYTES: Final = 64 * 1024  # a Linux pipe's capacity
+CLIENT_CLOSED_REQUEST: Final = 499  # nginx's status for a client that left; nobody is sent it
 
 # No pattern may match a byte in two ways: backtracking on hostile input would take minutes.
 _REQUEST_LINE: Final = re.compile(r"([A-Z]{1,20}) ([\x21-\x7e]+) HTTP/1\.([01])")
@@ -746,7 +747,7 @@ class Server(ThreadingHTTPServer):
         self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
         self.gateway: Any = None  # what the handlers serve
         self.running_responses = 0
-        self.parsing = threading.Lock()  # whoever holds it parses a large body
+        self.parsing_lock = threading.Lock()  # whoever holds it parses a large body
         self._count_lock = threading.Lock()  # guards running_responses where it is written
         super().__init__(address, handler)
         self.server_port: int = self.server_address[1]
@@ -754,8 +755,9 @@ class Server(ThreadingHTTPServer):
     def serve(self, gateway: object) -> None:
         """Have the handlers serve this, each in a thread, until `shutdown` and `server_close`."""
         self.gateway = gateway
-        interval = [ACCEPT_INTERVAL_S]
-        threading.Thread(None, self.serve_forever, "cc2api-accept", interval, daemon=True).start()
+        threading.Thread(
+            target=self.serve_forever, args=[ACCEPT_INTERVAL_S], name="cc2api-accept", daemon=True
+        ).start()
 
     def is_closed(self) -> bool:
         """Return whether `server_close` was called: no request is answered any more."""
@@ -858,7 +860,7 @@ class Metrics:
                 return
 
             for bound in _BUCKETS_S:
-                bucket: Labels = (*pairs, ("le", _to_number(bound)))
+                bucket: Labels = (*pairs, ("le", _format_number(bound)))
                 samples["_bucket", bucket] += 1 if value <= bound else 0
             samples["_sum", pairs] += value
             samples["_count", pairs] += 1
@@ -892,10 +894,10 @@ def _family_lines(name: str) -> list[str]:
 def _sample_line(name: str, labels: Labels, value: float) -> str:
     quoted = ",".join(f"{label}={json.dumps(text, ensure_ascii=False)}" for label, text in labels)
     braces = f"{{{quoted}}}" if labels else ""
-    return f"{name}{braces} {_to_number(value)}"
+    return f"{name}{braces} {_format_number(value)}"
 
 
-def _to_number(value: float) -> str:
+def _format_number(value: float) -> str:
     return "+Inf" if value == math.inf else f"{value:.12g}"
 
 
@@ -990,7 +992,7 @@ class LogHandler(logging.Handler):
         self._lines: collections.deque[str] = collections.deque()
         self._backlog_chars = 0  # of the lines that wait, and of the one that is being written
         self._dropped = 0
-        threading.Thread(None, self._write_all, "cc2api-log", daemon=True).start()
+        threading.Thread(target=self._write_all, name="cc2api-log", daemon=True).start()
 
     def emit(self, record: logging.LogRecord) -> None:
         line = self.format(record) + "\n"
@@ -1403,7 +1405,6 @@ def to_turn(
     system_blocks = _parse_system(body)
     system = "\n\n".join(block["text"] for block in system_blocks)
     entries = list(_parse_messages(messages))
-
     if is_count and system:
         # The CLI counts with a system prompt of its own (`Gateway.count_tokens`): the client's is
         # counted as a message.
@@ -1765,7 +1766,7 @@ def _canonical(node: Any) -> Any:
         node = {**node, "content": as_blocks(node.get("content") or "")}
     canonical = {}
     for name, value in node.items():
-        if value is None or value is False or name == "caller":  # the CLI drops `caller`
+        if value is None or value is False or name == "caller":
             continue
         is_verbatim = isinstance(value, str) or name == "input"
         canonical[name] = value if is_verbatim else _canonical(value)
@@ -2155,7 +2156,7 @@ class Workplace:
         self._root = parent / f"cc-{os.getuid()}"
         self.work_dir = self._root / "work"
         self.temp_dir = self._root / f"tmp-{uuid.uuid4().hex[:8]}"
-        self._lock: int | None = None  # a descriptor of temp_dir, once it is locked
+        self._lock_descriptor: int | None = None  # a descriptor of temp_dir, once it is locked
 
     def prepare(self) -> None:
         """Make the directories that are missing, and remove what killed gateways have left.
@@ -2191,22 +2192,22 @@ class Workplace:
         for entry in self._sessions_dir.glob("[0-9]*.json"):
             with contextlib.suppress(OSError, ValueError):
                 ran_in = as_object(json.loads(entry.read_bytes())).get("cwd")
-                if ran_in == str(self.work_dir) and not _is_running(int(entry.stem)):
+                if ran_in == str(self.work_dir) and not _has_process(int(entry.stem)):
                     entry.unlink(missing_ok=True)
                     for key in self._sessions_dir.glob(f"{entry.stem}.*.key"):
                         key.unlink(missing_ok=True)
 
         for socket_path in (self.temp_dir / "cc-socks").glob("[0-9]*.sock"):
             with contextlib.suppress(OSError, ValueError):
-                if not _is_running(int(socket_path.stem)):
+                if not _has_process(int(socket_path.stem)):
                     socket_path.unlink(missing_ok=True)
 
     def _holds_temp_dir(self) -> bool:
         """Return whether the directory is there, and is the one that was locked."""
-        if self._lock is None:
+        if self._lock_descriptor is None:
             return False
         with contextlib.suppress(OSError):
-            return os.path.samestat(os.fstat(self._lock), self.temp_dir.lstat())
+            return os.path.samestat(os.fstat(self._lock_descriptor), self.temp_dir.lstat())
         return False
 
     def _take_temp_dir(self) -> None:
@@ -2219,27 +2220,27 @@ class Workplace:
             for path in self._root.glob("tmp-*"):
                 _remove_unlocked(path)
             _make_private(self.temp_dir)
-            self._lock = os.open(self.temp_dir, os.O_RDONLY)
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._lock_descriptor = os.open(self.temp_dir, os.O_RDONLY)
+            fcntl.flock(self._lock_descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         finally:
             os.close(root)
 
     def _unlock(self) -> None:
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
+        if self._lock_descriptor is not None:
+            os.close(self._lock_descriptor)
+            self._lock_descriptor = None
 
 
-def _process_state(pid: int) -> str:
+def process_state(pid: int) -> str:
     """Return a process's state as proc(5) has it, one letter. Raises OSError off Linux."""
     return Path(f"/proc/{pid}/stat").read_text("latin-1").rpartition(")")[2].split()[0]
 
 
-def _is_running(pid: int) -> bool:
+def _has_process(pid: int) -> bool:
     """Return whether there is a process with this number that has not ended, ours or another's."""
     with contextlib.suppress(OSError):
         # A zombie has ended; only its parent has not asked for its status yet.
-        is_zombie = _process_state(pid) == "Z"
+        is_zombie = process_state(pid) == "Z"
         return not is_zombie
     try:
         os.kill(pid, 0)
@@ -2382,12 +2383,12 @@ def to_tool_name(tool: JsonObject) -> str:
 def to_stdin_message(turn: Turn, index: int, model: str, *, is_query: bool = False) -> Line:
     """Return the stdin line of a turn's message; one that `is_query` starts the call."""
     role, content = turn.messages[index]
-    message_id = str(uuid.uuid4())
+    line_uuid = str(uuid.uuid4())
     message: JsonObject = {"role": role, "content": with_cache_control(turn, content)}
     line: Line = {
         "type": role,
         "message": message,
-        "uuid": message_id,
+        "uuid": line_uuid,
         "parent_tool_use_id": None,
         "session_id": "",
     }
@@ -2397,7 +2398,7 @@ def to_stdin_message(turn: Turn, index: int, model: str, *, is_query: bool = Fal
         line["shouldQuery"] = is_query
         return line
 
-    message["id"] = message_id
+    message["id"] = line_uuid
     message["type"] = "message"
     message["stop_reason"] = "end_turn"
     # With another model the CLI would drop thinking blocks.
@@ -2505,8 +2506,8 @@ class StreamParser:
         self.is_calling = False  # the CLI said that it is about to call
         self.has_left = False  # the call has left: its body and headers are made
         self.is_done = False  # its stop_reason came
-        self.refusal: ApiError | None = None  # upstream's, as the CLI's log has it
-        self.called_again = False  # the CLI has gone on by itself after a refusal
+        self.upstream_error: ApiError | None = None  # as the CLI's log has it
+        self.called_again = False  # the CLI has gone on by itself after an error
         self.has_failed = False  # the CLI has ended its turn without an answer
         self.content: list[Block] = []  # the finished blocks, as the CLI remembers them
         self.rate_limits: dict[str, str] = {}  # the plan's state as headers, where it was sent
@@ -2544,8 +2545,8 @@ class StreamParser:
         elif line_type == "result":
             self.has_failed = True
             error = to_api_error(line, self._cli_error)
-            if self.refusal and not error.is_for_operator:
-                raise self.refusal
+            if self.upstream_error and not error.is_for_operator:
+                raise self.upstream_error
             raise error
         elif line.get("status") == "requesting":
             self.is_calling = True
@@ -2560,20 +2561,20 @@ class StreamParser:
     def _feed_log_message(self, text: str) -> None:
         """Learn from the CLI's log that a call leaves, or has failed.
 
-        Some refusals the CLI mends by itself, and calls again without what was refused (images,
+        Some errors the CLI mends by itself, and calls again without what was refused (images,
         signatures of thinking, effort, a stream: seen on 2.1.300 and 2.1.332). Then a second call
-        leaves, or fails, after the refusal.
+        leaves, or fails, after the error.
         """
         leaves = text.startswith(_CALL_LEAVES)
         has_failed = text.startswith(_CALL_FAILED)
-        if self.refusal and (leaves or has_failed):
+        if self.upstream_error and (leaves or has_failed):
             self.called_again = True
         elif leaves:
             # The line that announces the call may still be unread: it comes by the other pipe.
             self.is_calling = True
             self.has_left = True
         elif has_failed:
-            self.refusal = to_refusal(text)
+            self.upstream_error = to_upstream_error(text)
 
     def _feed_event(self, event: Event) -> list[Event]:
         event_type = event["type"]
@@ -2583,9 +2584,10 @@ class StreamParser:
             # and then `result`. A model's own refusal ends with a real message_delta.
             return []
         if event_type == "message_start" and self._has_started:
-            return []  # a second start
+            return []
+        # Nothing counts before the start.
         if event_type != "message_start" and not self._has_started:
-            return []  # nothing counts before the start
+            return []
 
         if event_type == "message_start":
             self._has_started = True
@@ -2604,7 +2606,7 @@ class StreamParser:
         return [event]
 
 
-def to_refusal(text: str) -> ApiError | None:
+def to_upstream_error(text: str) -> ApiError | None:
     """Return upstream's own error, by the CLI's log message of a call that failed.
 
     It reads `API error (attempt 1/1): 400 400 {"type":"error","error":{...}}`: the status, and the
@@ -2621,7 +2623,7 @@ def to_refusal(text: str) -> ApiError | None:
         body = json.loads(match[2])
     error = as_object(as_object(body).get("error"))
     message = error.get("message")
-    # It comes from something between the CLI and upstream.
+    # Without a message it is from something between the CLI and upstream.
     if not isinstance(message, str):
         return ApiError(match[2][:MAX_FOREIGN_ERROR_CHARS], status)
     details = as_object(error.get("details")) or None
@@ -2634,14 +2636,14 @@ def to_api_error(result: Line, cli_error: str | None = None) -> ApiError:
     That is upstream's, else one by `cli_error`, the CLI's own word for it, else a 502.
     """
     text = str(result.get("result") or f"claude gave no answer: {result.get('errors')}")
-    # The text is then the model's own.
+    # Without `is_error` the text is the model's own.
     if not result.get("is_error"):
         return CliFailed("claude ended its turn without an answer")
     if text.startswith(("Not logged in", "Invalid API key")):
         problem = "claude is not signed in on the gateway's machine, or its sign-in was refused"
         hint = f"{problem}: run `claude auth login` there"
         return ApiError(hint, status=401, is_for_operator=True)
-    # BLOCK_UPSTREAM_CALLS took effect before this turn's call had left.
+    # This is what the CLI says where the block took effect before the turn's call had left.
     if result.get("terminal_reason") == "blocking_limit":
         return CliFailed("claude held its call back; nothing was sent upstream", status=503)
     if text.startswith("Prompt is too long"):
@@ -2764,9 +2766,8 @@ class Process:
 
     def is_stopped(self) -> bool:
         """Return whether it was stopped by a signal or a debugger, where the system says so."""
-        # Only Linux says so.
         with contextlib.suppress(OSError):
-            return _process_state(self.pid) in ("T", "t")
+            return process_state(self.pid) in ("T", "t")
         return False
 
     def send(self, line: Line) -> None:
@@ -2822,7 +2823,7 @@ class Process:
                 self._fill_write_buffer()
         except (OSError, ValueError):
             # stdin is closed; the reason is read from what the process still prints.
-            self._write_buffer.clear()  # what it still prints says why
+            self._write_buffer.clear()
             self._unwritten.clear()
 
     def _fill_write_buffer(self) -> None:
@@ -2849,7 +2850,7 @@ class Process:
             line: object = None
             with contextlib.suppress(ValueError, RecursionError):
                 line = load_json(self._partial_line)
-            # Anything else is skipped.
+            # A line that is no JSON object is skipped.
             if isinstance(line, dict):
                 self.lines.append(line)
             self._partial_line = bytearray(start_of_next)
@@ -2933,7 +2934,7 @@ class ToolServer:
             meta = as_object(as_object(message.get("params")).get("_meta"))
             self.waiting_calls[str(meta.get("claudecode/toolUseId"))] = line
             return True
-        # It is not MCP, or is a notification, which wants no answer.
+        # Without an id a line is not MCP, or is a notification, which wants no answer.
         if "id" not in message:
             return False
 
@@ -3007,6 +3008,8 @@ class ControlChannel:
             # Infinity, and an integer beyond all floats, would spoil the sum.
             if isinstance(cost, (int, float)) and 0 <= cost < MAX_COST_USD:
                 self.cost_usd = float(cost)
+        # Settings that are refused stay pending: `is_blocked` is then never true, and who waits for
+        # them times out.
         elif response.get("request_id") == self._pending_settings_id:
             if response.get("subtype") == "success":
                 self._pending_settings_id = ""
@@ -3333,6 +3336,7 @@ class Session:
             return None
         if request.is_count and not self._can_count(turn.tools):
             return None
+        # A session that was used and waits in the pool has its `_previous`; only a spare has not.
         if self.key is None or self._previous is None:
             return len(turn.messages)
 
@@ -3453,6 +3457,7 @@ class Session:
             self._append(turn, last, is_query=True)
             return
 
+        # None cannot come here: `reusable_prefix` kept the calls because MCP carries the results.
         results = to_tool_results(turn.messages[last], call_ids) or []
         self._conversation.add(turn, last, None)
         self._channel.send_tool_results(dict(zip(call_ids, results, strict=True)), deadline)
@@ -3479,17 +3484,17 @@ class Session:
 
                 if parser.has_left and self._channel.settings is not BLOCK_UPSTREAM_CALLS:
                     self._channel.start_applying(BLOCK_UPSTREAM_CALLS)
-                if parser.refusal:
+                if parser.upstream_error:
                     if not self._channel.is_blocked:
                         # At once, because `finish_turn` then has to end the process.
-                        raise parser.refusal
-                    deadline = deadline.capped(INTERRUPT_TIMEOUT_S, parser.refusal)
+                        raise parser.upstream_error
+                    deadline = deadline.capped(INTERRUPT_TIMEOUT_S, parser.upstream_error)
             except ApiError:
                 # The client gets what came just before the error.
                 yield batch
                 raise
             except ProcessDied as exc:
-                self._read_to_the_end()
+                self._kill_and_read_the_rest()
                 if not parser.is_calling:
                     # The CLI announces each call, so nothing was sent upstream.
                     raise
@@ -3525,13 +3530,16 @@ class Session:
         parser = self.parser
 
         if self._previous is None:
-            return False  # a turn is prepared only in part
+            # A turn is prepared only in part.
+            return False
         if conversation.messages and not conversation.messages[0].is_rewind_point:
-            return False  # no other conversation could begin: there is nothing to rewind to
+            # No other conversation could begin: there is nothing to rewind to.
+            return False
         if not conversation.has_unanswered_query:
-            return True  # nothing was called
+            # Nothing was called.
+            return True
 
-        if parser.refusal:
+        if parser.upstream_error:
             # Where the CLI has repaired the request and called again, it goes on to leave out what
             # was refused, and its conversation differs from the client's.
             return parser.has_failed and not parser.called_again
@@ -3620,7 +3628,7 @@ class Session:
             if self._channel.read_line(deadline).get("type") == "stream_event":
                 raise CliRefused("claude does not hold its calls back")
 
-    def _read_to_the_end(self) -> None:
+    def _kill_and_read_the_rest(self) -> None:
         """Kill the process, and learn from its last lines whether it has called upstream."""
         self.process.kill()
         too_late = ProcessDied("claude did not end")
@@ -3655,7 +3663,7 @@ REUSE_RETRY_S: Final = 600.0  # a warm-up may have failed from load alone, so it
 EXIT_GRACE_S: Final = 5.0  # from EOF on stdin to SIGKILL; the CLI needs 0.04 s
 OVERLOADED_RETRY_AFTER_S: Final = 5  # told to clients that find the queue full
 
-_CLOSING: Final = "the gateway is shutting down"
+CLOSING: Final = "the gateway is shutting down"
 STATES: Final = ("spare", "starting", "idle", "busy", "ending")
 
 
@@ -3844,7 +3852,7 @@ class Pool:
                 session.process.kill()
             while self._waiters:
                 _, assigned = self._waiters.popitem()
-                assigned.set_exception(CliFailed(_CLOSING, status=503))
+                assigned.set_exception(CliFailed(CLOSING, status=503))
             self._changed.notify_all()
         self._supervisor.join(EXIT_GRACE_S + 1)
 
@@ -3854,14 +3862,14 @@ class Pool:
     def _enqueue(self, waiter: SessionRequest, assigned: Future[Session]) -> None:
         """Add a request to the queue. Raises ApiError where it is full or closed."""
         if self._is_closed:
-            raise CliFailed(_CLOSING, status=503)
+            raise CliFailed(CLOSING, status=503)
         limit = self._fleet.settings.max_queue + self._fleet.free_slots()
         if len(self._waiters) >= limit and not waiter.wants_new:
             message = "Overloaded: too many requests are waiting"
             raise ApiError(message, status=529, retry_after_s=OVERLOADED_RETRY_AFTER_S)
 
         self._waiters[waiter] = assigned
-        # It has waited once already, and gets back the place that it had.
+        # One whose process died has waited already, and gets back the place that it had.
         if waiter.wants_new:
             in_order = sorted(self._waiters, key=lambda each: each.arrived_at)
             self._waiters = {each: self._waiters[each] for each in in_order}
@@ -3878,7 +3886,7 @@ class Pool:
             if session is None:
                 self._changed.notify_all()
                 continue
-            # This is a spare, and its successor is due soon.
+            # Where it is a spare, its successor is due soon.
             if session.key is None:
                 due_at = time.monotonic() + SPARE_DELAY_S
                 self._next_spare_at = max(self._next_spare_at, due_at)
@@ -3942,8 +3950,8 @@ class Pool:
         """
         with self._changed:
             ended = self._fleet.reap()
-            is_any_left = ended or self._fleet.in_state("ending", "busy", "starting")
-            if self._is_closed and not is_any_left:
+            left = self._fleet.in_state("ending", "busy", "starting")
+            if self._is_closed and not ended and not left:
                 return True
 
             self._assign_sessions()
@@ -3971,7 +3979,7 @@ class Pool:
                 with self._changed:
                     self._fleet.move(session, "starting")
                 threading.Thread(
-                    None, self._warm_up, "cc2api-warmup", [session], daemon=True
+                    target=self._warm_up, args=[session], name="cc2api-warmup", daemon=True
                 ).start()
         except Exception as exc:  # noqa: BLE001 - the message says what it was
             with self._changed:
@@ -4159,7 +4167,6 @@ class Gateway:
             return self._count(request, []).messages
 
         model = request.turn.model
-
         if model not in self._padding_tokens:
             both = self._count(request, PADDING_TOOLS).tools
             first = self._count(request, PADDING_TOOLS[:1]).tools
@@ -4225,7 +4232,10 @@ class Gateway:
         }
 
     def _with_session(self, request: SessionRequest, use: Callable[[Session], _T]) -> _T:
-        """Return what `use` does with a session; where its process dies, with another one."""
+        """Return what `use` returns for a session.
+
+        Where its process dies, `use` is called again with another one, as in `answer`.
+        """
         while True:
             session = self.pool.acquire(request)
             try:
@@ -4302,7 +4312,7 @@ def parse_messages_request(body: JsonObject, betas: str = "", *, is_count: bool 
         # With this code the SDKs' tool runners send the whole history instead.
         problem = "thread: message threads are not supported; send the whole history"
         raise InvalidRequest(problem, details={"error_code": "thread_unsupported_request"})
-    # The CLI would put in a number of its own.
+    # Without max_tokens the CLI would put in a number of its own.
     if body.get("max_tokens") is None and not is_count:
         raise InvalidRequest("max_tokens: Field required")
     require(body, "messages", list)
@@ -4545,7 +4555,7 @@ class ItemReader:
         if item_type not in ITEM_READERS:
             hint = _ITEM_HINTS.get(item_type, "this type is not supported by this gateway")
             raise InvalidRequest(f"{path}.type: {item_type}: {hint}")
-        # This is a search that OpenAI ran.
+        # Such an item is a search that OpenAI ran.
         if item.get("execution") == "server":
             raise InvalidRequest(f"{path}.execution: Input should be 'client'")
         ITEM_READERS[item_type](self, path, item)
@@ -4717,7 +4727,7 @@ def _describe_custom_tool(tool: JsonObject, path: str) -> list[str]:
     if tool.get("type") != "custom":
         return []
     tool_format = optional(tool, "format", dict, path) or {}
-    # Chat completions have it one level deeper.
+    # Chat completions have the grammar one level deeper.
     if as_object(tool_format.get("grammar")):
         tool_format = tool_format["grammar"]
     grammar = optional(tool_format, "definition", str, f"{path}.format")
@@ -5233,13 +5243,17 @@ class _ItemForm(NamedTuple):
     part_event: str = ""  # what the events of the part are called
 
 
+_MESSAGE_OPENING: Final = {
+    "type": "message", "status": "in_progress", "role": "assistant", "content": [],
+}  # fmt: skip
+_CALL_OPENING: Final = {"status": "in_progress"}
 _ITEM_FORMS: Final = {
     "message": _ItemForm(
         id_prefix="msg",
         delta_name="text",
         text_name="text",
         event_name="output_text",
-        opening={"type": "message", "status": "in_progress", "role": "assistant", "content": []},
+        opening=_MESSAGE_OPENING,
         part={"type": "output_text", "text": "", "annotations": [], "logprobs": []},
         part_list="content",
         part_event="content_part",
@@ -5249,7 +5263,7 @@ _ITEM_FORMS: Final = {
         delta_name="text",
         text_name="refusal",
         event_name="refusal",
-        opening={"type": "message", "status": "in_progress", "role": "assistant", "content": []},
+        opening=_MESSAGE_OPENING,
         part={"type": "refusal", "refusal": ""},
         part_list="content",
         part_event="content_part",
@@ -5269,21 +5283,17 @@ _ITEM_FORMS: Final = {
         delta_name="partial_json",
         text_name="arguments",
         event_name="function_call_arguments",
-        opening={"status": "in_progress"},
+        opening=_CALL_OPENING,
     ),
     "custom_tool_call": _ItemForm(
         id_prefix="ctc",
         delta_name="",
         text_name="input",
         event_name="custom_tool_call_input",
-        opening={"status": "in_progress"},
+        opening=_CALL_OPENING,
     ),
     "tool_search_call": _ItemForm(
-        id_prefix="tsc",
-        delta_name="",
-        text_name="arguments",
-        event_name="",
-        opening={"status": "in_progress"},
+        id_prefix="tsc", delta_name="", text_name="arguments", event_name="", opening=_CALL_OPENING
     ),
 }
 
@@ -5327,7 +5337,7 @@ class _OutputItem:
     def finish(self) -> Iterator[JsonObject]:
         """End the item; a message without text is none."""
         tool_input = self._block.get("input")
-        # Its text was inside JSON until now.
+        # The text of a custom call was inside JSON until now.
         if self.type == "custom_tool_call":
             yield from self.add_text(to_raw_input(tool_input))
         elif self.type == "function_call" and not self._texts:
@@ -5343,8 +5353,9 @@ class _OutputItem:
             if self._has_begun:
                 yield from self._finish_part(self.form.part)
         elif self.form.event_name:
-            self._item[self.form.text_name] = "".join(self._texts)
-            yield self._text_event("done", **{self.form.text_name: "".join(self._texts)})
+            text = "".join(self._texts)
+            self._item[self.form.text_name] = text
+            yield self._text_event("done", **{self.form.text_name: text})
 
         if self.type == "reasoning":
             self._item["encrypted_content"] = seal(self._block)
@@ -5515,7 +5526,7 @@ def to_responses_error(error: ApiError, request_id: str = "") -> tuple[int, Json
         inner["code"] = "server_is_overloaded"
     if inner["param"] == "previous_response_id":
         inner["code"] = "previous_response_not_found"
-    # A window of the plan is used up.
+    # Here a window of the plan is used up, so that retries are in vain.
     if error.status == 429 and error.should_retry is False:
         inner["type"] = "usage_limit_reached"
         inner["resets_at"] = int(time.time()) + (error.retry_after_s or 0)
@@ -5551,8 +5562,6 @@ RESPONSES: Final = Dialect(_read_responses, to_responses_error, "response.input_
 
 # ================================================================== Status page
 # What the gateway says of itself at / : a text, and a page with a box to try a prompt in.
-
-CLIENT_CLOSED_REQUEST: Final = 499  # nginx's status for a client that left; nobody is sent it
 
 
 def status_text(gateway: Gateway, url: str) -> str:
@@ -5765,7 +5774,7 @@ class Exchange:
         head = self._head
         route = self._route
         if self._server.is_closed():
-            raise CliFailed(_CLOSING, status=503)
+            raise CliFailed(CLOSING, status=503)
 
         keys = self._gateway.keys.load()
         is_open = keys == {}
@@ -5939,14 +5948,14 @@ class Exchange:
         self._log.debug("request", raw)
 
         betas = self._head.get("anthropic-beta")
-        with self._parsing_lock(len(raw)):
+        with self._one_large_body(len(raw)):
             turn, encoder = self._route.dialect.read(parse_json(raw), betas, is_count)
         is_known = self._gateway.models.knows(turn.model)
         self._log.add_model(turn.model, stream=turn.stream, is_known=is_known)
         return turn, encoder
 
     @contextlib.contextmanager
-    def _parsing_lock(self, body_bytes: int) -> Iterator[None]:
+    def _one_large_body(self, body_bytes: int) -> Iterator[None]:
         """Wait until no other large body is parsed.
 
         To parse one keeps the interpreter busy for a second, and takes several times its size in
@@ -5955,12 +5964,12 @@ class Exchange:
         if body_bytes <= MAX_BYTES_AT_ONCE:
             yield
             return
-        while not self._server.parsing.acquire(timeout=CLIENT_CHECK_S):
+        while not self._server.parsing_lock.acquire(timeout=CLIENT_CHECK_S):
             self._on_wait()
         try:
             yield
         finally:
-            self._server.parsing.release()
+            self._server.parsing_lock.release()
 
 
 class Route(NamedTuple):
@@ -6099,7 +6108,7 @@ def parse_args(argv: Sequence[str] | None, environ: Mapping[str, str]) -> Settin
     """Return the settings. Wrong options end the process with status 2, as argparse does."""
     parser = argparse.ArgumentParser(
         "cc2api",
-        usage=argparse.SUPPRESS,  # without it an error is one line
+        usage=argparse.SUPPRESS,  # without a usage text an error is one line
         description="The Claude Code CLI on this machine as an Anthropic Messages API.",
         epilog="Every option can be given as a variable too: --port 8080 is CC2API_PORT=8080.",
     )
@@ -6318,7 +6327,7 @@ def run_check(settings: Settings, environ: Mapping[str, str]) -> int:
         except CliUnusable as exc:
             print(f"{name:<9}FAIL  {exc}", flush=True)
             exit_status = 1
-            # The other checks need it.
+            # The other checks need claude.
             if name == "claude":
                 break
     return exit_status
@@ -6357,7 +6366,7 @@ def serve(settings: Settings, environ: Mapping[str, str]) -> int:
             raise KeyboardInterrupt
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        # nohup has it ignored.
+        # A signal that nohup has set to be ignored stays so.
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, stop)
 
