@@ -20,6 +20,8 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+import api_rules
+
 JsonObject = dict[str, Any]
 
 USAGE: JsonObject = {
@@ -169,6 +171,7 @@ class ScriptedApi:
         # Before answers after which the CLI asks again by itself. No model answers at once, and
         # meanwhile the CLI is held back; at once that may come too late (bench/second_calls.py).
         self.thinking_s = 0.0
+        self.is_strict = False  # refuses what the real API refuses of that model (api_rules)
         self.counts = True  # else they are refused
         self.counts_at_most: int | None = None  # as `counted`; what is beyond is refused
         self._replies: dict[str, Reply] = {}
@@ -282,6 +285,10 @@ class _Handler(BaseHTTPRequestHandler):
             return self._json(404, _error(404, self.path), {})
         headers = {k.lower(): v for k, v in self.headers.items()}
         reply = self.server.api.record(Call(self.path, headers, body))
+        if self.server.api.is_strict:
+            refusal = api_rules.refusal(body)
+            if refusal is not None:
+                return self._json(400, _error(400, refusal), {})
         if reply.gate is not None and reply.gate_after == 0:
             try:
                 self._wait_or_leave(reply.gate)
