@@ -1252,6 +1252,13 @@ EFFORTS: Final = ("low", "medium", "high", "xhigh", "max")
 _LACKS_EFFORT: Final = re.compile(
     r"claude-(3-|opus-4-[01]\b|opus-4-20|sonnet-4-[05]\b|sonnet-4-20|haiku-4-5\b)"
 )
+# Models that think only by a budget. Later ones decide by themselves (`adaptive`).
+_LACKS_ADAPTIVE: Final = re.compile(r"claude-(3|(opus|sonnet|haiku)-4(-[0-5](?!\d)|[-@]20\d{6}))")
+# Models that take `temperature`, `top_p` and `top_k`. Later ones refuse even the presence of such a
+# field ("`temperature` is deprecated for this model."), so it is the old ones that are named.
+_TAKES_SAMPLING: Final = re.compile(
+    r"claude-(instant|[123]\b|(opus|sonnet|haiku)-4(-[0-6](?!\d)|[-@]20\d{6}|\Z))"
+)
 # How the block begins in which Claude Code says who it is (code.claude.com: llm-gateway-protocol).
 ATTRIBUTION_START: Final = "x-anthropic-billing-header:"
 # Top-level fields that are not merged into the CLI's own body. Each of the first five is sent in
@@ -1312,6 +1319,8 @@ class Turn:
     cache_breakpoint: JsonObject | None  # the very block or tool that is sent with cache_control
     cache_ttl: str  # "5m" or "1h", for every cache breakpoint of the request
     media_count: int  # images and documents
+    # OpenAI's clients send some fields unasked: they are left out where the model refuses them.
+    is_lenient: bool = False
     is_login: bool = False  # the CLI runs on a claude.ai login
 
 
@@ -1391,16 +1400,26 @@ def as_blocks(content: Any) -> Any:
 
 
 def to_turn(
-    body: JsonObject, messages: Iterable[Located], betas: str = "", *, is_count: bool = False
+    body: JsonObject,
+    messages: Iterable[Located],
+    betas: str = "",
+    *,
+    is_count: bool = False,
+    is_lenient: bool = False,
 ) -> Turn:
     """Return the Turn of a Messages API body. Raises InvalidRequest.
 
     `messages` stand in for the body's own, so that an error names the path that the client knows.
     `betas` is the anthropic-beta header. A turn whose tokens are counted may end with an answer.
     """
-    if not require(body, "model", str).strip():
+    model = require(body, "model", str)
+    if not model.strip():
         raise InvalidRequest("model: String should have at least 1 character")
     extra_body = _parse_extra_body(body)
+    if "effort" in as_object(extra_body.get("output_config")) and not is_lenient:
+        # The CLI leaves it out for these models, by a list of names of its own.
+        if _LACKS_EFFORT.search(model):
+            raise InvalidRequest("This model does not support the effort parameter.")
 
     system_blocks = _parse_system(body)
     system = "\n\n".join(block["text"] for block in system_blocks)
@@ -1434,7 +1453,7 @@ def to_turn(
     cache_ttl = "1h" if any(each.ttl == "1h" for each in breakpoints) else "5m"
 
     return Turn(
-        model=body["model"],
+        model=model,
         stream=bool(optional(body, "stream", bool)),
         system=system,
         messages=tuple(merged),
@@ -1445,6 +1464,7 @@ def to_turn(
         cache_breakpoint=client_only[-1] if client_only else None,
         cache_ttl=cache_ttl,
         media_count=_count_media(merged),
+        is_lenient=is_lenient,
     )
 
 
@@ -1465,7 +1485,7 @@ def _parse_extra_body(body: JsonObject) -> JsonObject:
     for name in _NOT_IN_EXTRA_BODY:
         extra_body.pop(name, None)
     extra_body["output_config"] = _parse_output_config(body)
-    extra_body["thinking"] = _parse_thinking(body)
+    extra_body["thinking"] = optional(body, "thinking", dict)
     return without_nulls(extra_body)
 
 
@@ -1477,28 +1497,35 @@ def _parse_output_config(body: JsonObject) -> JsonObject | None:
         raise InvalidRequest(f"effort: Input should be {choices}")
 
     given = without_nulls(optional(body, "output_config", dict) or {})
-    if "effort" in given and _LACKS_EFFORT.match(body["model"]):
-        # The CLI leaves it out for these models, by a list of names of its own.
-        raise InvalidRequest("This model does not support the effort parameter.")
     output_config = {"format": body.get("output_format"), "effort": effort}
     output_config.update(given)
     return without_nulls(output_config) or None
 
 
-def _parse_thinking(body: JsonObject) -> JsonObject | None:
-    """Return `thinking` as it goes upstream; None where the client sent nothing of it."""
-    thinking = optional(body, "thinking", dict)
-    if thinking is None and is_top_p_alone(body):
-        # Added for the client, which changes nothing: models that take top_p do not think by
-        # default. The CLI has to be left with thinking on, because with thinking off it would send
-        # a temperature beside top_p (`to_flag_settings`); so the body has to turn thinking off.
-        thinking = {"type": "disabled"}
-    return thinking
+def fields_for_model(turn: Turn, model: str) -> JsonObject:
+    """Return what a turn merges into the CLI's request. `model` is an id, not an alias.
 
+    A lenient turn leaves out what OpenAI's clients send unasked and the model refuses.
+    """
+    fields = dict(turn.extra_body)
+    if not turn.is_lenient:
+        return fields
 
-def is_top_p_alone(fields: JsonObject) -> bool:
-    """Return whether a request sets top_p and leaves temperature to the API."""
-    return fields.get("top_p") is not None and fields.get("temperature") is None
+    if _LACKS_ADAPTIVE.search(model):
+        fields.pop("thinking", None)
+    # While a model thinks it takes no temperature but 1, and no low top_p.
+    if "thinking" in fields or not _TAKES_SAMPLING.search(model):
+        fields.pop("temperature", None)
+        fields.pop("top_p", None)
+    # Models from opus-4-1 on refuse the two together, and OpenAI advises against it.
+    if "temperature" in fields:
+        fields.pop("top_p", None)
+    if _LACKS_EFFORT.search(model):
+        output_config = dict(fields.pop("output_config", {}))
+        output_config.pop("effort", None)
+        if output_config:
+            fields["output_config"] = output_config
+    return fields
 
 
 def _parse_system(body: JsonObject) -> list[Block]:
@@ -2351,14 +2378,19 @@ def to_flag_settings(turn: Turn, model: str) -> JsonObject:
     Every setting that a request can change is always included, so none is left over from the turn
     before. `model` is an id: with an alias the CLI refuses a later change of the system prompt.
     """
+    body = fields_for_model(turn, model)
     # Every body says which tools there are, because the CLI goes on sending tools that were taken
     # off its list.
-    body = {**turn.extra_body, "tools": with_cache_control(turn, turn.tools)}
+    body["tools"] = with_cache_control(turn, turn.tools)
 
     # With thinking off the CLI sends `temperature: 1` to models that take one, and upstream refuses
-    # that beside top_p. With thinking on it sends `thinking`, which the body overrides.
+    # that beside top_p. So the CLI is left with thinking on, and then sends `thinking`, which the
+    # body overrides. That changes nothing: models that take top_p do not think by default.
+    is_top_p_alone = "top_p" in body and "temperature" not in body
+    if is_top_p_alone:
+        body.setdefault("thinking", {"type": "disabled"})
     thinking = as_object(body.get("thinking")).get("type", "disabled")
-    disables_thinking = thinking == "disabled" and not is_top_p_alone(body)
+    disables_thinking = thinking == "disabled" and not is_top_p_alone
     has_effort = "effort" in as_object(body.get("output_config"))
     variables = {
         "CLAUDE_CODE_EXTRA_BODY": dump_json(body),
@@ -4074,8 +4106,12 @@ class ModelList:
             self.listed = models
 
     def mapped(self, name: str) -> str:
-        """Return the model that a name stands for by --model-map, else the name."""
-        return self._model_by_name.get(name, name)
+        """Return the model that a name stands for by --model-map, else the name.
+
+        OpenRouter's clients put the vendor before a name.
+        """
+        mapped = self._model_by_name.get(name, name)
+        return mapped.removeprefix("anthropic/")
 
     def resolve(self, name: str) -> str:
         """Return the id behind an alias, a mapped name, or an id itself."""
@@ -4445,6 +4481,11 @@ ANTHROPIC: Final = Dialect(_read_messages, to_anthropic_error)
 
 _DATA_URL: Final = re.compile(r"data:([\w.+-]+/[\w.+-]+)(?:;[\w=-]+)*;base64,(.*)\Z", re.DOTALL)
 _JSON_OBJECT_PROMPT: Final = "Answer with one bare JSON object and nothing else: no code fences."
+_JSON_SCHEMA_PROMPT: Final = (
+    "Answer with bare JSON and nothing else: no code fences. It has to fit this JSON schema:"
+)
+# Stands for a message without text where a user has to say something: Anthropic takes no blank one.
+_BLANK_MESSAGE: Final = "(blank message)"
 # A custom tool takes raw text, which a model here can only give as a field of a JSON object.
 _RAW_INPUT_SCHEMA: Final = {
     "type": "object",
@@ -4463,6 +4504,71 @@ CALL_TYPES: Final = {
     "function": "function_call",
     "custom": "custom_tool_call",
     "tool_search": "tool_search_call",
+    "apply_patch": "apply_patch_call",
+    "shell": "shell_call",
+    "local_shell": "local_shell_call",
+}
+# OpenAI's own tools that clients send unasked, and that are left out. Codex always sends the first.
+_LEFT_OUT_TOOLS: Final = ("web_search", "web_search_preview", "image_generation")
+
+
+class _OwnTool(NamedTuple):
+    """A tool of OpenAI's own that the client runs, told to a model that does not know it."""
+
+    description: str
+    schema: JsonObject  # of what stands in the call's `field_name`
+    field_name: str
+    defaults: JsonObject  # what stands there beside what the model says
+
+
+_TEXT_SCHEMA: Final = {"type": "string"}
+_TEXTS_SCHEMA: Final = {"type": "array", "items": _TEXT_SCHEMA}
+_TIMEOUT_SCHEMA: Final = {"type": "integer", "description": "in milliseconds"}
+_OWN_TOOLS: Final = {
+    "apply_patch": _OwnTool(
+        "Creates, updates or deletes a file. `diff` is in the V4A format: lines that start with"
+        " `+`, `-` or a blank, in hunks after `@@` lines that name where they are; a new file has"
+        " `+` lines alone, and a deletion no diff.",
+        {
+            "type": "object",
+            "properties": {
+                "type": {"enum": ["create_file", "update_file", "delete_file"]},
+                "path": _TEXT_SCHEMA,
+                "diff": _TEXT_SCHEMA,
+            },
+            "required": ["type", "path"],
+        },
+        "operation",
+        {},
+    ),
+    "shell": _OwnTool(
+        "Runs shell commands, each by itself, and returns the output of each.",
+        {
+            "type": "object",
+            "properties": {
+                "commands": _TEXTS_SCHEMA,
+                "timeout_ms": _TIMEOUT_SCHEMA,
+                "max_output_length": {"type": "integer", "description": "in characters"},
+            },
+            "required": ["commands"],
+        },
+        "action",
+        {"commands": [], "timeout_ms": None, "max_output_length": None},
+    ),
+    "local_shell": _OwnTool(
+        "Runs a command, given as the list of its arguments, and returns its output.",
+        {
+            "type": "object",
+            "properties": {
+                "command": _TEXTS_SCHEMA,
+                "working_directory": _TEXT_SCHEMA,
+                "timeout_ms": _TIMEOUT_SCHEMA,
+            },
+            "required": ["command"],
+        },
+        "action",
+        {"type": "exec", "command": [], "env": {}},
+    ),
 }
 FINISH_REASONS: Final = {  # by stop_reason; any other is "stop"
     "tool_use": "tool_calls", "refusal": "content_filter",
@@ -4531,6 +4637,233 @@ def _to_source(url: str) -> JsonObject:
     return {"type": "base64", "media_type": media_type, "data": encoded}
 
 
+# What Anthropic's structured outputs and strict tools take of JSON Schema
+# (platform.claude.com/docs: structured outputs). As in Anthropic's own SDKs, the rest is said in
+# the descriptions.
+_STRING_FORMATS: Final = (
+    "date-time", "time", "date", "duration", "email", "hostname", "uri", "ipv4", "ipv6", "uuid",
+)  # fmt: skip
+_SCHEMA_TYPES: Final = ("object", "array", "string", "integer", "number", "boolean", "null")
+# They say nothing about the values; the definitions are taken from the root where they are used.
+_SCHEMA_NOTES: Final = ("$schema", "$id", "$anchor", "$comment", "$defs", "definitions")
+_KEYWORDS_OF_MEMBERS: Final = frozenset(
+    ("type", "properties", "required", "additionalProperties", "title", "description")
+)
+# What the schemas of a request may have together; the API refuses more as too complex to compile.
+_MAX_STRICT_TOOLS: Final = 20
+_MAX_OPTIONAL_PROPERTIES: Final = 24
+_MAX_UNIONS: Final = 16
+
+
+class Unenforceable(Exception):
+    """A valid schema to which the API has no means of holding a model."""
+
+
+class SchemaTranslator:
+    """Translates JSON schemas to what Anthropic enforces, and counts what is limited."""
+
+    def __init__(self) -> None:
+        self._optional_properties = 0
+        self._unions = 0
+        # Of the schema that is being translated:
+        self._root: Any = None
+        self._defs: dict[str, JsonObject] = {}  # the parts that a `$ref` names, by their new names
+        self._names: dict[str, str] = {}  # those names, by the pointers of the `$ref`s
+        self._unfinished: set[str] = set()  # pointers of the parts that are being translated
+
+    def translate(self, schema: Any, path: str) -> JsonObject:
+        """Return a schema in Anthropic's form. `path` is where the client has it.
+
+        Raises Unenforceable, and InvalidRequest for what is no JSON schema.
+        """
+        self._root = schema
+        self._defs = {}
+        self._names = {}
+        self._unfinished = {"#"}
+        translated = self._translate(schema, path)
+        if self._defs:
+            translated["$defs"] = self._defs
+        return translated
+
+    def is_over_limits(self) -> bool:
+        """Return whether all that was translated is too much for one request."""
+        return self._optional_properties > _MAX_OPTIONAL_PROPERTIES or self._unions > _MAX_UNIONS
+
+    def _translate(self, schema: Any, path: str) -> JsonObject:
+        if isinstance(schema, bool):
+            # Any value fits, or none.
+            raise Unenforceable
+        if not isinstance(schema, dict):
+            raise InvalidRequest(f"{path}: Input should be a JSON schema")
+
+        # What is translated is taken out of `rest`.
+        rest = {}
+        for name, value in schema.items():
+            is_absent = value is None and name not in ("const", "default")
+            if name not in _SCHEMA_NOTES and not is_absent:
+                rest[name] = value
+        if "$ref" in rest:
+            return {"$ref": self._define(require(rest, "$ref", str, path), path)}
+        members = optional(rest, "allOf", list, path)
+        if members:
+            del rest["allOf"]
+            return self._translate(self._join(rest, members, path), path)
+
+        translated = self._take_literals(rest) or self._take_type(rest, path)
+        for name in ("description", "title"):
+            if rest.get(name) is not None:
+                translated[name] = rest[name]
+            rest.pop(name, None)
+        if rest:
+            # The model may follow it, though it is not held to it.
+            words = ", ".join(f"{name}: {_in_words(value)}" for name, value in rest.items())
+            before = f"{translated['description']}\n\n" if "description" in translated else ""
+            translated["description"] = f"{before}{{{words}}}"
+        return translated
+
+    def _take_literals(self, rest: JsonObject) -> JsonObject:
+        """Return the values that are listed; nothing where they are not."""
+        literals: JsonObject = {}
+        if rest.get("enum"):
+            literals["enum"] = rest.pop("enum")
+        if "const" in rest:
+            literals["const"] = rest.pop("const")
+        if any(isinstance(value, (dict, list)) for value in literals.get("enum") or []):
+            raise Unenforceable
+        if isinstance(literals.get("const"), (dict, list)):
+            raise Unenforceable
+        if literals:
+            rest.pop("type", None)
+        return literals
+
+    def _take_type(self, rest: JsonObject, path: str) -> JsonObject:
+        schema_type = rest.pop("type", None)
+        if isinstance(schema_type, list):
+            return self._take_types(schema_type, rest, path)
+        if schema_type is None and "properties" in rest:
+            schema_type = "object"
+        if schema_type is None:
+            return self._take_variants(rest, path)
+
+        if schema_type == "object":
+            return self._take_object(rest, path)
+        translated: JsonObject = {"type": schema_type}
+        if schema_type == "array":
+            if isinstance(rest.get("items"), dict):
+                translated["items"] = self._translate(rest.pop("items"), f"{path}.items")
+            if rest.get("minItems") in (0, 1):
+                translated["minItems"] = rest.pop("minItems")
+        elif schema_type == "string" and rest.get("format") in _STRING_FORMATS:
+            translated["format"] = rest.pop("format")
+        elif schema_type not in _SCHEMA_TYPES:
+            raise InvalidRequest(f"{path}.type: Input should be a type of JSON Schema")
+        return translated
+
+    def _take_variants(self, rest: JsonObject, path: str) -> JsonObject:
+        for name in ("anyOf", "oneOf"):
+            variants = optional(rest, name, list, path)
+            if variants:
+                del rest[name]
+                self._unions += 1
+                translated = [
+                    self._translate(variant, f"{path}.{name}.{index}")
+                    for index, variant in enumerate(variants)
+                ]
+                return {"anyOf": translated}
+        # Any value fits.
+        raise Unenforceable
+
+    def _take_types(self, types: list[Any], rest: JsonObject, path: str) -> JsonObject:
+        """Return a variant for each type; what else is said of the value stands in each."""
+        shared = {
+            name: rest.pop(name) for name in list(rest) if name not in ("description", "title")
+        }
+        variants = []
+        for schema_type in types:
+            keywords = {} if schema_type == "null" else shared
+            variants.append(self._translate({**keywords, "type": schema_type}, path))
+        if len(variants) == 1:
+            return variants[0]
+        self._unions += 1
+        return {"anyOf": variants}
+
+    def _take_object(self, rest: JsonObject, path: str) -> JsonObject:
+        # A model is held only to an object all of whose properties are named.
+        is_open = rest.pop("additionalProperties", None) not in (None, False)
+        properties = optional(rest, "properties", dict, path)
+        if is_open or properties is None or rest.get("patternProperties"):
+            raise Unenforceable
+
+        required = optional(rest, "required", list, path)
+        rest.pop("properties", None)
+        rest.pop("required", None)
+        translated: JsonObject = {
+            "type": "object",
+            "properties": {
+                name: self._translate(member, f"{path}.properties.{name}")
+                for name, member in properties.items()
+            },
+            "additionalProperties": False,
+        }
+        if required is not None:
+            translated["required"] = required
+        self._optional_properties += sum(1 for name in properties if name not in (required or []))
+        return translated
+
+    def _join(self, rest: JsonObject, members: list[Any], path: str) -> JsonObject:
+        """Return the members of an `allOf` as one schema, together with what stands beside them."""
+        if len(members) == 1 and isinstance(members[0], dict):
+            return {**rest, **members[0]}
+
+        # Each by itself would allow no properties but its own, so they become one object.
+        properties: JsonObject = {}
+        required: list[Any] = []
+        for index, member in enumerate([rest, *members]):
+            member_path = f"{path}.allOf.{index - 1}"
+            if isinstance(member, dict) and isinstance(member.get("$ref"), str):
+                member = self._resolve(member["$ref"], member_path)
+            if not isinstance(member, dict) or not _KEYWORDS_OF_MEMBERS.issuperset(member):
+                raise Unenforceable
+            if member.get("additionalProperties") or member.get("type", "object") != "object":
+                raise Unenforceable
+            properties.update(optional(member, "properties", dict, member_path) or {})
+            required += optional(member, "required", list, member_path) or []
+        return {**rest, "type": "object", "properties": properties, "required": required}
+
+    def _define(self, pointer: str, path: str) -> str:
+        """Translate the part that a `$ref` names; return a `$ref` to the translation."""
+        if pointer in self._unfinished:
+            # A recursive schema cannot be compiled.
+            raise Unenforceable
+        if pointer not in self._names:
+            name = re.sub(r"[^\w-]", "_", pointer.rpartition("/")[2])
+            if name in self._names.values():
+                name = f"{name}_{len(self._names)}"
+            self._names[pointer] = name
+            self._unfinished.add(pointer)
+            self._defs[name] = self._translate(self._resolve(pointer, path), path)
+            self._unfinished.discard(pointer)
+        return f"#/$defs/{self._names[pointer]}"
+
+    def _resolve(self, pointer: str, path: str) -> Any:
+        """Return the part of the whole schema that a `$ref` names (RFC 6901)."""
+        start, *names = urllib.parse.unquote(pointer).split("/")
+        part = self._root
+        for escaped in names:
+            name = escaped.replace("~1", "/").replace("~0", "~")
+            if isinstance(part, list) and re.fullmatch("[0-9]{1,4}", name):
+                part = dict(enumerate(part)).get(int(name))
+            else:
+                part = as_object(part).get(name)
+        if start != "#" or part is None:
+            raise InvalidRequest(f"{path}.$ref: the schema has no {pointer}")
+        return part
+
+
+def _in_words(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
 class ItemReader:
     """Turns the items of a conversation into messages, one each, which `to_turn` joins.
 
@@ -4544,12 +4877,28 @@ class ItemReader:
         self.tools: list[Located] = []  # that came with items
         self.messages: list[Located] = []
         self._hoists = hoists
+        self._hoisted: list[Located] = []  # the developer's messages that joined the system prompt
         self._results_end = 0  # index in messages: behind the last answer and its results
         self._thinking: list[Block] = []  # that comes before the next item of the same answer
-        self._unanswered_calls: set[str] = set()
+        self._blank_path = ""  # of a user's message without text, until the user says something
+        # The ids upstream of the calls without an output, by the client's id. Clients may use an
+        # id again in a later turn, or one with characters that Anthropic does not take.
+        self._unanswered_calls: dict[str, list[str]] = {}
+        self._upstream_ids: set[str] = set()
 
-    def read(self, path: str, item: Item) -> None:
-        """Take the next item."""
+    def read_all(self, items: Iterable[Located]) -> None:
+        """Take the whole conversation."""
+        for path, item in items:
+            self._read(path, item)
+
+        if not self.messages and not self._blank_path:
+            # Only the developer has spoken: then that is what is to be answered.
+            for path, message in self._hoisted:
+                self.system = [b for b in self.system if b not in message["content"]]
+                self.messages.append((path, message))
+        self._say_something()
+
+    def _read(self, path: str, item: Item) -> None:
         default_type = "message" if "role" in item else "item_reference"
         item_type = str(item.get("type") or default_type)
         if item_type not in ITEM_READERS:
@@ -4560,8 +4909,17 @@ class ItemReader:
             raise InvalidRequest(f"{path}.execution: Input should be 'client'")
         ITEM_READERS[item_type](self, path, item)
 
+    def _say_something(self) -> None:
+        """Put something in a blank message's place, where there is nothing else to be answered."""
+        is_unanswered = bool(self.messages) and self.messages[-1][1]["role"] != "assistant"
+        if self._blank_path and not is_unanswered:
+            message = {"role": "user", "content": as_blocks(_BLANK_MESSAGE)}
+            self.messages.append((self._blank_path, message))
+        self._blank_path = ""
+
     def _add_answer(self, path: str, blocks: list[Block]) -> None:
         """Add a part of an answer, after the thinking that came before it."""
+        self._say_something()
         content = self._thinking + blocks
         self._thinking = []
         self.messages.append((path, {"role": "assistant", "content": content}))
@@ -4575,12 +4933,16 @@ class ItemReader:
 
     def read_message(self, path: str, item: Item) -> None:
         role = str(item.get("role"))
+        if role == "user":
+            require(item, "content", object, path)
         blocks = to_blocks(item, "content", path)
         if role in ("developer", "system"):
             if any(block["type"] != "text" for block in blocks):
                 raise InvalidRequest(f"{path}.content: Input should be text")
             if self._hoists or not self.messages:
                 self.system += blocks
+                if blocks:
+                    self._hoisted.append((path, {"role": "user", "content": blocks}))
             elif blocks:
                 # It stays where it is. In the system prompt, a late message of Codex' would end
                 # the caching, and the process could not go on.
@@ -4588,6 +4950,9 @@ class ItemReader:
         elif role == "assistant":
             if blocks:
                 self._add_answer(path, blocks)
+        elif role == "user" and not blocks:
+            self._thinking = []
+            self._blank_path = path
         else:
             self._add(role, path, blocks)
 
@@ -4600,18 +4965,31 @@ class ItemReader:
 
     def read_call(self, path: str, item: Item) -> None:
         call_id = require(item, "call_id", str, path)
-        if item["type"] == "tool_search_call":
-            name = "tool_search"
+        own_name = item["type"].removesuffix("_call")
+        if own_name == "tool_search":
+            name = own_name
             arguments = require(item, "arguments", dict, path)
+        elif own_name in _OWN_TOOLS:
+            name = own_name
+            arguments = require(item, _OWN_TOOLS[own_name].field_name, dict, path)
         elif item["type"] == "custom_tool_call":
             name = _upstream_name(item, path)
             arguments = {"input": require(item, "input", str, path)}
         else:
             name = _upstream_name(item, path)
             arguments = _parse_arguments(item, path)
-        self._unanswered_calls.add(call_id)
-        block = {"type": "tool_use", "id": call_id, "name": name, "input": arguments}
+        upstream_id = self._to_upstream_id(call_id)
+        self._unanswered_calls.setdefault(call_id, []).append(upstream_id)
+        block = {"type": "tool_use", "id": upstream_id, "name": name, "input": arguments}
         self._add_answer(path, [block])
+
+    def _to_upstream_id(self, call_id: str) -> str:
+        """Return an id that Anthropic takes and that no earlier call has; the same where it can."""
+        upstream_id = re.sub("[^a-zA-Z0-9_-]", "_", call_id) or "call"
+        while upstream_id in self._upstream_ids:
+            upstream_id = f"{upstream_id}_{len(self._upstream_ids)}"
+        self._upstream_ids.add(upstream_id)
+        return upstream_id
 
     def read_output(self, path: str, item: Item) -> None:
         call_id = require(item, "call_id", str, path)
@@ -4624,12 +5002,14 @@ class ItemReader:
             problem = f"No tool call found for function call output with call_id {call_id}."
             raise InvalidRequest(f"{path}: {problem}")
 
-        self._unanswered_calls.discard(call_id)
+        upstream_id = self._unanswered_calls[call_id].pop(0)
+        if not self._unanswered_calls[call_id]:
+            del self._unanswered_calls[call_id]
         self._thinking = []
         result = {
             "type": "tool_result",
             "content": to_blocks(item, field_name, path),
-            "tool_use_id": call_id,
+            "tool_use_id": upstream_id,
         }
         message = {"role": "user", "content": [result]}
         # Results stand before what the user says.
@@ -4647,6 +5027,18 @@ class ItemReader:
         output = json.dumps([tool for _, tool in tools])
         self.read_output(path, {**item, "output": output})
 
+    def read_own_output(self, path: str, item: Item) -> None:
+        """Take the output of a tool of OpenAI's own, in whose form the client has it."""
+        output = item.get("output")
+        if item["type"] == "apply_patch_call_output":
+            # It may say nothing but how it went.
+            output = output or item.get("status")
+        if not isinstance(output, str):
+            output = json.dumps(output)
+        # For a local shell the field is called `id` (openai's types).
+        call_id = item.get("call_id") or item.get("id")
+        self.read_output(path, {**item, "call_id": call_id, "output": output})
+
 
 ITEM_READERS: Final[dict[str, Callable[[ItemReader, str, Item], None]]] = {
     "message": ItemReader.read_message,
@@ -4654,21 +5046,31 @@ ITEM_READERS: Final[dict[str, Callable[[ItemReader, str, Item], None]]] = {
     "function_call": ItemReader.read_call,
     "custom_tool_call": ItemReader.read_call,
     "tool_search_call": ItemReader.read_call,
+    "apply_patch_call": ItemReader.read_call,
+    "shell_call": ItemReader.read_call,
+    "local_shell_call": ItemReader.read_call,
     "function_call_output": ItemReader.read_output,
     "custom_tool_call_output": ItemReader.read_output,
     "tool_search_output": ItemReader.read_search_output,
+    "apply_patch_call_output": ItemReader.read_own_output,
+    "shell_call_output": ItemReader.read_own_output,
+    "local_shell_call_output": ItemReader.read_own_output,
     "additional_tools": ItemReader.read_tools,
     "web_search_call": ItemReader.ignore,
     "file_search_call": ItemReader.ignore,
     "code_interpreter_call": ItemReader.ignore,
+    "image_generation_call": ItemReader.ignore,
 }
 
 
 def _parse_arguments(item: Item, path: str) -> JsonObject:
-    """Return a function call's arguments, which are JSON in a string."""
+    """Return a function call's arguments, which are JSON in a string; some clients do without."""
+    arguments = item.get("arguments")
+    if isinstance(arguments, dict):
+        return arguments
     try:
-        arguments = optional(item, "arguments", str, path) or "{}"
-        return parse_json(arguments.encode())
+        text = optional(item, "arguments", str, path) or ""
+        return {} if text.strip() in ("", "null") else parse_json(text.encode())
     except InvalidRequest:
         problem = "Input should be a JSON object in a string"
         raise InvalidRequest(f"{path}.arguments: {problem}") from None
@@ -4737,50 +5139,79 @@ def _describe_custom_tool(tool: JsonObject, path: str) -> list[str]:
 
 
 def _is_left_out(tool: JsonObject) -> bool:
-    """Return whether a tool of OpenAI's own is left out: Codex always sends a web search."""
+    """Return whether a tool of OpenAI's own is left out."""
     if tool["type"] == "tool_search":
         return tool.get("execution") != "client"
-    return str(tool["type"]).startswith("web_search")
+    return str(tool["type"]).startswith(_LEFT_OUT_TOOLS)
+
+
+def _is_run_by_client(tool: JsonObject) -> bool:
+    """Return whether the client runs a tool: a shell may also be one in OpenAI's container."""
+    environment = as_object(tool.get("environment")).get("type", "local")
+    return tool["type"] in CALL_TYPES and environment == "local"
 
 
 def _to_tools(tools: Iterable[Located]) -> tuple[list[JsonObject], dict[str, JsonObject]]:
     """Return tools in Anthropic's form, and by name the fields with which their calls begin."""
     translated: dict[str, JsonObject] = {}
     call_fields: dict[str, JsonObject] = {}
+    strict_schemas: dict[str, JsonObject] = {}
+    translator = SchemaTranslator()
     for path, tool in _flatten_namespaces(tools):
         tool_type = require(tool, "type", str, path)
         if _is_left_out(tool):
             continue
-        if tool_type not in CALL_TYPES:
-            raise InvalidRequest(f"{path}.type: tools of this type are run by OpenAI, not here")
+        if not _is_run_by_client(tool):
+            raise InvalidRequest(
+                f"{path}.type: {tool_type}: such a tool is run by OpenAI, not here"
+            )
 
-        if tool_type == "tool_search":
-            name = tool_type
-            fields = {"type": CALL_TYPES[tool_type], "execution": "client"}
-        else:
-            name = _upstream_name(tool, path)
-            fields = {"type": CALL_TYPES[tool_type], "name": tool["name"]}
-            if tool["namespace"] is not None:
-                fields["namespace"] = tool["namespace"]
+        name, fields = _to_call_fields(tool, path)
         # A later search may find a tool described anew, but `tools` names each once.
         is_named_twice = name in translated and path.startswith("tools.")
         is_of_other_type = call_fields.setdefault(name, fields) != fields
         if is_named_twice or is_of_other_type:
             raise InvalidRequest(f"{path}.name: there is another tool of the name {name}")
 
-        parameters = optional(tool, "parameters", dict, path) or {"properties": {}}
-        schema = {"type": "object", **parameters}
-        if tool_type == "custom":
-            schema = _RAW_INPUT_SCHEMA
+        description, schema = _to_schema(tool, path)
         translated[name] = without_nulls(
-            {
-                "name": name,
-                "description": tool["description"],
-                "strict": tool.get("strict"),
-                "input_schema": schema,
-            }
+            {"name": name, "description": description, "input_schema": schema}
         )
+        if tool_type == "function" and optional(tool, "strict", bool, path):
+            with contextlib.suppress(Unenforceable):
+                strict_schemas[name] = translator.translate(schema, f"{path}.parameters")
+
+    # A model that is not held to the schemas still follows them.
+    if len(strict_schemas) <= _MAX_STRICT_TOOLS and not translator.is_over_limits():
+        for name, schema in strict_schemas.items():
+            translated[name].update(strict=True, input_schema=schema)
     return list(translated.values()), call_fields
+
+
+def _to_call_fields(tool: JsonObject, path: str) -> tuple[str, JsonObject]:
+    """Return a tool's name upstream, and the fields with which its calls begin."""
+    call_type = CALL_TYPES[tool["type"]]
+    if tool["type"] == "tool_search":
+        return tool["type"], {"type": call_type, "execution": "client"}
+    if tool["type"] in _OWN_TOOLS:
+        return tool["type"], {"type": call_type}
+
+    name = _upstream_name(tool, path)
+    fields = {"type": call_type, "name": tool["name"]}
+    if tool["namespace"] is not None:
+        fields["namespace"] = tool["namespace"]
+    return name, fields
+
+
+def _to_schema(tool: JsonObject, path: str) -> tuple[str | None, JsonObject]:
+    """Return a tool's description and the schema of its input."""
+    if tool["type"] == "custom":
+        return tool["description"], _RAW_INPUT_SCHEMA
+    own_tool = _OWN_TOOLS.get(tool["type"])
+    if own_tool:
+        return own_tool.description, own_tool.schema
+    parameters = without_nulls(optional(tool, "parameters", dict, path) or {"properties": {}})
+    return tool["description"], {"type": "object", **parameters}
 
 
 def _to_tool_choice(
@@ -4790,7 +5221,10 @@ def _to_tool_choice(
     choice: Any = body.get("tool_choice") or "auto"
     if isinstance(choice, dict) and choice.get("type") == "allowed_tools":
         allowed = located_objects(choice, "tools", "tool_choice")
-        names = [_upstream_name(tool, path) for path, tool in allowed]
+        names = [
+            tool["type"] if tool.get("type") in _OWN_TOOLS else _upstream_name(tool, path)
+            for path, tool in allowed
+        ]
         tools = [tool for tool in tools if tool["name"] in names]
         choice = choice.get("mode") or "auto"
         if isinstance(choice, dict):
@@ -4798,10 +5232,14 @@ def _to_tool_choice(
 
     translated: JsonObject
     if isinstance(choice, dict):
-        if choice.get("type") not in ("function", "custom"):
+        choice_type = choice.get("type")
+        if choice_type in _OWN_TOOLS:
+            translated = {"type": "tool", "name": choice_type}
+        elif choice_type in ("function", "custom"):
+            translated = {"type": "tool", "name": _upstream_name(choice, "tool_choice")}
+        else:
             problem = "Input should be 'function', 'custom' or 'allowed_tools'"
             raise InvalidRequest(f"tool_choice.type: {problem}")
-        translated = {"type": "tool", "name": _upstream_name(choice, "tool_choice")}
     elif choice == "required":
         translated = {"type": "any"}
     else:
@@ -4811,38 +5249,51 @@ def _to_tool_choice(
     return translated, tools
 
 
-def to_messages_fields(
-    body: JsonObject, items: ItemReader, tools: Iterable[Located], text_format: JsonObject
-) -> tuple[JsonObject, dict[str, JsonObject]]:
-    """Return the fields of a Messages API body that both APIs ask for, and their `call_fields`.
+def to_output_format(text_format: JsonObject, path: str) -> tuple[JsonObject | None, str]:
+    """Return `output_format` for a format of OpenAI's, and what is asked for in words.
 
-    `text_format` is {"type", "schema"}. JSON without a schema is asked for in the system prompt.
+    `text_format` is {"type", "schema"}, at that path.
     """
+    format_type = text_format.get("type", "text")
+    schema = text_format.get("schema")
+    if format_type == "text":
+        return None, ""
+    if format_type == "json_object" or (format_type == "json_schema" and schema is None):
+        return None, _JSON_OBJECT_PROMPT
+    if format_type != "json_schema":
+        raise InvalidRequest(f"{path}.type: Input should be 'text', 'json_object' or 'json_schema'")
+
+    translator = SchemaTranslator()
+    with contextlib.suppress(Unenforceable):
+        translated = translator.translate(schema, f"{path}.schema")
+        if not translator.is_over_limits():
+            return {"type": format_type, "schema": translated}, ""
+    return None, f"{_JSON_SCHEMA_PROMPT}\n{json.dumps(schema)}"
+
+
+def to_messages_fields(
+    body: JsonObject, items: ItemReader, tools: Iterable[Located], text_format: Located
+) -> tuple[JsonObject, dict[str, JsonObject]]:
+    """Return the fields of a Messages API body that both APIs ask for, and their `call_fields`."""
     temperature = body.get("temperature")
     if isinstance(temperature, (int, float)) and 1 < temperature <= 2:
         # OpenAI's scale goes to 2, Anthropic's to 1.
         temperature = 1
-    top_p = body.get("top_p")
-    if temperature is not None and top_p == 1:
-        # It changes nothing, and newer models refuse the two together.
-        top_p = None
 
     translated, call_fields = _to_tools([*tools, *items.tools])
     choice, translated = _to_tool_choice(body, translated)
-    format_type = text_format.get("type", "text")
-    schema = text_format.get("schema")
-    if format_type == "json_object" or (format_type == "json_schema" and schema is None):
-        items.system += as_blocks(_JSON_OBJECT_PROMPT)
-        format_type = "text"
+    format_path, wanted_format = text_format
+    output_format, prompt = to_output_format(wanted_format, format_path)
+    items.system += as_blocks(prompt)
     fields = {
         "model": body.get("model"),
         "system": items.system,
         "stream": body.get("stream"),
         "temperature": temperature,
-        "top_p": top_p,
+        "top_p": body.get("top_p"),
         "tools": translated,
         "tool_choice": choice if translated else None,
-        "output_format": None if format_type == "text" else {"type": format_type, "schema": schema},
+        "output_format": output_format,
     }
     return fields, call_fields
 
@@ -4939,19 +5390,20 @@ def parse_chat_request(body: JsonObject) -> tuple[Turn, ChatEncoder]:
             raise InvalidRequest(f"{name}: this value is not supported by this gateway")
 
     items = ItemReader([], hoists=True)
-    for path, item in _to_items(body):
-        items.read(path, item)
+    items.read_all(_to_items(body))
 
     text_format = optional(body, "response_format", dict) or {}
+    format_path = "response_format"
     if text_format.get("type") == "json_schema":
-        inner = require(text_format, "json_schema", dict, "response_format")
+        inner = require(text_format, "json_schema", dict, format_path)
         text_format = {**inner, "type": "json_schema"}
+        format_path += ".json_schema"
     tools = [_flatten(tool, path) for path, tool in located_objects(body, "tools")]
     choice = body.get("tool_choice")
     if isinstance(choice, dict):
         _, choice = _flatten(choice, "tool_choice")
     fields, call_fields = to_messages_fields(
-        {**body, "tool_choice": choice}, items, tools, text_format
+        {**body, "tool_choice": choice}, items, tools, (format_path, text_format)
     )
 
     stop = body.get("stop")
@@ -4962,7 +5414,8 @@ def parse_chat_request(body: JsonObject) -> tuple[Turn, ChatEncoder]:
     fields["effort"] = to_effort(body, "reasoning_effort")
 
     include_usage = bool(as_object(body.get("stream_options")).get("include_usage"))
-    return to_turn(fields, items.messages), ChatEncoder(call_fields, include_usage=include_usage)
+    turn = to_turn(fields, items.messages, is_lenient=True)
+    return turn, ChatEncoder(call_fields, include_usage=include_usage)
 
 
 def _flatten(owner: JsonObject, path: str) -> Located:
@@ -4985,13 +5438,41 @@ def _to_items(body: JsonObject) -> Iterator[Located]:
             yield path, {"type": "function_call_output", "content": content, "call_id": call_id}
             continue
 
-        content = message.get("content") or message.get("refusal")
+        content = message.get("content")
+        if not content and message.get("refusal"):
+            content = message["refusal"]
+        if role != "assistant":
+            yield path, {"role": role, "type": "message", "content": content}
+            continue
+
+        calls: dict[str, Located] = {}
+        for call_path, call in located_objects(message, "tool_calls", path):
+            flat_path, flat = _flatten(call, call_path)
+            call_id = require(call, "id", str, call_path)
+            calls[call_id] = flat_path, {**flat, "type": CALL_TYPES[flat["type"]]}
+        if isinstance(content, list):
+            content = _take_calls(message, path, calls)
         yield path, {"role": role, "type": "message", "content": content}
-        if role == "assistant":
-            for call_path, call in located_objects(message, "tool_calls", path):
-                call_id = require(call, "id", str, call_path)
-                flat_path, flat = _flatten(call, call_path)
-                yield flat_path, {**flat, "type": CALL_TYPES[flat["type"]], "call_id": call_id}
+        for call_id, (call_path, call) in calls.items():
+            yield call_path, {**call, "call_id": call_id}
+
+
+def _take_calls(message: JsonObject, path: str, calls: dict[str, Located]) -> list[JsonObject]:
+    """Return the parts of an answer's content that are no calls.
+
+    LangChain's messages have a call as a part too, in Anthropic's form or its own, mostly beside
+    the same in `tool_calls`. A call that is not yet among `calls` is added.
+    """
+    parts = []
+    for part_path, part in located_objects(message, "content", path):
+        if part.get("type") not in ("tool_use", "tool_call", "function_call"):
+            parts.append(part)
+            continue
+        call_id = str(part.get("call_id") or part.get("id"))
+        arguments = part.get("input") or part.get("args") or part.get("arguments")
+        call = {"type": "function_call", "name": part.get("name"), "arguments": arguments}
+        calls.setdefault(call_id, (part_path, call))
+    return parts
 
 
 class ChatEncoder(MessagesEncoder):
@@ -5161,7 +5642,7 @@ def parse_responses_request(
     text = optional(body, "text", dict) or {}
     text_format = optional(text, "format", dict, "text") or {}
     fields, call_fields = to_messages_fields(
-        body, items, located_objects(body, "tools"), text_format
+        body, items, located_objects(body, "tools"), ("text.format", text_format)
     )
     fields["max_tokens"] = body.get("max_output_tokens")
     fields["effort"] = to_effort(reasoning, "effort", "reasoning")
@@ -5169,21 +5650,20 @@ def parse_responses_request(
     if _shows_thinking(reasoning, fields["tool_choice"]):
         fields["thinking"] = {"type": "adaptive", "display": "summarized"}
 
-    turn = to_turn(fields, items.messages, is_count=is_count)
+    turn = to_turn(fields, items.messages, is_count=is_count, is_lenient=True)
     return turn, ResponsesEncoder(_to_empty_response(body), call_fields)
 
 
 def _read_input(body: JsonObject) -> ItemReader:
     """Return the conversation of a request, whose input is a text or a list of items."""
-    given = body.get("input") or None
+    given = body.get("input")
     if isinstance(given, str):
         given = [{"role": "user", "content": given}]
-    owner = {"input": given}
+    owner = {"input": given or None}
     require(owner, "input", list)
 
     items = ItemReader(to_blocks(body, "instructions", ""))
-    for path, item in located_objects(owner, "input"):
-        items.read(path, item)
+    items.read_all(located_objects(owner, "input"))
     return items
 
 
@@ -5295,6 +5775,15 @@ _ITEM_FORMS: Final = {
     "tool_search_call": _ItemForm(
         id_prefix="tsc", delta_name="", text_name="arguments", event_name="", opening=_CALL_OPENING
     ),
+    "apply_patch_call": _ItemForm(
+        id_prefix="apc", delta_name="", text_name="operation", event_name="", opening=_CALL_OPENING
+    ),
+    "shell_call": _ItemForm(
+        id_prefix="sh", delta_name="", text_name="action", event_name="", opening=_CALL_OPENING
+    ),
+    "local_shell_call": _ItemForm(
+        id_prefix="lsh", delta_name="", text_name="action", event_name="", opening=_CALL_OPENING
+    ),
 }
 
 
@@ -5342,8 +5831,10 @@ class _OutputItem:
             yield from self.add_text(to_raw_input(tool_input))
         elif self.type == "function_call" and not self._texts:
             yield from self.add_text(json.dumps(tool_input))
-        elif self.type == "tool_search_call":
-            self._item["arguments"] = tool_input
+        elif self.type in CALL_TYPES.values() and not self.form.event_name:
+            own_tool = _OWN_TOOLS.get(self.type.removesuffix("_call"))
+            defaults = own_tool.defaults if own_tool else {}
+            self._item[self.form.text_name] = {**defaults, **as_object(tool_input)}
 
         if not self._has_begun:
             if self.type == "message":

@@ -35,7 +35,7 @@ _KEYWORDS = {
     "anyOf", "allOf", "$ref", "$defs", "definitions", "description", "title", "default", "format",
     "pattern", "$schema", "$id",
 }  # fmt: skip
-_TYPES = ("object", "array", "string", "integer", "number", "boolean", "null")
+TYPES = ("object", "array", "string", "integer", "number", "boolean", "null")
 
 
 def refusal(body: JsonObject) -> str | None:
@@ -73,7 +73,7 @@ def _refusals(body: JsonObject) -> Iterator[str]:
     yield from _tool_refusals(body)
     output_format = output_config.get("format")
     if output_format is not None:
-        yield from _schema_refusals("output_config.format.schema", output_format.get("schema"))
+        yield from schema_refusals("output_config.format.schema", output_format.get("schema"))
     yield from _message_refusals(body, takes_prefill=_TAKES_PREFILL.search(model) is not None)
 
 
@@ -114,10 +114,10 @@ def _custom_tool_refusals(path: str, tool: JsonObject) -> Iterator[str]:
         problem = "JSON schema is invalid. It must match JSON Schema draft 2020-12"
         yield f"{path}.input_schema: {problem}"
     if tool.get("strict"):
-        yield from _schema_refusals(f"{path}.input_schema", schema)
+        yield from schema_refusals(f"{path}.input_schema", schema)
 
 
-def _schema_refusals(path: str, schema: Any) -> Iterator[str]:
+def schema_refusals(path: str, schema: Any) -> Iterator[str]:
     """Yield what structured outputs do not take of a schema."""
     if not isinstance(schema, dict):
         yield f"{path}: Input should be a valid dictionary"
@@ -126,7 +126,7 @@ def _schema_refusals(path: str, schema: Any) -> Iterator[str]:
     kind = schema.get("type")
     kinds = kind if isinstance(kind, list) else [kind]
     for each in kinds:
-        if each not in (None, *_TYPES):
+        if each not in (None, *TYPES):
             yield f"{path}: Unknown type {each!r}"
     unknown = sorted(set(schema) - _KEYWORDS)
     if unknown:
@@ -142,7 +142,7 @@ def _schema_refusals(path: str, schema: Any) -> Iterator[str]:
     if not str(schema.get("$ref", "#")).startswith("#"):
         yield f"{path}: External $ref is not supported"
     for member_path, member in _members(schema):
-        yield from _schema_refusals(f"{path}.{member_path}", member)
+        yield from schema_refusals(f"{path}.{member_path}", member)
 
 
 def _members(schema: JsonObject) -> Iterator[tuple[str, Any]]:

@@ -1,0 +1,235 @@
+"""JSON schemas of OpenAI's clients, in the part of JSON Schema that Anthropic enforces."""
+
+from __future__ import annotations
+
+import copy
+import datetime
+import enum
+from typing import Any, Literal
+
+import api_rules
+import pytest
+from anthropic import transform_schema
+from hypothesis import given, strategies as st
+from pydantic import BaseModel, Field, RootModel
+
+import cc2api
+
+JsonObject = dict[str, Any]
+STRING = {"type": "string"}
+
+
+def translate(schema: Any) -> JsonObject:
+    return cc2api.SchemaTranslator().translate(copy.deepcopy(schema), "schema")
+
+
+def closed(**properties: Any) -> JsonObject:
+    """Return the schema of an object, as it is sent."""
+    return {"type": "object", "properties": properties, "additionalProperties": False}
+
+
+class Colour(enum.Enum):
+    RED = "red"
+    BLUE = "blue"
+
+
+class Place(BaseModel):
+    """A place."""
+
+    street: str = Field(min_length=1, description="the street")
+    number: int = Field(ge=1, le=999)
+    email: str = Field(json_schema_extra={"format": "email"})
+
+
+class Person(BaseModel):
+    minimum: float = Field(gt=0, description="of that name, not a bound")
+    colour: Colour
+    kind: Literal["a", "b"]
+    home: Place
+    others: list[Place] = Field(min_length=2, max_length=5)
+    born: datetime.date
+    either: int | str | None
+    odd: str = Field(json_schema_extra={"format": "iban"})
+
+
+@pytest.mark.parametrize("model", [Place, Person, RootModel[list[Place]], RootModel[Place]])
+def test_a_schema_is_sent_as_anthropics_own_sdk_sends_it(model: type[BaseModel]) -> None:
+    schema = model.model_json_schema()
+    assert translate(schema) == transform_schema(copy.deepcopy(schema))
+
+
+TRANSLATED: list[tuple[JsonObject, JsonObject]] = [
+    ({"type": ["string", "null"]}, {"anyOf": [STRING, {"type": "null"}]}),
+    (
+        {"type": ["integer", "null"], "minimum": 1, "description": "d"},
+        {"anyOf": [{"type": "integer", "description": "{minimum: 1}"}, {"type": "null"}],
+         "description": "d"},
+    ),
+    ({"type": ["string"]}, STRING),
+    ({"type": ["string", "null"], "enum": ["a", None]}, {"enum": ["a", None]}),
+    ({"oneOf": [STRING, {"const": None}]}, {"anyOf": [STRING, {"const": None}]}),
+    ({"allOf": [STRING], "description": "d"}, {**STRING, "description": "d"}),
+    (
+        {"allOf": [{"properties": {"a": STRING}, "required": ["a"]}, {"$ref": "#/$defs/B"}],
+         "$defs": {"B": {"type": "object", "properties": {"b": STRING}}}},
+        {**closed(a=STRING, b=STRING), "required": ["a"]},
+    ),
+    (
+        {"properties": {"a": {"$ref": "#/definitions/A"}}, "definitions": {"A": STRING}},
+        {**closed(a={"$ref": "#/$defs/A"}), "$defs": {"A": STRING}},
+    ),
+    (
+        {"properties": {"a/b": STRING, "c": {"$ref": "#/properties/a~1b"}}},
+        {**closed(**{"a/b": STRING}, c={"$ref": "#/$defs/a_1b"}), "$defs": {"a_1b": STRING}},
+    ),
+    (
+        {"$schema": "https://json-schema.org/draft/2020-12/schema", "type": "string", "title": None,
+         "pattern": "^a", "default": None},
+        {**STRING, "description": "{pattern: ^a, default: null}"},
+    ),
+    (
+        {"type": "array", "items": STRING, "minItems": 1, "maxItems": 2},
+        {"type": "array", "items": STRING, "minItems": 1, "description": "{maxItems: 2}"},
+    ),
+    ({"type": "object", "properties": {}}, closed()),
+    ({"type": "array", "items": True}, {"type": "array", "description": "{items: true}"}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("schema", "sent"), TRANSLATED, ids=lambda value: str(value)[:60])
+def test_a_schema_is_translated(schema: JsonObject, sent: JsonObject) -> None:
+    assert translate(schema) == sent
+
+
+UNENFORCEABLE: list[Any] = [
+    {},
+    True,
+    {"type": "object"},
+    {"type": "object", "additionalProperties": STRING},
+    {"type": "object", "properties": {"a": STRING}, "additionalProperties": True},
+    {"properties": {"a": {}}},
+    {"patternProperties": {"^a": STRING}, "properties": {}},
+    {"enum": [{"a": 1}]},
+    {"const": [1]},
+    {"allOf": [STRING, {"type": "integer"}]},
+    {"anyOf": [STRING, {"type": "object"}]},
+    {"properties": {"a": {"$ref": "#"}}},
+    {"$ref": "#/$defs/A", "$defs": {"A": {"properties": {"a": {"$ref": "#/$defs/A"}}}}},
+    {"allOf": [{"$ref": "#/$defs/A"}], "$defs": {"A": {"allOf": [{"$ref": "#/$defs/A"}]}}},
+]
+
+
+@pytest.mark.parametrize("schema", UNENFORCEABLE, ids=str)
+def test_what_cannot_be_enforced_is_asked_for_in_words(schema: Any) -> None:
+    with pytest.raises(cc2api.Unenforceable):
+        translate(schema)
+
+    inner = {"name": "n", "schema": schema}
+    wanted = {"type": "json_schema", "json_schema": inner}
+    parameters = {"properties": {"a": schema}, "$defs": cc2api.as_object(schema).get("$defs", {})}
+    function = {"name": "f", "parameters": parameters, "strict": True}
+    turn, _ = cc2api.parse_chat_request(
+        {
+            "model": "m",
+            "messages": [{"role": "user", "content": "hi"}],
+            "response_format": wanted,
+            "tools": [{"type": "function", "function": function}],
+        }
+    )
+    assert "output_config" not in turn.extra_body
+    assert turn.system.endswith(cc2api.dump_json(schema))
+    assert "strict" not in turn.tools[0]
+    assert turn.tools[0]["input_schema"]["properties"] == {"a": schema}
+
+
+NO_SCHEMAS: list[tuple[Any, str]] = [
+    ("text", "schema"),
+    ([], "schema"),
+    ({"type": "integr"}, "schema.type"),
+    ({"type": 5}, "schema.type"),
+    ({"properties": []}, "schema.properties"),
+    ({"properties": {"a": 5}}, "schema.properties.a"),
+    ({"properties": {}, "required": "a"}, "schema.required"),
+    ({"anyOf": [STRING, 5]}, "schema.anyOf.1"),
+    ({"anyOf": {}}, "schema.anyOf"),
+    ({"type": "array", "items": {"type": "x"}}, "schema.items.type"),
+    ({"$ref": 5}, "schema.$ref"),
+    ({"$ref": "https://example.com/a.json"}, "schema.$ref"),
+    ({"properties": {"a": {"$ref": "#/$defs/none"}}}, "schema.properties.a.$ref"),
+]
+
+
+@pytest.mark.parametrize(("schema", "path"), NO_SCHEMAS, ids=str)
+def test_what_is_no_schema_is_refused_with_its_path(schema: Any, path: str) -> None:
+    with pytest.raises(cc2api.InvalidRequest) as caught:
+        translate(schema)
+    assert str(caught.value).startswith(f"{path}: ")
+
+
+def test_a_refused_schema_is_named_as_the_client_knows_it() -> None:
+    wanted = {"type": "json_schema", "name": "n", "schema": {"properties": {"a": 5}}}
+    with pytest.raises(cc2api.InvalidRequest) as caught:
+        cc2api.parse_responses_request({"model": "m", "input": "hi", "text": {"format": wanted}})
+    _, body = cc2api.to_responses_error(caught.value)
+    assert body["error"]["param"] == "text.format.schema.properties.a"
+
+
+def tools_of(*schemas: JsonObject) -> list[JsonObject]:
+    tools = [
+        {"type": "function", "name": f"f{number}", "parameters": schema, "strict": True}
+        for number, schema in enumerate(schemas)
+    ]
+    return cc2api.parse_responses_request({"model": "m", "input": "hi", "tools": tools})[0].tools
+
+
+def test_no_tool_is_strict_where_all_together_are_too_complex() -> None:
+    """The API refuses over 20 strict tools, 24 optional parameters or 16 unions in all."""
+    small = {"type": "object", "properties": {"a": STRING}, "required": ["a"]}
+    optional = {"type": "object", "properties": {f"p{i}": STRING for i in range(13)}}
+    union = {"type": ["string", "null"]}
+    names = [f"p{i}" for i in range(9)]
+    unions = {"properties": dict.fromkeys(names, union), "required": names}
+    assert all(tool["strict"] for tool in tools_of(*[small] * 20))
+    assert not any("strict" in tool for tool in tools_of(*[small] * 21))
+    assert not any("strict" in tool for tool in tools_of(optional, optional))
+    assert all("strict" in tool for tool in tools_of(optional, small))
+    assert not any("strict" in tool for tool in tools_of(unions, unions))
+    assert tools_of(optional, optional)[0]["input_schema"] == optional
+
+
+TYPES = st.sampled_from([*api_rules.TYPES, None, ["string", "null"]])
+KEYWORDS = st.fixed_dictionaries(
+    {},
+    optional={
+        "type": TYPES, "format": st.sampled_from(["date", "iban"]), "minItems": st.integers(0, 3),
+        "minimum": st.integers(), "enum": st.lists(st.sampled_from([1, "a", None])),
+        "const": st.sampled_from([1, None, []]), "description": st.just("d"),
+        "$ref": st.sampled_from(["#", "#/$defs/a", "#/definitions/b", "#/properties/a"]),
+        "additionalProperties": st.booleans(), "uniqueItems": st.just(True),
+    },
+)  # fmt: skip
+
+
+def grown(schemas: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+    named = st.dictionaries(st.sampled_from(["a", "minimum", "type"]), schemas, max_size=2)
+    some = st.lists(schemas, max_size=2)
+    more = st.fixed_dictionaries(
+        {},
+        optional={
+            **{"properties": named, "items": schemas, "anyOf": some, "oneOf": some, "allOf": some},
+            **{"$defs": named, "definitions": named, "required": st.just(["a"])},
+        },
+    )
+    return st.builds(lambda first, second: {**first, **second}, KEYWORDS, more)
+
+
+@given(st.recursive(KEYWORDS, grown, max_leaves=12))
+def test_whatever_is_sent_the_api_takes(schema: JsonObject) -> None:
+    before = copy.deepcopy(schema)
+    try:
+        translated = cc2api.SchemaTranslator().translate(schema, "schema")
+    except (cc2api.Unenforceable, cc2api.InvalidRequest):
+        return
+    finally:
+        assert schema == before
+    assert list(api_rules.schema_refusals("schema", translated)) == []
