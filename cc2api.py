@@ -1290,6 +1290,7 @@ _HAS_LONG_WINDOW: Final = re.compile(
 )
 _LONG_WINDOW_BETA: Final = "context-1m-2025-08-07"
 _MEDIA_TYPES: Final = ("image", "document")
+THINKING_TYPES: Final = ("thinking", "redacted_thinking")
 # Betas that are passed on: not those that the CLI sends for itself.
 _BETA: Final = re.compile(r"(?!claude-code-|oauth-)[A-Za-z0-9][A-Za-z0-9_.-]*\Z")
 
@@ -1699,7 +1700,7 @@ def _says_nothing(block: Block) -> bool:
     if block["type"] == "text":
         is_short = len(block["text"]) < SLICE_CHARS
         return is_short and block["text"].strip(JS_WHITE_SPACE) in _EMPTY_ANSWERS
-    return block["type"] in ("thinking", "redacted_thinking")
+    return block["type"] in THINKING_TYPES
 
 
 def _message_path(block_path: str) -> str:
@@ -2935,27 +2936,22 @@ class ToolServer:
     """The MCP server of one process: a request's tools are listed there, and their calls wait.
 
     What the model is told of the tools goes upstream in CLAUDE_CODE_EXTRA_BODY. They are listed
-    here only so that the CLI hands the calls on.
+    here so that the CLI hands the calls on, and counts the tools.
     """
 
     def __init__(self, process: Process) -> None:
-        self.tools: Sequence[JsonObject] = ()  # the request's, as last set
-        self.known_tools: dict[str, JsonObject] = {}  # by name, as the CLI first saw each
+        self.manifest: list[JsonObject] = []  # the tools in MCP's form, as last set
         self.waiting_calls: dict[str, Line] = {}  # tools/call lines by tool_use id
         self.is_listed = False  # the CLI has asked for the tools since they were last set
         self._process = process
-        self._manifest: list[JsonObject] = []  # the tools in MCP's form
 
-    def set_tools(self, tools: Sequence[JsonObject]) -> None:
-        self.tools = tools
+    def set_manifest(self, manifest: list[JsonObject]) -> None:
+        self.manifest = manifest
         self.is_listed = False
-        for tool in tools:
-            self.known_tools.setdefault(to_tool_name(tool), tool)
-        self._manifest = [_to_mcp_tool(tool) for tool in tools]
 
     def initialize_fields(self) -> JsonObject:
         """Return the fields of the CLI's `initialize` request that describe this server."""
-        manifest = {"initializeResult": SERVER_INFO, "toolsListResult": {"tools": self._manifest}}
+        manifest = {"initializeResult": SERVER_INFO, "toolsListResult": {"tools": self.manifest}}
         return {"sdkMcpServers": [TOOL_SERVER], "sdkMcpServerManifests": {TOOL_SERVER: manifest}}
 
     def feed(self, line: Line) -> bool:
@@ -2974,7 +2970,7 @@ class ToolServer:
         if method == "initialize":
             result = SERVER_INFO
         elif method == "tools/list":
-            result = {"tools": self._manifest}
+            result = {"tools": self.manifest}
             self.is_listed = True
         self._reply(line, result)
         return True
@@ -2993,15 +2989,41 @@ class ToolServer:
         self._process.send({"type": "control_response", "response": response})
 
 
-def _to_mcp_tool(tool: JsonObject) -> JsonObject:
-    return {
-        "name": to_tool_name(tool),
-        # Anthropic's own tools have neither a description nor a schema.
-        "description": tool.get("description") or json.dumps(tool),
-        "inputSchema": tool.get("input_schema") or {"type": "object", "properties": {}},
-        "annotations": {"readOnlyHint": True},  # else calls wait for each other
-        "_meta": {"anthropic/maxResultSizeChars": 2 * MAX_TOOL_RESULT_CHARS},
-    }
+def to_manifest(tools: Iterable[JsonObject], *, is_count: bool) -> list[JsonObject]:
+    """Return tools in MCP's form, whole where they are to be counted, else by their names alone.
+
+    The CLI takes no tools at all where one has a schema that MCP does not take, and leaves out one
+    whose schema is invalid further inside (seen): both are for upstream to judge.
+    """
+    manifest = []
+    for tool in tools:
+        entry = {
+            "name": to_tool_name(tool),
+            "inputSchema": {"type": "object"},
+            "annotations": {"readOnlyHint": True},  # else calls wait for each other
+            "_meta": {"anthropic/maxResultSizeChars": 2 * MAX_TOOL_RESULT_CHARS},
+        }
+        if is_count:
+            # Anthropic's own tools have neither a description nor a schema.
+            has_schema = "input_schema" in tool
+            description = tool.get("description", "" if has_schema else dump_json(tool))
+            entry["description"] = str(description)
+            entry["inputSchema"] = _to_mcp_schema(tool.get("input_schema"))
+        manifest.append(entry)
+    return manifest
+
+
+def _to_mcp_schema(schema: Any) -> JsonObject:
+    """Return a schema that MCP takes: the same where it does, else one with all the same text."""
+    fields = without_nulls(as_object(schema)) or {"type": "object", "properties": {}}
+    properties = fields.get("properties", {})
+    required = fields.get("required", [])
+    is_object = fields.get("type") == "object" and isinstance(properties, dict)
+    has_schemas = is_object and all(isinstance(each, (dict, bool)) for each in properties.values())
+    has_names = isinstance(required, list) and all(isinstance(each, str) for each in required)
+    if has_schemas and has_names:
+        return fields
+    return {"type": "object", "properties": {"schema": {"const": fields}}}
 
 
 class ControlChannel:
@@ -3135,9 +3157,9 @@ class ControlChannel:
             if is_failure or went_on:
                 raise ProcessDied("claude did not keep its conversation")
 
-    def replace_tools(self, tools: Sequence[JsonObject], deadline: Deadline) -> None:
-        """Set other tools, and wait until the CLI has asked for them. Raises CliRefused."""
-        self.tool_server.set_tools(tools)
+    def replace_tools(self, manifest: list[JsonObject], deadline: Deadline) -> None:
+        """List other tools, and wait until the CLI has asked for them. Raises CliRefused."""
+        self.tool_server.set_manifest(manifest)
         message = {"jsonrpc": "2.0", "method": "notifications/tools/list_changed"}
         self.request("mcp_message", deadline, server_name=TOOL_SERVER, message=message)
 
@@ -3354,6 +3376,7 @@ class Session:
         self._previous: PrefixKey | None = None  # of the last turn; None while one is prepared
         self._turn: Turn | None = None  # that turn, from `prepare` to `start_call`
         self._settings: JsonObject = {}  # that turn's
+        self._counted_tools: dict[str, JsonObject] = {}  # by name, as the CLI has counted each
         self._booked_usd = 0.0  # the part of the cost that `take_cost` has returned
 
     def distance(self, request: SessionRequest, *, may_rewind: bool) -> int | None:
@@ -3375,7 +3398,8 @@ class Session:
         held = len(self._conversation.messages)
         reusable = self._conversation.reusable_prefix(turn, self._previous)
         lost = held - reusable
-        differs = turn.system != self._previous.system or turn.tools != self._tools()
+        manifest = to_manifest(turn.tools, is_count=request.is_count)
+        differs = turn.system != self._previous.system or manifest != self._manifest()
         if not may_rewind and (lost or differs):
             return None
         if lost == 1 and self._conversation.has_unanswered_query:
@@ -3386,11 +3410,11 @@ class Session:
 
     def _can_count(self, tools: Iterable[JsonObject]) -> bool:
         """Return whether the CLI would count these tools: it remembers counts by a tool's name."""
-        known = self._channel.tool_server.known_tools
-        return all(known.get(to_tool_name(tool), tool) == tool for tool in tools)
+        counted = self._counted_tools
+        return all(counted.get(to_tool_name(tool), tool) == tool for tool in tools)
 
-    def _tools(self) -> Sequence[JsonObject]:
-        return self._channel.tool_server.tools
+    def _manifest(self) -> list[JsonObject]:
+        return self._channel.tool_server.manifest
 
     def take_cost(self) -> float:
         """Return the dollars that the process has newly reported, in the lines that were read."""
@@ -3440,8 +3464,9 @@ class Session:
         # Until the last line of this method has run, nothing here can be reused.
         self._previous = None
 
+        manifest = to_manifest(turn.tools, is_count=request.is_count)
         if self.is_new:
-            self._initialize(turn, deadline)
+            self._initialize(turn, manifest, deadline)
 
         conversation = self._conversation
         reusable = conversation.reusable_prefix(turn, previous)
@@ -3460,6 +3485,9 @@ class Session:
         blocked_index = None
         if turn.is_login and reusable == 0 and not request.is_count:
             blocked_index = _first_user_index(turn.messages[:end])
+        # The tools come first, because they take the CLI a moment.
+        if manifest != self._manifest():
+            self._channel.replace_tools(manifest, deadline)
         self._apply_settings(turn, previous, deadline, blocked=blocked_index is not None)
 
         for index in range(reusable, end):
@@ -3542,13 +3570,22 @@ class Session:
         self._previous = None
         self._turn = None
 
-        names = {to_tool_name(tool) for tool in request.turn.tools}
+        tools = {to_tool_name(tool): tool for tool in request.turn.tools}
+        taken: set[Any] = set()
         for _ in range(COUNT_ATTEMPTS):
             usage = self._channel.request("get_context_usage", request.deadline)
-            if {tool.get("name") for tool in usage.get("mcpTools") or []} == names:
+            taken = {tool.get("name") for tool in usage.get("mcpTools") or []}
+            for name in taken & tools.keys():
+                self._counted_tools.setdefault(name, tools[name])
+            if taken == tools.keys():
                 self._previous = previous
                 return to_token_counts(usage)
             time.sleep(POLL_INTERVAL_S)
+
+        # It takes all tools at once, but for those whose schemas are invalid.
+        if taken and taken < tools.keys():
+            index = next(index for index, name in enumerate(tools) if name not in taken)
+            raise InvalidRequest(f"tools.{index}: the JSON schema of its input is invalid")
         raise CliFailed("claude did not take the tools that are to be counted")
 
     def finish_turn(self) -> bool:
@@ -3583,7 +3620,7 @@ class Session:
                 return False
             return channel.interrupt()
 
-        tool_names = {to_tool_name(tool) for tool in self._tools()}
+        tool_names = {tool["name"] for tool in self._manifest()}
         if not parser.can_go_on or not tool_names.issuperset(parser.tool_calls.values()):
             # The CLI would call again: by itself, or because the model called an unknown tool. It
             # is kept only if it has acknowledged the block.
@@ -3596,10 +3633,10 @@ class Session:
             channel.start_applying(self._settings)
         return True
 
-    def _initialize(self, turn: Turn, deadline: Deadline) -> None:
+    def _initialize(self, turn: Turn, manifest: list[JsonObject], deadline: Deadline) -> None:
         """Send the first request of a process, which can set the system prompt and tools."""
         tool_server = self._channel.tool_server
-        tool_server.set_tools(turn.tools)
+        tool_server.set_manifest(manifest)
         fields: JsonObject = {"hooks": None}
         if turn.system:
             fields["systemPrompt"] = [turn.system]
@@ -3617,10 +3654,6 @@ class Session:
         `blocked`: until the next settings no call goes upstream (`_append_blocked`).
         """
         channel = self._channel
-        # The tools come first, because they take the CLI a moment.
-        if turn.tools != self._tools():
-            channel.replace_tools(turn.tools, deadline)
-
         model = resolve_model(turn.model, self.models)
         self._settings = to_flag_settings(turn, model)
         settings = self._settings
@@ -5089,7 +5122,7 @@ def _unseal(sealed: Any) -> list[Block]:
         block = parse_json(base64.urlsafe_b64decode(sealed[len(_SEAL) :]))
     except (ValueError, InvalidRequest):
         return []
-    return [block] if block.get("type") in ("thinking", "redacted_thinking") else []
+    return [block] if block.get("type") in THINKING_TYPES else []
 
 
 def _upstream_name(tool: JsonObject, path: str) -> str:
@@ -5383,6 +5416,10 @@ _ONLY_VALUES: Final = {
 }  # fmt: skip
 
 
+_REASONING_FORMAT: Final = "anthropic-claude-v1"  # OpenRouter's name for Anthropic's signatures
+_REASONING_ID: Final = "cc2api-"
+
+
 def parse_chat_request(body: JsonObject) -> tuple[Turn, ChatEncoder]:
     """Check a request; return its Turn, and what encodes its answer. Raises InvalidRequest."""
     for name, accepted in _ONLY_VALUES.items():
@@ -5445,6 +5482,7 @@ def _to_items(body: JsonObject) -> Iterator[Located]:
             yield path, {"role": role, "type": "message", "content": content}
             continue
 
+        items: list[Located] = []
         calls: dict[str, Located] = {}
         for call_path, call in located_objects(message, "tool_calls", path):
             flat_path, flat = _flatten(call, call_path)
@@ -5452,9 +5490,87 @@ def _to_items(body: JsonObject) -> Iterator[Located]:
             calls[call_id] = flat_path, {**flat, "type": CALL_TYPES[flat["type"]]}
         if isinstance(content, list):
             content = _take_calls(message, path, calls)
-        yield path, {"role": role, "type": "message", "content": content}
+        if content:
+            items.append((path, {"role": role, "type": "message", "content": content}))
         for call_id, (call_path, call) in calls.items():
-            yield call_path, {**call, "call_id": call_id}
+            items.append((call_path, {**call, "call_id": call_id}))
+        for index, block in _read_reasoning_fields(message):
+            items.insert(index, (path, {"type": "reasoning", "encrypted_content": seal(block)}))
+        yield from items
+
+
+def to_reasoning_fields(thinking: Iterable[tuple[int, Block]]) -> JsonObject:
+    """Return the fields of a message or a delta that hold thinking blocks, each with its index.
+
+    Clients send them back with the calls of a tool loop: `reasoning_details`, OpenRouter's form, by
+    its own provider of the AI SDK, pi and Copilot's CLI; `thinking_blocks` by LiteLLM.
+    `reasoning_content`, which more of them show, has no place for the signature.
+    """
+    details = []
+    blocks = []
+    for index, block in thinking:
+        form = {"format": _REASONING_FORMAT, "index": index}
+        if block["type"] == "thinking":
+            details.append(
+                {
+                    "type": "reasoning.text",
+                    "text": block["thinking"],
+                    "signature": block["signature"],
+                    "id": _to_reasoning_id(block),
+                    **form,
+                }
+            )
+        else:
+            details.append({"type": "reasoning.encrypted", "data": block["data"], **form})
+        blocks.append({**block, "index": index})
+    return {"reasoning_details": details, "thinking_blocks": blocks} if blocks else {}
+
+
+def _to_reasoning_id(block: Block) -> str:
+    """Return an id by which a block that a client has changed is known.
+
+    The AI SDK's provider joins the texts of neighbours, and keeps the first one's signature.
+    """
+    digest = hashlib.sha256(json.dumps([block["thinking"], block["signature"]]).encode("ascii"))
+    return f"{_REASONING_ID}{digest.hexdigest()[:32]}"
+
+
+def _read_reasoning_fields(message: JsonObject) -> Iterator[tuple[int, Block]]:
+    """Yield the thinking blocks that came back with an answer, each with its index in it.
+
+    What is damaged, or another provider's, is left out.
+    """
+    # LiteLLM's form of what it does not know.
+    sources = (message, as_object(message.get("provider_specific_fields")))
+    for name in ("thinking_blocks", "reasoning_details"):
+        for source in sources:
+            entries = source.get(name)
+            if isinstance(entries, list) and entries:
+                for entry in map(as_object, entries):
+                    block = _to_thinking_block(entry)
+                    index = entry.get("index")
+                    if block:
+                        yield index if isinstance(index, int) else 0, block
+                return
+
+
+def _to_thinking_block(entry: JsonObject) -> Block | None:
+    entry_type = entry.get("type")
+    if entry_type in ("redacted_thinking", "reasoning.encrypted"):
+        data = entry.get("data")
+        is_block = isinstance(data, str) and data != ""
+        return {"type": "redacted_thinking", "data": data} if is_block else None
+    if entry_type not in ("thinking", "reasoning.text"):
+        return None
+
+    text = entry.get("thinking" if entry_type == "thinking" else "text") or ""
+    signature = entry.get("signature")
+    if not isinstance(text, str) or not isinstance(signature, str) or not signature:
+        return None
+    block = {"type": "thinking", "thinking": text, "signature": signature}
+    entry_id = str(entry.get("id"))
+    is_changed = entry_id.startswith(_REASONING_ID) and entry_id != _to_reasoning_id(block)
+    return None if is_changed else block
 
 
 def _take_calls(message: JsonObject, path: str, calls: dict[str, Located]) -> list[JsonObject]:
@@ -5506,13 +5622,13 @@ class ChatEncoder(MessagesEncoder):
 
     def result(self) -> JsonObject:
         texts: list[str] = []
-        thinking: list[str] = []
+        thinking: list[tuple[int, Block]] = []
         tool_calls = []
-        for block in self.message["content"]:
+        for index, block in enumerate(self.message["content"]):
             if block["type"] == "text":
                 texts.append(block["text"])
-            elif block["type"] == "thinking":
-                thinking.append(block["thinking"])
+            elif block["type"] in THINKING_TYPES:
+                thinking.append((index, block))
             elif block["type"] == "tool_use":
                 arguments = json.dumps(block["input"])
                 tool_calls.append(self._to_tool_call(block, arguments))
@@ -5523,8 +5639,10 @@ class ChatEncoder(MessagesEncoder):
             "content": text or (None if tool_calls else ""),
             "refusal": as_object(self.message.get("stop_details")).get("explanation"),
         }
-        if any(thinking):
-            reply["reasoning_content"] = "".join(thinking)
+        thinking_text = "".join(block.get("thinking", "") for _, block in thinking)
+        if thinking_text:
+            reply["reasoning_content"] = thinking_text
+        reply.update(to_reasoning_fields(thinking))
         if tool_calls:
             reply["tool_calls"] = tool_calls
         completion = self._to_completion("chat.completion", "message", reply)
@@ -5575,7 +5693,11 @@ class ChatEncoder(MessagesEncoder):
             return {"reasoning_content": delta["thinking"]}
 
         content = self.message["content"]
-        if not content or content[-1].get("type") != "tool_use":
+        block_type = content[-1].get("type") if content else None
+        if block_type in THINKING_TYPES and event_type == "content_block_stop":
+            # Once and whole: Copilot's CLI keeps the latest list alone.
+            return to_reasoning_fields([(len(content) - 1, content[-1])])
+        if block_type != "tool_use":
             return None
         call = self._to_call_delta(event_type, content[-1], delta.get("partial_json"))
         if call is None:
@@ -5949,7 +6071,7 @@ class ResponsesEncoder(MessagesEncoder):
             item_type = call["type"]
         elif block["type"] == "text":
             item_type = "message"
-        elif block["type"] in ("thinking", "redacted_thinking"):
+        elif block["type"] in THINKING_TYPES:
             item_type = "reasoning"
         else:
             item_type = str(block["type"])

@@ -72,6 +72,46 @@ def test_tools_count_with_what_the_api_adds_for_them(gateway: RunningGateway) ->
         assert extra == words + 346
 
 
+@pytest.mark.parametrize(
+    ("odd", "plain"),
+    [
+        ({"properties": None, "required": None}, {}),
+        (
+            {"properties": {"a": {"type": "string"}}, "required": None},
+            {"properties": {"a": {"type": "string"}}},
+        ),
+        ({"$ref": "#/$defs/a", "$defs": {"a": {}}}, {"$ref": "#/$defs/a", "$defs": {"a": {}}}),
+    ],
+)
+def test_schemas_that_mcp_does_not_take_are_counted(
+    gateway: RunningGateway, odd: JsonObject, plain: JsonObject
+) -> None:
+    text, names = marker(), [f"tool_{uuid4().hex[:8]}" for _ in range(2)]
+    first, second = (
+        count(gateway, text, tools=[{"name": name, "input_schema": {"type": "object", **schema}}])
+        for name, schema in zip(names, (odd, plain), strict=True)
+    )
+    assert first == second
+
+
+def test_a_schema_without_a_type_is_counted_and_an_invalid_one_refused(
+    gateway: RunningGateway,
+) -> None:
+    text = marker()
+    few, many = (
+        {"name": f"f{number}", "input_schema": {"properties": {f"p{i}": {} for i in range(number)}}}
+        for number in (10, 510)
+    )
+    assert count(gateway, text, tools=[many]) - count(gateway, text, tools=[few]) == 500
+
+    invalid = {"name": "bad", "input_schema": {"type": "object", "additionalProperties": 5}}
+    body = {"model": "claude-sonnet-4-6", "messages": [{"role": "user", "content": text}]}
+    body["tools"] = [{"name": "good", "input_schema": {"type": "object"}}, invalid]
+    answer = gateway.request("POST", "/v1/messages/count_tokens", body)
+    assert answer.status == 400
+    assert answer.json["error"]["message"].startswith("tools.1: ")
+
+
 def test_the_sdk_counts(gateway: RunningGateway) -> None:
     with anthropic.Anthropic(base_url=gateway.url, api_key="any") as client:
         counted = client.messages.count_tokens(

@@ -189,6 +189,72 @@ def test_an_answers_call_keeps_its_id(strict: RunningGateway, strict_api: Script
     assert call["id"] == "toolu_1"
 
 
+THOUGHT = {"type": "thinking", "thinking": "Hm, so.", "signature": "c2lnMQ=="}
+UNSAID = {"type": "thinking", "thinking": "", "signature": "c2lnMg=="}  # the newest show no text
+HIDDEN = {"type": "redacted_thinking", "data": "ZGF0YQ=="}
+
+
+def streamed_message(answer: Answer, merge: Any) -> JsonObject:
+    """Put a streamed answer together as a client does; `merge` takes two values of a field."""
+    message: JsonObject = {}
+    for frame in answer.body.decode().split("\n\n"):
+        if not frame.startswith("data: {"):
+            continue
+        for choice in json.loads(frame.removeprefix("data: "))["choices"]:
+            for name, value in choice["delta"].items():
+                message[name] = merge(message[name], value) if name in message else value
+    return message
+
+
+def joined(first: Any, second: Any) -> Any:
+    """Join as LiteLLM and pi do."""
+    return second if first is None else first if second is None else first + second
+
+
+def replaced(first: Any, second: Any) -> Any:
+    """Join as Copilot's CLI does, which keeps the latest list."""
+    return second if isinstance(second, list) else joined(first, second)
+
+
+@pytest.mark.parametrize("field", ["reasoning_details", "thinking_blocks", "both"])
+@pytest.mark.parametrize("merge", [None, joined, replaced])
+@pytest.mark.parametrize("thinking", [[THOUGHT], [UNSAID], [THOUGHT, HIDDEN]], ids=str)
+def test_thinking_survives_a_tool_step_of_chat_completions(
+    strict: RunningGateway,
+    strict_api: ScriptedApi,
+    thinking: list[JsonObject],
+    merge: Any,
+    field: str,
+) -> None:
+    if merge is replaced and len(thinking) > 1:
+        return  # it keeps the last block alone
+    word = marker()
+    call = tool("f", {"a": 1})
+    strict_api.on(word, Reply(blocks=[*thinking, call], stop_reason="tool_use"))
+    strict_api.on(f"done {word}", text_reply())
+    fields = {
+        "tools": [{"type": "function", "function": {"name": "f"}}],
+        "stream": merge is not None,
+    }
+    answer = chat(strict, "sonnet", user(word), **fields)
+    if merge is None:
+        message = answer.json["choices"][0]["message"]
+    else:
+        message = streamed_message(answer, merge)
+        called = {"name": "f", "arguments": '{"a": 1}'}
+        message["tool_calls"] = [{"id": "toolu_1", "type": "function", "function": called}]
+    if field != "both":
+        for other in {"reasoning_details", "thinking_blocks"} - {field}:
+            del message[other]
+    result = {"role": "tool", "tool_call_id": "toolu_1", "content": f"done {word}"}
+    assert chat(strict, "sonnet", user(word), message, result, **fields).status == 200
+    sent = blocks_sent(strict_api.calls_with(word)[-1])
+    assert [
+        block for block in sent if block["type"] in ("thinking", "redacted_thinking")
+    ] == thinking
+    assert message.get("reasoning_content", "") == thinking[0]["thinking"]
+
+
 @pytest.mark.parametrize("name", ["apply_patch", "shell", "local_shell"])
 def test_openais_own_tools_that_clients_run(
     strict: RunningGateway, strict_api: ScriptedApi, name: str

@@ -336,6 +336,7 @@ def test_chunks_follow_the_rules() -> None:
     assert chunks[0]["object"] == "chat.completion.chunk"
     assert "usage" not in chunks[-1]
     deltas = [c["choices"][0]["delta"] for c in chunks]
+    assert sorted(deltas.pop(2)) == ["reasoning_details", "thinking_blocks"]
     assert deltas[:4] == [
         {"role": "assistant", "content": ""},
         {"reasoning_content": "hm"},
@@ -354,6 +355,110 @@ def test_chunks_follow_the_rules() -> None:
     assert [json.loads(text) for text in arguments] == [{"x": 1}, {}]
     finishes = [c["choices"][0]["finish_reason"] for c in chunks]
     assert finishes == [None] * (len(chunks) - 1) + ["tool_calls"]
+
+
+def reasoning_of(*blocks: JsonObject) -> JsonObject:
+    """Return the fields in which an answer's message holds its thinking."""
+    thinking = [(i, b) for i, b in enumerate(blocks) if b["type"] in cc2api.THINKING_TYPES]
+    return cc2api.to_reasoning_fields(thinking)
+
+
+THOUGHTS: list[JsonObject] = [
+    {"type": "thinking", "thinking": "one", "signature": "MQ=="},
+    {"type": "redacted_thinking", "data": "ZA=="},
+    {"type": "thinking", "thinking": "two", "signature": "Mg=="},
+]
+
+
+@pytest.mark.parametrize("name", ["reasoning_details", "thinking_blocks"])
+@pytest.mark.parametrize("is_litellm", [False, True])
+def test_thinking_comes_back_in_its_place(name: str, is_litellm: bool) -> None:
+    blocks = [THOUGHTS[0], {"type": "text", "text": "so"}, *THOUGHTS[1:], tool("f", {}, 1)]
+    kept = {name: reasoning_of(*blocks)[name]}
+    fields = {"provider_specific_fields": kept} if is_litellm else kept
+    call = {"id": "toolu_1", "type": "function", "function": {"name": "f", "arguments": ""}}
+    got = messages_of(
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": "so", "tool_calls": [call], **fields},
+        {"role": "tool", "tool_call_id": "toolu_1", "content": "r"},
+    )
+    assert got[1][1] == blocks
+
+
+def detail(**fields: Any) -> JsonObject:
+    entry = {"type": "reasoning.text", "text": "hm", "signature": "s", "index": 0}
+    return {"reasoning_details": [{**entry, **fields}]}
+
+
+@pytest.mark.parametrize(
+    ("fields", "is_kept"),
+    [
+        (detail(), True),
+        (detail(id="rs_of_another", format="anthropic-claude-v1"), True),
+        (detail(index="x"), True),
+        (detail(index=99), False),  # no answer ends with thinking
+        (detail(signature=None), False),
+        (detail(signature=""), False),
+        (detail(text=["hm"]), False),
+        (detail(type="reasoning.summary"), False),
+        (detail(type="reasoning.encrypted", data=None), False),
+        ({"reasoning_details": "hm"}, False),
+        ({"reasoning_details": [5]}, False),
+        ({"thinking_blocks": [{"type": "thinking", "thinking": "hm", "signature": "s"}]}, True),
+        ({"thinking_blocks": [{"type": "thinking", "thinking": "hm"}]}, False),
+        ({"thinking_blocks": [], **detail()}, True),
+        ({"reasoning_content": "hm", "reasoning": "hm"}, False),
+    ],
+    ids=str,
+)
+def test_thinking_without_its_signature_is_left_out(fields: JsonObject, is_kept: bool) -> None:
+    got = messages_of(
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "tool_calls": [CALL], "content": None, **fields},
+        {"role": "tool", "tool_call_id": "call_1", "content": "r"},
+    )
+    kept = [block for block in got[1][1] if block["type"] == "thinking"]
+    assert kept == ([{"type": "thinking", "thinking": "hm", "signature": "s"}] if is_kept else [])
+
+
+def test_blocks_that_a_client_has_joined_are_left_out() -> None:
+    """OpenRouter's provider joins neighbours, and keeps the first one's signature."""
+    first, second = reasoning_of(THOUGHTS[0], THOUGHTS[2])["reasoning_details"]
+    merged = {**first, "text": first["text"] + second["text"]}
+    for entries, count in (([first, second], 2), ([merged], 0)):
+        got = messages_of(
+            {"role": "user", "content": "hi"},
+            {"role": "assistant", "content": "so", "reasoning_details": entries},
+            {"role": "user", "content": "more"},
+        )
+        assert len(got[1][1]) == 1 + count
+
+
+def test_a_call_that_is_told_twice_is_one() -> None:
+    """LangChain's messages have a call as a part too."""
+    parts = [
+        {"type": "text", "text": "so"},
+        {"type": "tool_use", "id": "call_1", "name": "f", "input": {"a": 1}},
+        {"type": "tool_use", "id": "call_2", "name": "g", "input": {}},
+    ]
+    got = messages_of(
+        {"role": "user", "content": "go"},
+        {"role": "assistant", "content": parts, "tool_calls": [CALL]},
+        {"role": "tool", "tool_call_id": "call_1", "content": "one"},
+        {"role": "tool", "tool_call_id": "call_2", "content": "two"},
+    )
+    assert got[1][1] == parts
+
+
+@pytest.mark.parametrize("arguments", [None, "", "null", {}, "{}"])
+def test_no_arguments_are_an_empty_object(arguments: Any) -> None:
+    call = {**CALL, "function": {"name": "f", "arguments": arguments}}
+    got = messages_of(
+        {"role": "user", "content": "go"},
+        {"role": "assistant", "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "call_1", "content": "one"},
+    )
+    assert got[1][1][0]["input"] == {}
 
 
 def test_a_call_without_arguments_gets_an_empty_object() -> None:

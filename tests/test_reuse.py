@@ -503,6 +503,36 @@ def test_a_tool_with_an_odd_name_leaves_its_process_usable(
         wait_until(lambda: not gateway.now.busy)
 
 
+ODD_SCHEMAS: list[Any] = [
+    {"properties": {"q": {"type": "string"}}},
+    {"type": "object", "properties": None},
+    {"type": "object", "properties": []},
+    {"type": "object", "properties": {"a": 5}},
+    {"type": "object", "properties": {}, "required": None},
+    {"type": "object", "additionalProperties": 5},
+    {"type": ["object", "null"]},
+    {"oneOf": [{"type": "object"}]},
+    {"$ref": "#/$defs/A", "$defs": {"A": {"type": "object"}}},
+    "text",
+]
+
+
+@pytest.mark.parametrize("schema", ODD_SCHEMAS, ids=str)
+def test_a_tool_that_mcp_does_not_take_is_upstreams_to_judge(
+    alone: RunningGateway, api: ScriptedApi, schema: Any
+) -> None:
+    """Its call waits for the result as any other does, in the same process."""
+    tools = [{"name": "f", "description": 5, "input_schema": schema}]
+    talk = Talk(alone, api, tools=tools)
+    step = tool_use("f", a=1)
+    called = talk.say("use a tool", Reply(blocks=[step], stop_reason="tool_use"))
+    assert called["tools"] == tools
+    used = alone.children()
+    after = talk.say([tool_result(step, "done")])
+    assert after["messages"] == talk.replayed()
+    assert alone.children() == used
+
+
 # ---- a CLI that will not
 
 
