@@ -2941,6 +2941,8 @@ class ToolServer:
 
     def __init__(self, process: Process) -> None:
         self.manifest: list[JsonObject] = []  # the tools in MCP's form, as last set
+        # By name, as the CLI first saw each: for a count it remembers them.
+        self.known_descriptions: dict[str, str] = {}
         self.waiting_calls: dict[str, Line] = {}  # tools/call lines by tool_use id
         self.is_listed = False  # the CLI has asked for the tools since they were last set
         self._process = process
@@ -2948,6 +2950,8 @@ class ToolServer:
     def set_manifest(self, manifest: list[JsonObject]) -> None:
         self.manifest = manifest
         self.is_listed = False
+        for entry in manifest:
+            self.known_descriptions.setdefault(entry["name"], entry["description"])
 
     def initialize_fields(self) -> JsonObject:
         """Return the fields of the CLI's `initialize` request that describe this server."""
@@ -2990,24 +2994,24 @@ class ToolServer:
 
 
 def to_manifest(tools: Iterable[JsonObject], *, is_count: bool) -> list[JsonObject]:
-    """Return tools in MCP's form, whole where they are to be counted, else by their names alone.
+    """Return tools in MCP's form. Only a count needs the true schemas of their inputs.
 
     The CLI takes no tools at all where one has a schema that MCP does not take, and leaves out one
     whose schema is invalid further inside (seen): both are for upstream to judge.
     """
     manifest = []
     for tool in tools:
+        # Anthropic's own tools have neither a description nor a schema.
+        has_schema = "input_schema" in tool
+        description = tool.get("description", "" if has_schema else dump_json(tool))
         entry = {
             "name": to_tool_name(tool),
+            "description": str(description),
             "inputSchema": {"type": "object"},
             "annotations": {"readOnlyHint": True},  # else calls wait for each other
             "_meta": {"anthropic/maxResultSizeChars": 2 * MAX_TOOL_RESULT_CHARS},
         }
         if is_count:
-            # Anthropic's own tools have neither a description nor a schema.
-            has_schema = "input_schema" in tool
-            description = tool.get("description", "" if has_schema else dump_json(tool))
-            entry["description"] = str(description)
             entry["inputSchema"] = _to_mcp_schema(tool.get("input_schema"))
         manifest.append(entry)
     return manifest
@@ -3389,7 +3393,8 @@ class Session:
             return None
         if request.wants_new and not self.is_new:
             return None
-        if request.is_count and not self._can_count(turn.tools):
+        manifest = to_manifest(turn.tools, is_count=request.is_count)
+        if request.is_count and not self._can_count(turn.tools, manifest):
             return None
         # A session that was used and waits in the pool has its `_previous`; only a spare has not.
         if self.key is None or self._previous is None:
@@ -3398,7 +3403,6 @@ class Session:
         held = len(self._conversation.messages)
         reusable = self._conversation.reusable_prefix(turn, self._previous)
         lost = held - reusable
-        manifest = to_manifest(turn.tools, is_count=request.is_count)
         differs = turn.system != self._previous.system or manifest != self._manifest()
         if not may_rewind and (lost or differs):
             return None
@@ -3408,8 +3412,12 @@ class Session:
         weight = 2 if turn.is_login else 1
         return len(turn.messages) - reusable + weight * lost
 
-    def _can_count(self, tools: Iterable[JsonObject]) -> bool:
-        """Return whether the CLI would count these tools: it remembers counts by a tool's name."""
+    def _can_count(self, tools: Iterable[JsonObject], manifest: Iterable[JsonObject]) -> bool:
+        """Return whether the CLI would count these tools, and none that it remembers by a name."""
+        known = self._channel.tool_server.known_descriptions
+        for entry in manifest:
+            if known.get(entry["name"], entry["description"]) != entry["description"]:
+                return False
         counted = self._counted_tools
         return all(counted.get(to_tool_name(tool), tool) == tool for tool in tools)
 
