@@ -174,7 +174,7 @@ class ApiError(Exception):
     message: str
     status: int = 500
     type: str = ""
-    details: JsonObject | None = None
+    more: JsonObject = field(default_factory=dict)  # further members of the error, as `details`
     retry_after_s: int | None = None
     should_retry: bool | None = None  # False: SDKs would only pay for the same again
     is_for_operator: bool = False  # the message says what to do on the gateway's machine
@@ -1291,6 +1291,14 @@ _HAS_LONG_WINDOW: Final = re.compile(
 _LONG_WINDOW_BETA: Final = "context-1m-2025-08-07"
 _MEDIA_TYPES: Final = ("image", "document")
 THINKING_TYPES: Final = ("thinking", "redacted_thinking")
+# What the CLI would drop, or make a text of (seen, 2.1.300 and 2.1.332).
+_DROPPED_TYPES: Final = ("fallback", "advisor_tool_result", "tool_reference")
+_ADVISOR: Final = "advisor"  # a tool that upstream runs itself
+_NOT_CARRIED: Final = "the CLI does not carry this"
+# With them an answer could not be read to its end, or not be sent back.
+_UNUSABLE_TOOLS: Final = ("mcp_toolset", "advisor_")
+_CALL_TYPES: Final = ("tool_use", "server_tool_use", "mcp_tool_use")
+_CONTINUE: Final = "Continue."
 # Betas that are passed on: not those that the CLI sends for itself.
 _BETA: Final = re.compile(r"(?!claude-code-|oauth-)[A-Za-z0-9][A-Za-z0-9_.-]*\Z")
 
@@ -1434,9 +1442,11 @@ def to_turn(
     tools = []
     for path, tool in located_objects(body, "tools"):
         check_callers(f"{path}.allowed_callers", tool.get("allowed_callers"))
+        if str(tool.get("type")).startswith(_UNUSABLE_TOOLS):
+            raise InvalidRequest(f"{path}.type: {tool['type']}: {_NOT_CARRIED} in answers")
         tools.append(strip_cache_control(tool, breakpoints))
 
-    merged = _merge_by_role(entries, breakpoints)
+    merged = _merge_by_role(_continue_paused(entries), breakpoints)
     if merged[-1].role == "assistant" and not is_count:
         problem = "This gateway does not support assistant message prefill."
         raise InvalidRequest(f"messages: {problem} The conversation must end with a user message.")
@@ -1574,37 +1584,78 @@ def _parse_messages(messages: Iterable[Located]) -> Iterator[Entry]:
             raise InvalidRequest(f"{path}: all messages must have non-empty content")
 
         for block_path, block in located_objects(owner, "content", path):
-            check_block(block_path, block)
-            # The CLI drops what is blank for JavaScript, as U+FEFF is; but in a tool result it
-            # hands it on (seen).
-            if block["type"] == "text" and is_blank(block["text"], JS_WHITE_SPACE):
-                raise InvalidRequest(f"{block_path}: text content blocks must be non-empty")
+            check_block(block_path, block, is_answer=role == "assistant")
+            if block["type"] == "text":
+                if role == "assistant":
+                    # Answers with a web search have such blocks, and the CLI drops them.
+                    if not block["text"]:
+                        continue
+                # The CLI drops what is blank for JavaScript, as U+FEFF is; but in a tool result it
+                # hands it on (seen).
+                elif is_blank(block["text"], JS_WHITE_SPACE):
+                    raise InvalidRequest(f"{block_path}: text content blocks must be non-empty")
             if role == "system":
                 block = _to_reminder(block_path, block)
             yield Entry(role, block_path, block)
 
 
+def _continue_paused(entries: list[Entry]) -> list[Entry]:
+    """Return the blocks with a user's word behind them, where the last answer was paused.
+
+    An answer with a tool that upstream runs itself can end with `pause_turn`. The API goes on from
+    there when it is sent back; but the CLI starts from a user's message, and drops a call whose
+    result is still to come, so that the model makes it again.
+    """
+    count = len(entries)
+    while count and entries[count - 1].role == "assistant":
+        count -= 1
+    answer = entries[count:]
+    if not any(entry.block["type"] == "server_tool_use" for entry in answer):
+        return entries
+
+    results = {str(entry.block.get("tool_use_id")) for entry in answer}
+    kept = [
+        entry
+        for entry in answer
+        if entry.block["type"] != "server_tool_use" or entry.block["id"] in results
+    ]
+    # The CLI drops an answer that says nothing.
+    if all(_says_nothing(entry.block) for entry in kept):
+        kept = []
+    block = {"type": "text", "text": _CONTINUE}
+    return [*entries[:count], *kept, Entry("user", answer[-1].path, block)]
+
+
 def _to_reminder(path: str, block: Block) -> Block:
     """Return a block of a system message in the form in which Claude Code sends such text."""
+    if block["type"] != "text":
+        # `tool_addition` and the like: the CLI takes no line of the role `system`.
+        raise InvalidRequest(f"{path}.type: {block['type']}: {_NOT_CARRIED} in a system message")
     text = require(block, "text", str, path)
     return {"type": "text", "text": f"<system-reminder>\n{text}\n</system-reminder>"}
 
 
-def check_block(path: str, block: Block) -> None:
+def check_block(path: str, block: Block, *, is_answer: bool = False) -> None:
     """Check one content block for what the CLI would not hand on as it is.
 
     Raises InvalidRequest with the path as the API names it: a block's path ends with its type.
     """
     block_type = require(block, "type", str, path)
     inside = f"{path}.{block_type}"
+    if block_type in _DROPPED_TYPES:
+        raise InvalidRequest(f"{path}.type: {block_type}: {_NOT_CARRIED}")
     if block_type == "text":
-        if is_blank(require(block, "text", str, inside)):
+        is_said = not is_blank(require(block, "text", str, inside))
+        # The model itself writes blank texts, between its blocks.
+        if not is_said and not is_answer:
             raise InvalidRequest(f"{path}: text content blocks must be non-empty")
     elif block_type == "image":
         check_image(f"{inside}.source", require(block, "source", dict, inside))
-    elif block_type in ("tool_use", "server_tool_use"):
+    elif block_type in _CALL_TYPES:
         require(block, "id", str, inside)
-        require(block, "name", str, inside)
+        name = require(block, "name", str, inside)
+        if block_type == "server_tool_use" and name == _ADVISOR:
+            raise InvalidRequest(f"{inside}.name: {name}: {_NOT_CARRIED}")
         if block_type == "tool_use":
             caller = optional(block, "caller", dict, inside) or {}
             check_callers(f"{inside}.caller", [caller.get("type", "direct")])
@@ -1731,8 +1782,8 @@ def _check_tool_pairs(
                 raise InvalidRequest(f"{path}: `tool_use` ids must be unique")
             seen_ids.add(call_id)
             calls[call_id] = path
-        elif block["type"] == "server_tool_use" and call_id not in answered_here:
-            unanswered[call_id] = path
+        elif block["type"] in _CALL_TYPES and call_id not in answered_here:
+            raise InvalidRequest(f"{path}: {call_id}, a call without its result: {_NOT_CARRIED}")
 
     if unanswered:
         path = _message_path(next(iter(unanswered.values())))
@@ -1983,8 +2034,9 @@ PROCESS_FLAGS: Final = (
     "--settings", json.dumps(PINNED_SETTINGS),
     "--system-prompt", DEFAULT_SYSTEM_PROMPT,
     "--allowedTools", f"mcp__{TOOL_SERVER}", "--permission-mode", "dontAsk",
-    # Its log to stderr, of these categories only: that a call leaves, and the failure of one.
-    "--debug-to-stderr", "--debug=api:timing,api error (attempt 1/1)",
+    # Its log to stderr, of these categories only: that a call leaves, and that a call or a count
+    # has failed.
+    "--debug-to-stderr", "--debug=api:timing,api error (attempt 1/1),counttokens api call failed",
 )  # fmt: skip
 # Of the variables that start with CLAUDE only those about the sign-in and the provider are passed
 # on. The others are the CLI's own switches, and settings cannot override some of them
@@ -2344,6 +2396,7 @@ _LOG_FORMAT: Final = re.compile(rb"\d{4}-\d\d-\d\dT[\d:.]+Z \[(?:DEBUG|ERROR)\] 
 # How the messages of the CLI's log begin that PROCESS_FLAGS ask for (seen, 2.1.300 and 2.1.332).
 _CALL_LEAVES: Final = "[API:timing] dispatching to "
 _CALL_FAILED: Final = "API error (attempt "
+_COUNT_FAILED: Final = "countTokens API call failed: "
 
 _TOOL_RESULT_FIELDS: Final = frozenset(("type", "tool_use_id", "content", "is_error"))
 # For failures that carry no status: the CLI's own word for them, on its `assistant` line.
@@ -2545,6 +2598,7 @@ class StreamParser:
         self.content: list[Block] = []  # the finished blocks, as the CLI remembers them
         self.rate_limits: dict[str, str] = {}  # the plan's state as headers, where it was sent
         self._has_started = False  # message_start was seen
+        self._blocks_started = 0
         self._stop_reason: str | None = None
         self._cli_error: str | None = None
 
@@ -2636,17 +2690,22 @@ class StreamParser:
             # Without a stop reason: upstream's stream broke between two blocks, and the CLI is
             # about to ask for the rest by a second call (seen, 2.1.330).
             raise CliFailed("upstream's stream ended before its answer was complete")
+        elif event_type == "content_block_start":
+            self._blocks_started += 1
+        if "index" in event:
+            # The CLI leaves some blocks out of the stream (`fallback`), which SDKs find by index.
+            event = {**event, "index": self._blocks_started - 1}
         return [event]
 
 
 def to_upstream_error(text: str) -> ApiError | None:
-    """Return upstream's own error, by the CLI's log message of a call that failed.
+    """Return upstream's own error, by the CLI's log message of a call or a count that failed.
 
     It reads `API error (attempt 1/1): 400 400 {"type":"error","error":{...}}`: the status, and the
     SDK's message, which is the status and the body (seen, 2.1.300 and 2.1.332). None where there is
     no status: the call did not reach upstream, and the `result` line says why.
     """
-    match = re.match(r"API error \([^)]*\): ([45]\d\d)(?: \1)? (.*)", text, re.DOTALL)
+    match = re.match(r"[^:]*: ([45]\d\d)(?: \1)? (.*)", text, re.DOTALL)
     if match is None:
         return None
 
@@ -2659,8 +2718,8 @@ def to_upstream_error(text: str) -> ApiError | None:
     # Without a message it is from something between the CLI and upstream.
     if not isinstance(message, str):
         return ApiError(match[2][:MAX_FOREIGN_ERROR_CHARS], status)
-    details = as_object(error.get("details")) or None
-    return ApiError(message, status, str(error.get("type") or ""), details)
+    more = {name: value for name, value in error.items() if name not in ("type", "message")}
+    return ApiError(message, status, str(error.get("type") or ""), more)
 
 
 def to_api_error(result: Line, cli_error: str | None = None) -> ApiError:
@@ -3038,6 +3097,7 @@ class ControlChannel:
         self.pending_results = 0  # `result` lines that the CLI has still to print, one a user line
         self.settings: JsonObject = {}  # as last sent
         self.cost_usd = 0.0  # of all turns whose `result` was read
+        self.count_error: ApiError | None = None  # upstream's, since it was last asked for a count
         self._process = process
         self._pending_settings_id = ""  # of the last `apply`, until it is acknowledged
 
@@ -3071,6 +3131,8 @@ class ControlChannel:
         elif response.get("request_id") == self._pending_settings_id:
             if response.get("subtype") == "success":
                 self._pending_settings_id = ""
+        elif line.get("type") == LOG_LINE and line["text"].startswith(_COUNT_FAILED):
+            self.count_error = to_upstream_error(line["text"])
         return line
 
     def send(self, line: Line) -> None:
@@ -3102,6 +3164,14 @@ class ControlChannel:
         if response.get("subtype") != "success":
             raise failure(f"claude refused {subtype}: {response.get('error')}")
         return as_object(response.get("response"))
+
+    def count_context(self, deadline: Deadline) -> JsonObject:
+        """Have upstream count the conversation and tools; return the `get_context_usage` response.
+
+        Where upstream refuses, `count_error` says why, and the response holds guesses.
+        """
+        self.count_error = None
+        return self.request("get_context_usage", deadline)
 
     def apply_settings(self, settings: JsonObject, deadline: Deadline) -> None:
         """Change settings, and wait until the CLI has taken them."""
@@ -3581,7 +3651,11 @@ class Session:
         tools = {to_tool_name(tool): tool for tool in request.turn.tools}
         taken: set[Any] = set()
         for _ in range(COUNT_ATTEMPTS):
-            usage = self._channel.request("get_context_usage", request.deadline)
+            usage = self._channel.count_context(request.deadline)
+            if self._channel.count_error:
+                # The conversation is not at fault, so the process can go on.
+                self._previous = previous
+                raise self._channel.count_error
             taken = {tool.get("name") for tool in usage.get("mcpTools") or []}
             for name in taken & tools.keys():
                 self._counted_tools.setdefault(name, tools[name])
@@ -4388,12 +4462,20 @@ def parse_messages_request(body: JsonObject, betas: str = "", *, is_count: bool 
     if body.get("thread") is not None:
         # With this code the SDKs' tool runners send the whole history instead.
         problem = "thread: message threads are not supported; send the whole history"
-        raise InvalidRequest(problem, details={"error_code": "thread_unsupported_request"})
+        details = {"error_code": "thread_unsupported_request"}
+        raise InvalidRequest(problem, more={"details": details})
+    if body.get("mcp_servers"):
+        # The CLI cannot read an answer with a call of the MCP connector, and it would be paid.
+        raise InvalidRequest("mcp_servers: the CLI does not carry the MCP connector's calls")
     # Without max_tokens the CLI would put in a number of its own.
     if body.get("max_tokens") is None and not is_count:
         raise InvalidRequest("max_tokens: Field required")
     require(body, "messages", list)
     return to_turn(body, located_objects(body, "messages"), betas, is_count=is_count)
+
+
+_DELTA_TEXTS: Final = ("text", "thinking", "partial_json")  # they add up to a block's own
+_OF_DELTAS_ALONE: Final = ("type", "estimated_tokens")  # a whole block does not have them
 
 
 class MessagesEncoder:
@@ -4444,23 +4526,23 @@ class MessagesEncoder:
             self._finish_block()
         elif event_type == "message_delta":
             self.message.update(delta)
-            if event.get("context_management") is not None:
-                self.message["context_management"] = event["context_management"]
+            # What else the event says is of the message: `context_management` and the like.
+            for name, value in event.items():
+                if name not in ("type", "delta", "usage"):
+                    self.message[name] = value
             self.message["usage"].update(without_nulls(event.get("usage") or {}))
         return [event]
 
     def _add_delta(self, delta: JsonObject) -> None:
-        for name in ("text", "thinking", "partial_json"):
-            if name in delta:
-                self.delta_texts.append(delta[name])
-
         block = self.message.get("content", [])[-1]
-        for name in ("signature", "content"):
-            if name in delta:
-                block[name] = delta[name]
-        if "citation" in delta:
-            citations = block.get("citations") or []
-            block["citations"] = [*citations, delta["citation"]]
+        for name, value in delta.items():
+            if name in _DELTA_TEXTS:
+                self.delta_texts.append(value)
+            elif name == "citation":
+                block["citations"] = [*(block.get("citations") or []), value]
+            elif name not in _OF_DELTAS_ALONE:
+                # A signature, the content of a compaction, or what a delta of next year brings.
+                block[name] = value
 
     def _finish_block(self) -> None:
         """Give the latest block the text of its deltas."""
@@ -4493,8 +4575,8 @@ def can_be_sent(value: Any, levels: int) -> bool:
 
 def to_anthropic_error(error: ApiError, request_id: str) -> tuple[int, JsonObject]:
     """Return an error's status, and the Messages API's envelope."""
-    inner = {"type": error.type, "message": str(error), "details": error.details}
-    body = {"type": "error", "error": without_nulls(inner), "request_id": request_id}
+    inner = {**error.more, "type": error.type, "message": str(error)}
+    body = {"type": "error", "error": inner, "request_id": request_id}
     return error.status, body
 
 
@@ -5384,7 +5466,7 @@ class OpenAIError(NamedTuple):
 _OPENAI_ERRORS: Final = {
     401: OpenAIError(401, "invalid_request_error", "invalid_api_key"),
     402: OpenAIError(429, "insufficient_quota", "insufficient_quota"),
-    404: OpenAIError(404, "invalid_request_error", "model_not_found"),
+    404: OpenAIError(404, "invalid_request_error", None),
     413: OpenAIError(413, "invalid_request_error", None),
     429: OpenAIError(429, "rate_limit_error", "rate_limit_exceeded"),
     529: OpenAIError(503, "server_error", "overloaded"),
@@ -5402,8 +5484,10 @@ def to_openai_error(error: ApiError, request_id: str = "") -> tuple[int, JsonObj
     status, error_type, code = _OPENAI_ERRORS.get(error.status, fallback)
     if "prompt is too long" in message or "context limit" in message:
         code = "context_length_exceeded"
+    elif status == 404 and message.startswith("model: "):
+        code = "model_not_found"
     if code is None:
-        code = as_object(error.details).get("error_code")
+        code = as_object(error.more.get("details")).get("error_code")
 
     param = None
     path = re.match(r"([a-z_]+(?:\.\w+)*): ", message)
@@ -5430,6 +5514,8 @@ _REASONING_ID: Final = "cc2api-"
 
 def parse_chat_request(body: JsonObject) -> tuple[Turn, ChatEncoder]:
     """Check a request; return its Turn, and what encodes its answer. Raises InvalidRequest."""
+    if body.get("messages") is None and body.get("input"):
+        raise InvalidRequest("messages: Field required; `input` goes to POST /v1/responses")
     for name, accepted in _ONLY_VALUES.items():
         if body.get(name) and body[name] != accepted:
             raise InvalidRequest(f"{name}: this value is not supported by this gateway")
@@ -5748,6 +5834,8 @@ _REFUSED_FIELDS: Final = {
     "prompt": "prompts are not kept here; send what it says",
     "background": "answers are not kept here",
     "top_logprobs": "no model here tells these",
+    "stop": "the Responses API has no such field",
+    "response_format": "the Responses API has this as `text.format`",
 }
 DEFAULT_REFUSAL: Final = "The model refused to answer."
 DEFAULT_RETRY_S: Final = 5  # where upstream does not say when to come again
@@ -5787,6 +5875,8 @@ def parse_responses_request(
 def _read_input(body: JsonObject) -> ItemReader:
     """Return the conversation of a request, whose input is a text or a list of items."""
     given = body.get("input")
+    if given is None and body.get("messages"):
+        raise InvalidRequest("input: Field required; `messages` go to POST /v1/chat/completions")
     if isinstance(given, str):
         given = [{"role": "user", "content": given}]
     owner = {"input": given or None}
@@ -5806,9 +5896,24 @@ def _shows_thinking(reasoning: JsonObject, tool_choice: Any) -> bool:
 
 
 def _to_empty_response(body: JsonObject) -> JsonObject:
-    """Return a response object before anything is answered, with what was asked for."""
-    text = as_object(body.get("text"))
+    """Return a response object before anything is answered, with what was asked for.
+
+    It has every field that the Open Responses schema requires (openresponses.org), and null only
+    where the schema has it; what was not asked for is OpenAI's default.
+    """
+    text = {"format": {"type": "text"}, **without_nulls(as_object(body.get("text")))}
+    if as_object(text["format"]).get("type") == "json_schema":
+        text["format"] = {"description": None, "strict": False, **text["format"]}
+    tools = []
+    for tool in body.get("tools") or []:
+        if tool.get("type") == "function":
+            tool = {"description": None, "parameters": None, "strict": None, **tool}
+        tools.append(tool)
+    tool_choice: Any = body.get("tool_choice") or "auto"
+    if as_object(tool_choice).get("type") == "allowed_tools":
+        tool_choice = {**tool_choice, "mode": tool_choice.get("mode") or "auto"}
     reasoning = as_object(body.get("reasoning"))
+    numbers = {"temperature": 1.0, "top_p": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
     return {
         "id": f"resp_{uuid.uuid4().hex}",
         "object": "response",
@@ -5826,17 +5931,20 @@ def _to_empty_response(body: JsonObject) -> JsonObject:
         "top_logprobs": 0,
         "previous_response_id": None,
         "instructions": body.get("instructions"),
-        "temperature": body.get("temperature"),
-        "top_p": body.get("top_p"),
         "max_output_tokens": body.get("max_output_tokens"),
+        "max_tool_calls": body.get("max_tool_calls"),
+        "safety_identifier": body.get("safety_identifier"),
+        "prompt_cache_key": body.get("prompt_cache_key"),
         "user": body.get("user"),
         "model": body.get("model"),
         "metadata": body.get("metadata") or {},
-        "tools": body.get("tools") or [],
+        "tools": tools,
         "parallel_tool_calls": body.get("parallel_tool_calls") is not False,
-        "tool_choice": body.get("tool_choice") or "auto",
-        "text": {"format": {"type": "text"}, **without_nulls(text)},
+        "tool_choice": tool_choice,
+        "text": text,
         "reasoning": {"effort": reasoning.get("effort"), "summary": reasoning.get("summary")},
+        **numbers,
+        **{name: body[name] for name in numbers if body.get(name) is not None},
     }
 
 
@@ -5976,7 +6084,10 @@ class _OutputItem:
         elif self.form.event_name:
             text = "".join(self._texts)
             self._item[self.form.text_name] = text
-            yield self._text_event("done", **{self.form.text_name: text})
+            fields = {self.form.text_name: text}
+            if self.type == "function_call":
+                fields["name"] = self._item["name"]
+            yield self._text_event("done", **fields)
 
         if self.type == "reasoning":
             self._item["encrypted_content"] = seal(self._block)
@@ -5995,8 +6106,8 @@ class _OutputItem:
         logprobs: JsonObject = {"logprobs": []} if self.type == "message" else {}
         return self._event(f"{self.form.event_name}.{ending}", **logprobs, **fields)
 
-    def _event(self, name: str, **fields: Any) -> JsonObject:
-        event = {"type": f"response.{name}", "output_index": self._index}
+    def _event(self, ending: str, /, **fields: Any) -> JsonObject:
+        event = {"type": f"response.{ending}", "output_index": self._index}
         return {**event, **self._place, **fields}
 
     def _item_event(self, ending: str) -> JsonObject:
@@ -6407,7 +6518,7 @@ class Exchange:
             self._response.add_headers(allow)
             self._response.send(204, "")
             return
-        if route is NO_ROUTE:
+        if route.name == NO_ROUTE.name:
             raise ApiError(f"{head.method} {head.path}: no such route", status=404)
         is_allowed = head.method == route.method or (head.method, route.method) == ("HEAD", "GET")
         if not is_allowed:
@@ -6508,7 +6619,10 @@ class Exchange:
             if model["id"] == model_id:
                 self._response.send(200, model)
                 return
-        raise ApiError(f"model: {name}", status=404)
+        # Both vendors' SDKs ask for it: the code is for OpenAI's.
+        raise ApiError(
+            f"model: {name}", status=404, more={"param": None, "code": "model_not_found"}
+        )
 
     def _model_list(self) -> list[JsonObject]:
         return to_model_list(self._gateway.list_models(self._caller, self._on_wait))
@@ -6562,7 +6676,9 @@ class Exchange:
         """Read the request's body, and check it. Raises InvalidRequest, ClientGone."""
         if self._head.get("content-encoding").lower() not in ("", "identity"):
             details = {"error_code": "request_body_encoding_unsupported"}
-            raise InvalidRequest("Content-Encoding: only identity is taken", details=details)
+            raise InvalidRequest(
+                "Content-Encoding: only identity is taken", more={"details": details}
+            )
         if self._head.get("expect").lower() == "100-continue":
             self._stream.send(b"HTTP/1.1 100 Continue\r\n\r\n")
         raw = self._stream.read_body()
@@ -6622,10 +6738,14 @@ PAGE_ROUTE: Final = Route("GET", "status", Exchange.show_page, needs_key=False)
 MODEL_ROUTE: Final = Route("GET", "model", Exchange.show_model)
 LIST_ROUTE: Final = ROUTES["/models"]
 NO_ROUTE: Final = Route("GET", "none", Exchange.show_health, needs_key=False)
+NO_OPENAI_ROUTE: Final = NO_ROUTE._replace(dialect=CHAT_COMPLETIONS)
+_OPENAI_PATHS: Final = (
+    "/chat/", "/responses", "/completions", "/embeddings", "/images/", "/audio/", "/moderations",
+)  # fmt: skip
 
 
 def find_route(head: Head) -> Route:
-    """Return a request's route, NO_ROUTE where there is none for its path.
+    """Return a request's route, a form of NO_ROUTE where there is none for its path.
 
     A browser that asks for the status gets a page.
     """
@@ -6635,7 +6755,8 @@ def find_route(head: Head) -> Route:
     if path.startswith("/models/"):
         has_name = path != "/models/"
         return MODEL_ROUTE if has_name else LIST_ROUTE
-    return ROUTES.get(path, NO_ROUTE)
+    no_route = NO_OPENAI_ROUTE if path.startswith(_OPENAI_PATHS) else NO_ROUTE
+    return ROUTES.get(path, no_route)
 
 
 # ========================================================================= Demo

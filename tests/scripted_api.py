@@ -32,6 +32,7 @@ USAGE: JsonObject = {
 }
 BURST = 20  # events of a long stream that are sent at once
 DEFAULT_TEXT = "Hello, I am scripted."
+UNKNOWN_MODEL = "claude-unheard-of-1"  # its tokens are not counted
 
 ERROR_TYPES = {
     400: "invalid_request_error",
@@ -280,6 +281,8 @@ class _Handler(BaseHTTPRequestHandler):
             most = api.counts_at_most
             if not api.counts or (most is not None and api.counted >= most):
                 return self._json(529, _error(529, "Overloaded"), {})
+            if body["model"] == UNKNOWN_MODEL:
+                return self._json(404, _error(404, f"model: {UNKNOWN_MODEL}"), {})
             return self._json(200, {"input_tokens": self.server.api.count(body)}, {})
         if not self.path.startswith("/v1/messages"):
             return self._json(404, _error(404, self.path), {})

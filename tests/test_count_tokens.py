@@ -11,7 +11,7 @@ import anthropic
 import pytest
 from harness import Answer, RunningGateway
 from helpers import marker
-from scripted_api import ScriptedApi
+from scripted_api import UNKNOWN_MODEL, ScriptedApi
 
 JsonObject = dict[str, Any]
 TOOLS: list[JsonObject] = [
@@ -165,8 +165,19 @@ def test_a_guess_of_the_cli_is_not_taken_for_a_count(
         answer = gateway.request("POST", "/v1/messages/count_tokens", body)
     finally:
         api.counts = True
-    assert answer.status == 502
+    assert answer.status == 529
+    assert answer.json["error"] == {"type": "overloaded_error", "message": "Overloaded"}
     assert count(gateway, text) >= 8
+
+
+def test_an_unknown_model_is_404(gateway: RunningGateway) -> None:
+    body = {"model": UNKNOWN_MODEL, "messages": [{"role": "user", "content": marker()}]}
+    answer = gateway.request("POST", "/v1/messages/count_tokens", body)
+    assert answer.status == 404
+    assert answer.json["error"]["message"] == f"model: {UNKNOWN_MODEL}"
+    body = {"model": UNKNOWN_MODEL, "input": marker()}
+    answer = gateway.request("POST", "/v1/responses/input_tokens", body)
+    assert (answer.status, answer.json["error"]["code"]) == (404, "model_not_found")
 
 
 @pytest.mark.parametrize("after", [3])
@@ -182,4 +193,4 @@ def test_an_upstream_that_stops_counting_half_way_gives_no_number(
         answer = gateway.request("POST", "/v1/messages/count_tokens", body)
     finally:
         api.counts_at_most = None
-    assert answer.status == 502
+    assert answer.status == 529

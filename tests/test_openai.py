@@ -293,7 +293,7 @@ def test_a_mistake_is_400_with_its_param(fields: JsonObject, param: str | None) 
 ERRORS = [
     (401, 401, "invalid_request_error", "invalid_api_key"),
     (402, 429, "insufficient_quota", "insufficient_quota"),
-    (404, 404, "invalid_request_error", "model_not_found"),
+    (404, 404, "invalid_request_error", None),
     (429, 429, "rate_limit_error", "rate_limit_exceeded"),
     (500, 500, "server_error", None),
     (504, 504, "server_error", None),
@@ -306,6 +306,11 @@ def test_statuses_are_openais(status: int, theirs: int, kind: str, code: str | N
     got, body = cc2api.to_openai_error(cc2api.ApiError("words", status=status))
     expected = {"message": "words", "type": kind, "param": None, "code": code}
     assert (got, body) == (theirs, {"error": expected})
+
+
+def test_only_a_404_of_a_model_blames_the_model() -> None:
+    _, body = cc2api.to_openai_error(cc2api.ApiError("model: x", status=404))
+    assert body["error"]["code"] == "model_not_found"
 
 
 # ---- answers

@@ -111,7 +111,7 @@ BAD: list[tuple[JsonObject, str]] = [
     ),
     (
         {"messages": [*BASE["messages"], {"role": "system", "content": [image(data=PNG)]}]},
-        "messages.1.content.0.text: Field required",
+        "messages.1.content.0.type: image: the CLI does not carry this in a system message",
     ),
     (
         {"messages": [assistant(THINKING), *BASE["messages"]]},
@@ -119,7 +119,7 @@ BAD: list[tuple[JsonObject, str]] = [
     ),
     (
         {"messages": [assistant(TEXT, SEARCH), *BASE["messages"]]},
-        "messages.0: `tool_use` ids were found without `tool_result` blocks immediately after: s1",
+        "messages.0.content.1: s1, a call without its result: the CLI does not carry this",
     ),
     (
         in_user({"type": "text", "text": "\ufeff\n"}),
@@ -148,6 +148,45 @@ BAD: list[tuple[JsonObject, str]] = [
         "tools.0.allowed_callers: programmatic tool calling",
     ),
     ({"thread": {"type": "create"}}, "thread: "),
+    ({"mcp_servers": [{"type": "url", "name": "s", "url": "https://x"}]}, "mcp_servers: the CLI"),
+    ({"tools": [{"type": "mcp_toolset", "mcp_server_name": "s"}]}, "tools.0.type: mcp_toolset: "),
+    ({"tools": [{"type": "advisor_20260301", "name": "advisor"}]}, "tools.0.type: advisor_"),
+    (
+        {"messages": [assistant({**SEARCH, "name": "advisor"}), *BASE["messages"]]},
+        "messages.0.content.0.server_tool_use.name: advisor: the CLI does not carry this",
+    ),
+    (
+        {"messages": [assistant({"type": "advisor_tool_result"}, TEXT), *BASE["messages"]]},
+        "messages.0.content.0.type: advisor_tool_result: the CLI",
+    ),
+    (
+        {"messages": [assistant({"type": "fallback"}, TEXT), *BASE["messages"]]},
+        "messages.0.content.0.type: fallback: the CLI",
+    ),
+    (
+        {
+            "messages": [
+                assistant(USE),
+                user({**RESULT, "content": [{"type": "tool_reference", "tool_name": "f"}]}),
+            ]
+        },
+        "messages.1.content.0.tool_result.content.0.type: tool_reference: the CLI",
+    ),
+    (
+        {"messages": [assistant({**SEARCH, "type": "mcp_tool_use"}, USE), user(RESULT)]},
+        "messages.0.content.0: s1, a call without its result: the CLI",
+    ),
+    (
+        {
+            "messages": [
+                *BASE["messages"],
+                {"role": "system", "content": [{"type": "tool_addition"}]},
+            ]
+        },
+        "messages.1.content.0.type: tool_addition: the CLI",
+    ),
+    ({"messages": [assistant(saying(" ")), user(TEXT)]}, "messages.0: an answer of"),
+    (in_user(saying(" ")), "messages.0.content.0: text content blocks must be non-empty"),
 ]
 
 
@@ -176,12 +215,50 @@ def test_every_user_block_passes_verbatim(block: JsonObject) -> None:
     assert parse(messages=[user(block)]).messages[-1].content == [block]
 
 
+PAUSED: list[tuple[list[JsonObject], list[JsonObject] | None]] = [
+    ([TEXT, SEARCH], [TEXT]),
+    ([TEXT, SEARCH, SEARCHED], [TEXT, SEARCH, SEARCHED]),
+    ([SEARCH, SEARCHED, TEXT, {**SEARCH, "id": "s2"}], [SEARCH, SEARCHED, TEXT]),
+    ([SEARCH], None),
+    ([THINKING, SEARCH], None),
+]
+
+
+@pytest.mark.parametrize(("answer", "sent"), PAUSED, ids=lambda value: str(value)[:60])
+def test_a_paused_answer_is_continued(
+    answer: list[JsonObject], sent: list[JsonObject] | None
+) -> None:
+    turn = parse(messages=[user(TEXT), assistant(*answer)])
+    go_on = {"type": "text", "text": "Continue."}
+    if sent is None:
+        assert turn.messages == (cc2api.Message("user", [TEXT, go_on]),)
+    else:
+        assert turn.messages[1:] == (
+            cc2api.Message("assistant", sent),
+            cc2api.Message("user", [go_on]),
+        )
+
+
+def test_an_empty_text_of_an_answer_is_left_out() -> None:
+    """The CLI drops it too."""
+    answer = [saying(""), SEARCH, SEARCHED, TEXT, saying("")]
+    turn = parse(messages=[user(TEXT), assistant(*answer), user(TEXT)])
+    assert turn.messages[1].content == [SEARCH, SEARCHED, TEXT]
+
+
 ASSISTANT_BLOCKS: list[list[JsonObject]] = [
     [{"type": "text", "text": "x", "citations": None}],
     [THINKING, TEXT],
     [{"type": "redacted_thinking", "data": "x"}, TEXT],
     [SEARCH, SEARCHED],
-    [{"type": "mcp_tool_use", "id": "m1", "name": "f", "input": {}, "server_name": "s"}],
+    [
+        {"type": "mcp_tool_use", "id": "m1", "name": "f", "input": {}, "server_name": "s"},
+        {"type": "mcp_tool_result", "tool_use_id": "m1", "is_error": False, "content": [TEXT]},
+        TEXT,
+    ],
+    [TEXT, saying(" \n"), TEXT],
+    [saying(" "), SEARCH, SEARCHED, saying("\n"), TEXT],
+    [{"type": "compaction", "content": "c", "encrypted_content": "e"}, TEXT],
     [{"type": "bash_code_execution_tool_result", "tool_use_id": "s1", "content": {}}],
     [{"type": "container_upload", "file_id": "f"}],
     [{"type": "document", "source": {"type": "url", "url": "u"}}],
