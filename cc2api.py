@@ -78,6 +78,7 @@ import threading
 import time
 import urllib.parse
 import uuid
+import zlib
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, TimeoutError as FutureTimeout
 from dataclasses import dataclass, field
@@ -640,6 +641,71 @@ class ClientStream(io.RawIOBase):
             self._sock.shutdown(socket.SHUT_WR)
             while True:
                 self.readinto(bytearray(READ_BYTES))
+
+
+def _inflate(raw: bytes) -> Iterator[bytes]:
+    """Yield the parts of a body in gzip or deflate. Raises zlib.error where it is broken."""
+    is_gzip_or_zlib = zlib.MAX_WBITS | 32
+    while raw:
+        decoder = zlib.decompressobj(is_gzip_or_zlib)
+        while not decoder.eof:
+            part = decoder.decompress(raw, READ_BYTES)
+            raw = decoder.unconsumed_tail
+            if not part and not raw and not decoder.eof:
+                raise zlib.error("it is cut short")
+            yield part
+        # A body may be of several members (RFC 1952, 2.2).
+        raw = decoder.unused_data
+
+
+def _inflate_zstd(raw: bytes) -> Iterator[bytes]:
+    """Yield the parts of a body in zstd. Raises ZstdError where it is broken."""
+    while raw:
+        decoder = _zstd.ZstdDecompressor()
+        while not decoder.eof:
+            yield decoder.decompress(raw, READ_BYTES)
+            # The decoder keeps what it has not decoded yet.
+            raw = b""
+            if decoder.needs_input and not decoder.eof:
+                raise _zstd.ZstdError("it is cut short")
+        raw = decoder.unused_data
+
+
+# How bodies may come, beside plainly, and how a broken one is told.
+_DECODERS: Final = {"gzip": _inflate, "x-gzip": _inflate, "deflate": _inflate}
+_BROKEN_BODY: list[type[Exception]] = [zlib.error]
+_zstd: Any = None  # Python has it from 3.14 on
+if importlib.util.find_spec("compression"):
+    _zstd = importlib.import_module("compression.zstd")
+    _DECODERS["zstd"] = _inflate_zstd
+    _BROKEN_BODY.append(_zstd.ZstdError)
+
+
+def check_encoding(encoding: str) -> None:
+    """Refuse a Content-Encoding that cannot be read. Raises InvalidRequest."""
+    if encoding not in ("", "identity", *_DECODERS):
+        problem = f"Content-Encoding: only {', '.join(_DECODERS)} and identity are taken"
+        hint = "have the client send its requests uncompressed"
+        if encoding == "zstd":
+            hint = "set features.enable_request_compression = false for Codex, or use Python 3.14"
+        details = {"error_code": "request_body_encoding_unsupported"}
+        raise InvalidRequest(f"{problem}: {hint}", more={"details": details})
+
+
+def decode_body(raw: bytes, encoding: str) -> bytes:
+    """Return a body as it was before it was compressed. Raises InvalidRequest."""
+    if encoding not in _DECODERS:
+        return raw
+
+    body = bytearray()
+    try:
+        for part in _DECODERS[encoding](raw):
+            body += part
+            if len(body) > MAX_BODY_BYTES:
+                raise InvalidRequest(_TOO_LARGE, status=413)
+    except tuple(_BROKEN_BODY) as exc:
+        raise InvalidRequest(f"The request body is not valid {encoding}: {exc}") from None
+    return bytes(body)
 
 
 def _parse_headers(lines: Iterable[str]) -> dict[str, str]:
@@ -6674,14 +6740,11 @@ class Exchange:
 
     def _read_turn(self, *, is_count: bool = False) -> tuple[Turn, MessagesEncoder]:
         """Read the request's body, and check it. Raises InvalidRequest, ClientGone."""
-        if self._head.get("content-encoding").lower() not in ("", "identity"):
-            details = {"error_code": "request_body_encoding_unsupported"}
-            raise InvalidRequest(
-                "Content-Encoding: only identity is taken", more={"details": details}
-            )
+        encoding = self._head.get("content-encoding").lower()
+        check_encoding(encoding)
         if self._head.get("expect").lower() == "100-continue":
             self._stream.send(b"HTTP/1.1 100 Continue\r\n\r\n")
-        raw = self._stream.read_body()
+        raw = decode_body(self._stream.read_body(), encoding)
         self._log.debug("request", raw)
 
         betas = self._head.get("anthropic-beta")

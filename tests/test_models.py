@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import gzip
+import importlib.util
 import json
 import time
-from collections.abc import Iterator
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 import anthropic
 import openai
 import pytest
-from harness import InProcessGateway, RunningGateway
+from harness import Answer, InProcessGateway, RunningGateway
+from helpers import user
 from scripted_api import Reply, ScriptedApi
 
 import cc2api
@@ -100,22 +104,62 @@ def test_versions_and_content_types(
     assert fake.post({"messages": [{"role": "user", "content": "hi"}]}, sent).status == 200
 
 
-def test_gzip_request_bodies_are_refused_clearly(fake: InProcessGateway) -> None:
-    body = gzip.compress(json.dumps({"model": "m"}).encode())
-    answer = fake.request("POST", "/v1/messages", body, {"content-encoding": "gzip"})
+ENCODERS: dict[str, Callable[[bytes], bytes]] = {
+    "gzip": gzip.compress,
+    "GZIP": gzip.compress,
+    "deflate": zlib.compress,
+    "identity": bytes,
+}
+if importlib.util.find_spec("compression"):
+    ENCODERS["zstd"] = importlib.import_module("compression.zstd").compress
+
+
+def post_encoded(fake: InProcessGateway, data: bytes, encoding: str) -> Answer:
+    return fake.request("POST", "/v1/messages", data, {"content-encoding": encoding})
+
+
+@pytest.mark.parametrize("encoding", ENCODERS)
+def test_compressed_request_bodies_are_taken(fake: InProcessGateway, encoding: str) -> None:
+    encode = ENCODERS[encoding]
+    body = json.dumps({"model": "m", "max_tokens": 9, "messages": [user("hi " * 50_000)]}).encode()
+    assert post_encoded(fake, encode(body), encoding).status == 200
+    # Its decoded size is limited.
+    bomb = encode(b" " * (cc2api.MAX_BODY_BYTES + 1))
+    assert post_encoded(fake, bomb, encoding).status == 413
+
+
+@pytest.mark.parametrize("encoding", [each for each in ENCODERS if each != "identity"])
+def test_a_broken_compressed_body_is_400(fake: InProcessGateway, encoding: str) -> None:
+    whole = ENCODERS[encoding](b'{"model": "m"}')
+    for data in (whole[:-4], whole[:3], b"{}", whole + b"rest", whole + whole[:-1]):
+        answer = post_encoded(fake, data, encoding)
+        assert answer.status == 400
+        assert "is not valid" in answer.json["error"]["message"]
+    assert post_encoded(fake, b"", encoding).status == 400
+
+
+def test_bodies_of_two_members_are_one() -> None:
+    halves = gzip.compress(b'{"a": ') + gzip.compress(b"1}")
+    assert cc2api.decode_body(halves, "gzip") == b'{"a": 1}'
+
+
+@pytest.mark.parametrize("encoding", ["br", "zstd", "gzip, gzip"])
+def test_another_encoding_is_refused_with_what_to_do(fake: InProcessGateway, encoding: str) -> None:
+    if encoding in ENCODERS:
+        return
+    answer = post_encoded(fake, b"x", encoding)
     assert answer.status == 400
     error = answer.json["error"]
     assert error["details"] == {"error_code": "request_body_encoding_unsupported"}
+    switch = "enable_request_compression" if encoding == "zstd" else "uncompressed"
+    assert switch in error["message"]
 
 
-def test_keys_apply_to_models_too(fake: InProcessGateway, tmp_path: Any) -> None:
-    keys = fake.gateway.keys.path
-    keys.write_text("sk-1\n")
-    try:
-        assert fake.request("GET", "/v1/models").status == 401
-        assert fake.request("GET", "/v1/models", None, {"x-api-key": "sk-1"}).status == 200
-    finally:
-        keys.unlink()
+def test_keys_apply_to_models_too(tmp_path: Path) -> None:
+    (tmp_path / "apikeys.txt").write_text("sk-1\n")
+    with InProcessGateway(tmp_path) as gateway:
+        assert gateway.request("GET", "/v1/models").status == 401
+        assert gateway.request("GET", "/v1/models", None, {"x-api-key": "sk-1"}).status == 200
 
 
 def test_a_used_up_plan_says_when_to_come_back(login_gateway: Any, api: ScriptedApi) -> None:
