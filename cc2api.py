@@ -1948,6 +1948,7 @@ def _count_media(messages: Iterable[Message]) -> int:
 DEFAULT_MODEL_NAME: Final = "claude-code"  # the name under which clients ask for the CLI's default
 # The CLI lists a model with this ending where it may use a window of a million tokens.
 LONG_WINDOW_SUFFIX: Final = "[1m]"
+_MODEL_LINES: Final = ("haiku", "sonnet", "opus", "fable", "mythos")
 _UNKNOWN_DATE: Final = "1970-01-01T00:00:00Z"  # what the API's documentation says for unknown
 
 
@@ -1970,16 +1971,34 @@ def to_model_list(models: Iterable[JsonObject]) -> list[JsonObject]:
     for model in models:
         model_id = resolve_model(str(model.get("value")), [model])
         model_id = model_id.removesuffix(LONG_WINDOW_SUFFIX)
-        items[model_id] = {
-            "type": "model",
-            "object": "model",
-            "id": model_id,
-            "owned_by": "anthropic",
-            "created_at": _UNKNOWN_DATE,
-            "created": 0,
-            "display_name": model.get("displayName") or model_id,
-        }
+        items[model_id] = to_model_item(model_id, model)
     return sorted(items.values(), key=_version_numbers, reverse=True)
+
+
+def to_model_item(model_id: str, model: JsonObject) -> JsonObject:
+    """Return a model's entry with all fields of both SDKs' types, null where the CLI knows nothing.
+
+    `model` is what the CLI says of it, {} where it does not list it.
+    """
+    line = next((line for line in _MODEL_LINES if line in model_id), None)
+    return {
+        "type": "model",
+        "object": "model",
+        "id": model_id,
+        "owned_by": "anthropic",
+        "created_at": _UNKNOWN_DATE,
+        "created": 0,
+        "display_name": model.get("displayName") or model_id,
+        "description": model.get("description"),
+        "line": line,
+        "lifecycle": "active",
+        "deprecated_at": None,
+        "retires_at": None,
+        "shutdown_date": None,
+        "max_input_tokens": None,
+        "max_tokens": None,
+        "capabilities": None,
+    }
 
 
 def _version_numbers(item: JsonObject) -> list[int]:
@@ -2467,8 +2486,10 @@ _COUNT_FAILED: Final = "countTokens API call failed: "
 _TOOL_RESULT_FIELDS: Final = frozenset(("type", "tool_use_id", "content", "is_error"))
 # For failures that carry no status: the CLI's own word for them, on its `assistant` line.
 _STATUS_BY_CLI_ERROR: Final = {
-    "authentication_failed": 401, "billing_error": 402, "oauth_org_not_allowed": 403,
+    "authentication_failed": 401, "cloud_credential_error": 401, "billing_error": 402,
+    "oauth_org_not_allowed": 403, "account_on_hold": 403, "verification_required": 403,
     "invalid_request": 400, "max_output_tokens": 400, "model_not_found": 404, "rate_limit": 429,
+    "server_error": 500, "overloaded": 529,
 }  # fmt: skip
 # What the CLI puts around upstream's message (seen, 2.1.330 and 2.1.248).
 _DECORATION: Final = re.compile(
@@ -2663,7 +2684,7 @@ class StreamParser:
         self.has_failed = False  # the CLI has ended its turn without an answer
         self.content: list[Block] = []  # the finished blocks, as the CLI remembers them
         self.rate_limits: dict[str, str] = {}  # the plan's state as headers, where it was sent
-        self._has_started = False  # message_start was seen
+        self.has_started = False  # message_start was seen
         self._blocks_started = 0
         self._stop_reason: str | None = None
         self._cli_error: str | None = None
@@ -2736,14 +2757,14 @@ class StreamParser:
             # After a failure come closing events of the CLI's own making, without a stop reason,
             # and then `result`. A model's own refusal ends with a real message_delta.
             return []
-        if event_type == "message_start" and self._has_started:
+        if event_type == "message_start" and self.has_started:
             return []
         # Nothing counts before the start.
-        if event_type != "message_start" and not self._has_started:
+        if event_type != "message_start" and not self.has_started:
             return []
 
         if event_type == "message_start":
-            self._has_started = True
+            self.has_started = True
             self.is_calling = True
             self.has_left = True
         elif event_type == "message_delta" and isinstance(stop_reason, str):
@@ -2869,7 +2890,7 @@ def with_retry_after(error: ApiError, rate_limits: Mapping[str, str]) -> ApiErro
 # which is at most one body long; as much again is for escaping and wrapping.
 MAX_LINE_BYTES: Final = 2 * MAX_BODY_BYTES
 MAX_LOG_LINE_BYTES: Final = 64 * 1024  # of the CLI's log; upstream's errors are far shorter
-STDERR_TAIL_BYTES: Final = 2000  # enough for a stack trace's first lines in an error message
+TAIL_BYTES: Final = 2000  # enough for a stack trace's first lines in an error message
 EXIT_STATUS_S: Final = 1.0  # from a closed stdout to the exit status; a dying process needs 0.01 s
 
 
@@ -2917,7 +2938,8 @@ class Process:
         self._write_buffer = bytearray()  # the next pieces, as bytes
         self._partial_line = bytearray()  # of stdout
         self._partial_log_line = b""  # of stderr
-        self._stderr_tail = b""
+        self._tail = b""  # what it has printed as plain text
+        self._has_spoken = False  # a line of the protocol was read
 
     def is_alive(self) -> bool:
         return self._popen.poll() is None
@@ -3008,9 +3030,12 @@ class Process:
             line: object = None
             with contextlib.suppress(ValueError, RecursionError):
                 line = load_json(self._partial_line)
-            # A line that is no JSON object is skipped.
             if isinstance(line, dict):
                 self.lines.append(line)
+                self._has_spoken = True
+            elif not self._has_spoken:
+                # A CLI that cannot start says why as plain text. Later such a line is skipped.
+                self._add_to_tail(self._partial_line)
             self._partial_line = bytearray(start_of_next)
 
     def _read_stderr(self) -> None:
@@ -3024,8 +3049,12 @@ class Process:
             if text is not None:
                 self.lines.append({"type": LOG_LINE, "text": text})
             else:
-                self._stderr_tail = (self._stderr_tail + raw + b"\n")[-STDERR_TAIL_BYTES:]
+                self._add_to_tail(raw)
         self._partial_log_line = partial[-MAX_LOG_LINE_BYTES:]
+
+    def _add_to_tail(self, raw: bytes | bytearray) -> None:
+        """Keep a line of plain text, in which it may say why it ends."""
+        self._tail = (self._tail + raw + b"\n")[-TAIL_BYTES:]
 
     def _explain_death(self) -> str:
         """Describe how it ended; waits a moment for its exit status."""
@@ -3036,7 +3065,7 @@ class Process:
         self._read_stderr()
 
         # On one line, and nothing in it that could pass for a log line of its own.
-        tail = self._stderr_tail + self._partial_log_line[-STDERR_TAIL_BYTES:]
+        tail = self._tail + self._partial_log_line[-TAIL_BYTES:]
         words = " ".join(tail.decode("ascii", "replace").split())
         return f"{how}: {words}" if words else how
 
@@ -3341,6 +3370,9 @@ class ControlChannel:
 # count. To go on with a conversation rewinds nothing, to edit or branch it rewinds to the middle,
 # to begin another one rewinds all.
 
+# From one event of an answer to the next. The CLI hands no pings on, and a model may think for
+# minutes without a word; the CLI's own limit is the same (read, 2.1.332).
+UPSTREAM_SILENCE_S: Final = 300.0
 CALL_TIMEOUT_S: Final = 60.0  # from the query to the call; 0.02 s, and some for 32 MB of images
 SETUP_ATTEMPTS: Final = 3  # for one request; see `SessionRequest.count_failure`
 COUNT_ATTEMPTS: Final = 10  # the tools that the CLI was just given may take it a moment
@@ -3672,8 +3704,13 @@ class Session:
         Returns the last batch. Raises ApiError; ProcessDied only while nothing went upstream.
         """
         parser = self.parser
-        silent = ProcessDied(f"claude did not call upstream within {CALL_TIMEOUT_S:.0f} s")
-        until_called = deadline.capped(CALL_TIMEOUT_S, silent)
+        not_called = ProcessDied(f"claude did not call upstream within {CALL_TIMEOUT_S:.0f} s")
+        until_called = deadline.capped(CALL_TIMEOUT_S, not_called)
+        fell_silent = ApiError(
+            f"upstream sent nothing for {UPSTREAM_SILENCE_S:.0f} s in the middle of its answer",
+            status=504,
+            should_retry=False,
+        )
 
         batch: list[Event] = []
         while not parser.is_done:
@@ -3681,8 +3718,11 @@ class Session:
                 yield batch
                 batch = []
 
+            until = deadline if parser.is_calling else until_called
+            if parser.has_started:
+                until = deadline.capped(UPSTREAM_SILENCE_S, fell_silent)
             try:
-                line = self._channel.read_line(deadline if parser.is_calling else until_called)
+                line = self._channel.read_line(until)
                 with malformed_as_502():
                     batch += parser.feed(line)
 
@@ -4236,6 +4276,7 @@ class Pool:
 # What the routes ask: a turn in, batches of events out. Owns the pool, the account, the list of
 # models and the key file; knows nothing of sockets. Runs on request threads.
 
+MAX_SERVED_MODELS: Final = 100  # that the list has beside the CLI's own; there are some 20
 SIGN_IN_TTL_S: Final = 60.0  # until the CLI is asked again how it is signed in; it takes 0.2 s
 TRY_BODY: Final = (
     '{"model":"sonnet","max_tokens":100,"messages":[{"role":"user","content":"Hello!"}]}'
@@ -4274,17 +4315,35 @@ class Account:
 
 
 class ModelList:
-    """The models that there are: the CLI's own list, and the names of --model-map."""
+    """The models that there are: the CLI's own list, those that were served, and mapped names."""
 
     def __init__(self, model_map: Iterable[str]) -> None:
         """`model_map`: "NAME=MODEL" each."""
         self.listed: list[JsonObject] = []  # as the last process listed them
+        self._served: set[str] = set()  # ids that have answered
         self._model_by_name = dict(pair.split("=", 1) for pair in model_map)
 
     def update(self, models: list[JsonObject]) -> None:
         """Take a process's list; an empty one says nothing."""
         if models:
             self.listed = models
+
+    def add_served(self, model_id: str) -> None:
+        """Note an id that the CLI need not list, and that has answered."""
+        if len(self._served) < MAX_SERVED_MODELS:
+            self._served.add(model_id)
+
+    def items(self) -> list[JsonObject]:
+        """Return all entries for clients, those of the CLI's own list first."""
+        items = to_model_list(self.listed)
+        by_id = {item["id"]: item for item in items}
+        for model_id in sorted(self._served - by_id.keys()):
+            items.append(to_model_item(model_id, {}))
+        for name in self._model_by_name:
+            if name not in by_id:
+                target = by_id.get(self.resolve(name), to_model_item(name, {}))
+                items.append({**target, "id": name, "display_name": name})
+        return items
 
     def mapped(self, name: str) -> str:
         """Return the model that a name stands for by --model-map, else the name.
@@ -4373,7 +4432,10 @@ class Gateway:
         session.prepare(request)
         session.start_call(request.deadline)
         try:
-            return (yield from session.read_events(request.deadline))
+            last_batch = yield from session.read_events(request.deadline)
+            model_id = resolve_model(request.turn.model, session.models)
+            self.models.add_served(model_id.removesuffix(LONG_WINDOW_SUFFIX))
+            return last_batch
         finally:
             self.rate_limits = session.parser.rate_limits or self.rate_limits
 
@@ -4408,9 +4470,9 @@ class Gateway:
         return self._with_session(counting, count)
 
     def list_models(self, caller: Caller, on_wait: Callable[[], None]) -> list[JsonObject]:
-        """Return the models as the CLI lists them; every request that is served refreshes them."""
+        """Return the models' entries. Every request that is served refreshes the CLI's list."""
         if self.models.listed:
-            return self.models.listed
+            return self.models.items()
         request = self._session_request(WARMUP_TURNS[0], caller, on_wait)
 
         def read_models(session: Session) -> list[JsonObject]:
@@ -4418,7 +4480,8 @@ class Gateway:
                 session.prepare(request)
             return session.models
 
-        return self._with_session(request, read_models)
+        self.models.update(self._with_session(request, read_models))
+        return self.models.items()
 
     def describe(self, url: str) -> dict[str, str]:
         """Return what it runs on, who pays, who may call, and how.
@@ -6585,7 +6648,7 @@ class Exchange:
             self._response.send(204, "")
             return
         if route.name == NO_ROUTE.name:
-            raise ApiError(f"{head.method} {head.path}: no such route", status=404)
+            raise ApiError(to_no_route_message(head), status=404)
         is_allowed = head.method == route.method or (head.method, route.method) == ("HEAD", "GET")
         if not is_allowed:
             self._response.add_headers(allow)
@@ -6678,20 +6741,19 @@ class Exchange:
     def show_model(self) -> None:
         """Answer with one model, by its id, an alias or a mapped name."""
         # This comes first: an alias can be resolved only once the models are known.
-        models = self._model_list()
-        _, _, name = self._head.path.partition("/models/")
-        model_id = self._gateway.models.resolve(name)
-        for model in models:
-            if model["id"] == model_id:
-                self._response.send(200, model)
-                return
+        models = {model["id"]: model for model in self._model_list()}
+        _, _, name = self._head.path.rstrip("/").partition("/models/")
+        model_id = name if name in models else self._gateway.models.resolve(name)
+        if model_id in models:
+            self._response.send(200, models[model_id])
+            return
         # Both vendors' SDKs ask for it: the code is for OpenAI's.
         raise ApiError(
             f"model: {name}", status=404, more={"param": None, "code": "model_not_found"}
         )
 
     def _model_list(self) -> list[JsonObject]:
-        return to_model_list(self._gateway.list_models(self._caller, self._on_wait))
+        return self._gateway.list_models(self._caller, self._on_wait)
 
     def count_tokens(self) -> None:
         turn, _ = self._read_turn(is_count=True)
@@ -6807,17 +6869,32 @@ _OPENAI_PATHS: Final = (
 )  # fmt: skip
 
 
+def _own_path(path: str) -> str:
+    """Return a path as ROUTES has it: without its /v1, and without a slash at its end."""
+    return re.sub(r"\A(/v1)+(?=/)", "", path.rstrip("/") or "/")
+
+
+def to_no_route_message(head: Head) -> str:
+    """Say that there is no such route, and which base URL to use where there is too much in it."""
+    message = f"{head.method} {head.path}: no such route"
+    for path, route in ROUTES.items():
+        if route.method == "POST" and _own_path(head.path).endswith(path):
+            base = "/v1" if route.dialect is not ANTHROPIC else ""
+            host = sanitized(head.get("host"), 100)
+            return f"{message}; the client's base URL should be http://{host}{base}"
+    return message
+
+
 def find_route(head: Head) -> Route:
     """Return a request's route, a form of NO_ROUTE where there is none for its path.
 
     A browser that asks for the status gets a page.
     """
-    path = re.sub(r"\A(/v1)+(?=/)", "", head.path)
+    path = _own_path(head.path)
     if path == "/" and "text/html" in head.get("accept"):
         return PAGE_ROUTE
     if path.startswith("/models/"):
-        has_name = path != "/models/"
-        return MODEL_ROUTE if has_name else LIST_ROUTE
+        return MODEL_ROUTE
     no_route = NO_OPENAI_ROUTE if path.startswith(_OPENAI_PATHS) else NO_ROUTE
     return ROUTES.get(path, no_route)
 

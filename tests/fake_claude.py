@@ -3,9 +3,9 @@
 
 Orders for the next process are files in the directory FAKE_CLAUDE_ORDERS, removed when taken:
 `die-at-start`, `die-at-initialize`, `die-at-query`, `stall-at-query`, `die-when-held`,
-`stall-when-held` (in a query that is held back), `mute` (answers no control request), `ignore-eof`;
-`always-die` and `always-leave` (with status 0) stay. Orders for an answer are words in the last
-user message: `die-before-answer`, `die-mid-answer`, `garbage`, `error-result`, `odd-error-result`
+`stall-when-held` (in a query that is held back), `say-why-at-start` (on stdout), `mute` (answers
+no control request), `ignore-eof`; `always-die` and `always-leave` (with status 0) stay. Orders
+for an answer are words in the last user message: `die-before-answer`, `die-mid-answer`, `garbage`, `error-result`, `odd-error-result`
 (half an emoji), `silent-end`, `cut-short` (by max_tokens), `unannounced` (without `requesting`),
 `fill-stderr`, `long-line`, `odd-lines`, `stall` (no event), `stall-after-start`, `flood` (deltas
 without end), `a while` (0.3 s), `until told` (until there is a file `told`). Every query is noted
@@ -168,6 +168,13 @@ def respond(line: Any) -> None:
         put({"type": "control_request", "request_id": "fake", "request": request})
 
 
+def say_why() -> None:
+    """Say on stdout why it cannot start, and end, if so ordered."""
+    if ordered("say-why-at-start"):
+        print("Your account is on hold", flush=True)
+        sys.exit(1)
+
+
 def main() -> None:
     if "--version" in sys.argv:
         print(os.environ.get("FAKE_CLAUDE_VERSION", "2.1.999 (Fake Claude)"))
@@ -180,6 +187,7 @@ def main() -> None:
         die("gone at the start")
     if (ORDERS / "always-leave").exists():
         return
+    say_why()
     mute = ordered("mute")
     ignores_eof = ordered("ignore-eof")
     for raw in sys.stdin:

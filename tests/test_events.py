@@ -13,6 +13,15 @@ import cc2api
 JsonObject = dict[str, Any]
 
 
+@pytest.mark.parametrize("details", [{}, {"details": None}, {"details": ["x"], "param": "y"}])
+def test_an_error_keeps_all_that_upstream_says_of_it(details: JsonObject) -> None:
+    inner = {"type": "invalid_request_error", "message": "no", **details}
+    body = json.dumps({"type": "error", "error": inner})
+    error = cc2api.to_upstream_error(f"API error (attempt 1/1): 400 400 {body}")
+    assert error is not None
+    assert cc2api.to_anthropic_error(error, "req_1")[1]["error"] == inner
+
+
 def line(event: JsonObject, **more: Any) -> JsonObject:
     return {"type": "stream_event", "event": event, "parent_tool_use_id": None, **more}
 
@@ -45,6 +54,76 @@ def test_the_answer_is_over_with_the_stop_reason_and_message_stop_is_added() -> 
     assert reader.is_done
     assert reader.can_go_on
     assert reader.feed(line(events[0])) == []
+
+
+def test_a_whole_answer_keeps_what_its_deltas_and_its_end_bring() -> None:
+    block = {"type": "compaction", "content": None}
+    deltas = [
+        {"type": "compaction_delta", "content": "all in short", "encrypted_content": "c2Vj"},
+        {"type": "delta_of_next_year", "mood": {"good": True}},
+    ]
+    start: JsonObject = {
+        "id": "msg_1",
+        "content": [],
+        "usage": {"input_tokens": 1},
+        "stop_reason": None,
+    }
+    end = {
+        "type": "message_delta",
+        "delta": {"stop_reason": "end_turn", "container": None, "of_next_year": [1]},
+        "usage": {"output_tokens": 2},
+        "context_management": None,
+        "input_transformations": [{"type": "downsized"}],
+    }
+    message = assemble(
+        [
+            {"type": "message_start", "message": start},
+            {"type": "content_block_start", "index": 0, "content_block": block},
+            *({"type": "content_block_delta", "index": 0, "delta": delta} for delta in deltas),
+            {"type": "content_block_stop", "index": 0},
+            end,
+        ]
+    )
+    whole = {
+        **block,
+        "content": "all in short",
+        "encrypted_content": "c2Vj",
+        "mood": {"good": True},
+    }
+    assert message == {
+        **start,
+        "content": [whole],
+        "usage": {"input_tokens": 1, "output_tokens": 2},
+        "stop_reason": "end_turn",
+        "container": None,
+        "of_next_year": [1],
+        "context_management": None,
+        "input_transformations": [{"type": "downsized"}],
+    }
+
+
+def test_how_far_a_model_has_thought_is_no_part_of_its_block() -> None:
+    block = {"type": "thinking", "thinking": "", "signature": ""}
+    delta = {"type": "thinking_delta", "thinking": "hm", "estimated_tokens": 50}
+    message = assemble(
+        [
+            {"type": "message_start", "message": {"content": [], "usage": {}}},
+            {"type": "content_block_start", "index": 0, "content_block": block},
+            {"type": "content_block_delta", "index": 0, "delta": delta},
+            {"type": "content_block_stop", "index": 0},
+        ]
+    )
+    assert message["content"] == [{**block, "thinking": "hm"}]
+
+
+def test_blocks_are_numbered_anew_where_the_cli_leaves_one_out() -> None:
+    """It leaves out `fallback`, without which SDKs would find no block of the index 1."""
+    reader = cc2api.StreamParser()
+    reply = Reply(blocks=[{"type": "text", "text": "a"}, {"type": "text", "text": "b"}])
+    events = [each["event"] for each in lines(reply) if "event" in each]
+    shifted = [{**e, "index": e["index"] + 1} if "index" in e else e for e in events]
+    got = [out for event in shifted for out in reader.feed(line(event))]
+    assert [e["index"] for e in got if "index" in e] == [e["index"] for e in events if "index" in e]
 
 
 @pytest.mark.parametrize(
@@ -98,7 +177,12 @@ FAILURES: list[tuple[JsonObject, str | None, int, str, str]] = [
     ),
     ({"api_error_type": "timeout_error"}, None, 504, "timeout_error", "API Error: late | late"),
     ({}, "rate_limit", 429, "rate_limit_error", "words | words"),
-    ({}, "server_error", 502, "api_error", "API Error: Connection lost | Connection lost"),
+    ({}, "server_error", 500, "api_error", "API Error: Connection lost | Connection lost"),
+    ({}, "overloaded", 529, "overloaded_error", "words | words"),
+    ({}, "account_on_hold", 403, "permission_error", "words | words"),
+    ({}, "verification_required", 403, "permission_error", "words | words"),
+    ({}, "cloud_credential_error", 401, "authentication_error", "words | words"),
+    ({}, "unknown", 502, "api_error", "words | words"),
     ({"api_error_status": 418}, None, 418, "invalid_request_error", "API Error: 418 tea | tea"),
     ({"api_error_status": 200}, None, 502, "api_error", "strange | strange"),
 ]

@@ -59,6 +59,32 @@ def test_processes_that_always_die_are_a_503_with_their_last_words(
     assert gateway.ask("hello").status == 200, "it recovers by itself"
 
 
+def test_a_cli_that_says_why_it_cannot_start_is_heard(tmp_path: Path) -> None:
+    with InProcessGateway(tmp_path, "say-why-at-start", processes=1) as gateway:
+        health = gateway.request("GET", "/healthz")
+        while health.status == 200:
+            health = gateway.request("GET", "/healthz")
+        assert "Your account is on hold" in health.json["error"]["message"]
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_an_upstream_that_falls_silent_ends_its_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stream: bool
+) -> None:
+    monkeypatch.setattr(cc2api, "UPSTREAM_SILENCE_S", 0.3)
+    monkeypatch.setattr(cc2api, "KEEPALIVE_S", 0.1)
+    monkeypatch.setattr(cc2api, "CLIENT_CHECK_S", 0.05)
+    with InProcessGateway(tmp_path) as gateway:
+        answer = gateway.ask("stall-after-start", stream=stream)
+        assert b'"type": "timeout_error"' in answer.body
+        assert b"upstream sent nothing for" in answer.body
+        if stream:
+            assert b"event: ping\n" in answer.body
+        else:
+            assert (answer.status, answer.headers["x-should-retry"]) == (504, "false")
+        assert gateway.ask("hello").status == 200
+
+
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_process_that_dies_after_the_query_is_not_asked_again(
     start_fake: Any, tmp_path: Path, stream: bool

@@ -72,7 +72,65 @@ def test_other_vendors_names_are_mapped(start: Any, api: ScriptedApi) -> None:
     assert api.calls_with(word + "2")[0].body["model"].startswith("claude-")
 
 
+def test_a_model_that_is_served_has_an_entry(start: Any, api: ScriptedApi) -> None:
+    gateway = start("--model-map", "gpt-4o=sonnet", "--model-map", "own=claude-opus-4-6")
+    ids = [model["id"] for model in gateway.request("GET", "/v1/models").json["data"]]
+    assert ids[-2:] == ["gpt-4o", "own"]
+    assert gateway.request("GET", "/v1/models/claude-sonnet-4-6").status == 404
+    assert gateway.ask("hi", model="anthropic/claude-sonnet-4-6").status == 200
+    for name in ("claude-sonnet-4-6", "anthropic%2Fclaude-sonnet-4-6", "claude-sonnet-4-6/"):
+        item = gateway.request("GET", f"/v1/models/{name}").json
+        assert (item["id"], item["line"]) == ("claude-sonnet-4-6", "sonnet")
+    ids = [model["id"] for model in gateway.request("GET", "/v1/models/").json["data"]]
+    assert ids[-3:] == ["claude-sonnet-4-6", "gpt-4o", "own"]
+    api.on("unknown-one", Reply(status=404, message="model: no"))
+    assert gateway.ask("unknown-one", model="claude-no-1").status == 404
+    assert gateway.request("GET", "/v1/models/claude-no-1").status == 404
+
+    item = gateway.request("GET", "/v1/models/gpt-4o").json
+    assert (item["id"], item["line"]) == ("gpt-4o", "sonnet")
+    missing = gateway.request("GET", "/v1/models/none").json["error"]
+    assert (missing["type"], missing["code"]) == ("not_found_error", "model_not_found")
+
+
+def test_entries_have_every_field_of_both_sdks(gateway: RunningGateway) -> None:
+    (item, *_) = gateway.request("GET", "/v1/models").json["data"]
+    anthropic.types.ModelInfo.model_validate(item)
+    openai.types.Model.model_validate(item)
+    assert (
+        anthropic.types.ModelInfo.model_fields.keys() | openai.types.Model.model_fields.keys()
+        <= (item.keys())
+    )
+    assert item["description"]
+    assert item["lifecycle"] == "active"
+
+
 # ---- what clients probe
+
+
+@pytest.mark.parametrize(
+    ("path", "base"),
+    [
+        ("/v1/messages/v1/messages", "http://127.0.0.1:{}"),
+        ("/anthropic/v1/messages/", "http://127.0.0.1:{}"),
+        ("/v1/chat/completions/chat/completions", "http://127.0.0.1:{}/v1"),
+        ("/openai/v1/responses", "http://127.0.0.1:{}/v1"),
+    ],
+)
+def test_a_base_url_with_too_much_in_it_is_told_the_right_one(
+    fake: InProcessGateway, path: str, base: str
+) -> None:
+    answer = fake.request("POST", path, {})
+    assert answer.status == 404
+    assert answer.json["error"]["message"].endswith(base.format(fake.port))
+
+
+@pytest.mark.parametrize("path", ["/v1/responses/resp_1", "/v1/embeddings", "/v1/completions"])
+def test_a_404_below_openais_paths_has_openais_form(fake: InProcessGateway, path: str) -> None:
+    answer = fake.request("POST", path, {})
+    assert answer.status == 404
+    assert answer.json["error"].keys() == {"message", "type", "param", "code"}
+    assert answer.json.keys() == {"error"}
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +141,7 @@ def fake(tmp_path_factory: pytest.TempPathFactory) -> Iterator[InProcessGateway]
 
 def test_paths_seen_in_the_wild(fake: InProcessGateway) -> None:
     message = {"model": "m", "max_tokens": 5, "messages": [{"role": "user", "content": "hi"}]}
-    for path in ("/v1/messages?beta=true", "/v1/v1/messages", "/messages"):
+    for path in ("/v1/messages?beta=true", "/v1/v1/messages", "/messages", "/v1/messages/"):
         assert fake.request("POST", path, message).status == 200
     for path in ("/v1/chat/completions", "/chat/completions", "/v1/v1/chat/completions"):
         assert fake.request("POST", path, message).status == 200
