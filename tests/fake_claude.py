@@ -1,15 +1,15 @@
 #!/usr/bin/env python3
 """A stand-in for the CLI that misbehaves on order, for what the real one cannot be made to do.
 
-Orders for the next process are files in the directory FAKE_CLAUDE_ORDERS, removed when taken:
-`die-at-start`, `die-at-initialize`, `die-at-query`, `stall-at-query`, `die-when-held`,
-`stall-when-held` (in a query that is held back), `say-why-at-start` (on stdout), `mute` (answers
-no control request), `ignore-eof`; `always-die` and `always-leave` (with status 0) stay. Orders
-for an answer are words in the last user message: `die-before-answer`, `die-mid-answer`, `garbage`, `error-result`, `odd-error-result`
-(half an emoji), `silent-end`, `cut-short` (by max_tokens), `unannounced` (without `requesting`),
-`fill-stderr`, `long-line`, `odd-lines`, `stall` (no event), `stall-after-start`, `flood` (deltas
-without end), `a while` (0.3 s), `until told` (until there is a file `told`). Every query is noted
-in `queries` in the same directory.
+Orders for the next process are files in the directory FAKE_CLAUDE_ORDERS, removed when taken: `die-
+at-start`, `die-at-initialize`, `die-at-query`, `stall-at-query`, `die-when-held`, `stall-when-held`
+(in a query that is held back), `say-why-at-start` (on stdout), `mute` (answers no control request),
+`ignore-eof`; `always-die` and `always-leave` (with status 0) stay. Orders for an answer are words
+in the last user message: `die-before-answer`, `die-mid-answer`, `garbage`, `error-result`, `odd-
+error-result` (half an emoji), `silent-end`, `cut-short` (by max_tokens), `unannounced` (without
+`requesting`), `fill-stderr`, `long-line`, `odd-lines`, `stall` (no event), `stall-after-start`,
+`flood` (deltas without end), `a while` (0.3 s), `until told` (until there is a file `told`). Every
+query is noted in `queries` in the same directory.
 """
 
 from __future__ import annotations
