@@ -1725,6 +1725,8 @@ def check_block(path: str, block: Block, *, is_answer: bool = False) -> None:
         if block_type == "tool_use":
             caller = optional(block, "caller", dict, inside) or {}
             check_callers(f"{inside}.caller", [caller.get("type", "direct")])
+            if optional(block, "toolset_name", str, inside):
+                raise InvalidRequest(f"{inside}.toolset_name: {_NOT_CARRIED}")
     elif block_type == "tool_result":
         _check_tool_result(inside, block)
 

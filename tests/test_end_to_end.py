@@ -11,13 +11,16 @@ import random
 import struct
 import zlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
-from additions import split_additions
-from harness import API_KEY, LOGIN, Answer, RunningGateway, wait_until
-from helpers import assistant, marker, text, user
+from additions import split_additions, text_of
+from harness import API_KEY, LOGIN, Answer, InProcessGateway, RunningGateway, wait_until
+from helpers import assistant, marker, text, tool, user
 from scripted_api import DEFAULT_TEXT, Call, Reply, ScriptedApi, text_reply
+
+import cc2api
 
 JsonObject = dict[str, Any]
 EPHEMERAL = {"type": "ephemeral"}
@@ -292,6 +295,99 @@ def test_the_caller_of_a_tool_use_is_dropped(gateway: RunningGateway, api: Scrip
     request = [user("a"), assistant(called), user(result, text(word))]
     assert gateway.post({"messages": request}).status == 200
     assert seen_messages(only_call(api, word))[1]["content"] == [use]
+
+
+SEARCH = {"type": "server_tool_use", "id": "s1", "name": "web_search", "input": {"query": "x"}}
+FOUND = {"type": "web_search_tool_result", "tool_use_id": "s1", "content": []}
+MCP_USE = {"type": "mcp_tool_use", "id": "m1", "name": "f", "server_name": "s", "input": {"a": 1}}
+MCP_RESULT = {"type": "mcp_tool_result", "tool_use_id": "m1", "is_error": False, "content": []}
+FALLBACK = {"type": "fallback", "from": {"model": "a"}, "to": {"model": "b"}}
+ADVISED = {
+    "type": "advisor_tool_result",
+    "tool_use_id": "s1",
+    "content": {"type": "advisor_result"},
+}
+CITED = {"type": "char_location", "cited_text": "x", "document_index": 0, "start_char_index": 0}
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        [text("A"), text(" "), text("B")],
+        [text("\n"), SEARCH, FOUND, text(" \n"), text("B")],
+        [text("\u00a0"), text("B")],
+        [MCP_USE, MCP_RESULT, text("B")],
+        [{"type": "compaction", "content": "c", "encrypted_content": "e"}, text("B")],
+    ],
+    ids=str,
+)
+def test_blocks_of_answers_reach_upstream_as_they_were(
+    gateway: RunningGateway, api: ScriptedApi, answer: list[JsonObject]
+) -> None:
+    word = marker()
+    assert gateway.post({"messages": [user("a"), assistant(*answer), user(word)]}).status == 200
+    assert seen_messages(only_call(api, word))[1]["content"] == answer
+
+
+def test_citations_of_documents_are_dropped(gateway: RunningGateway, api: ScriptedApi) -> None:
+    found = {"type": "web_search_result_location", "cited_text": "x", "url": "u"}
+    found |= {"title": "t", "encrypted_index": "e"}
+    word = marker()
+    answer = assistant(text("A", citations=[CITED]), text("B", citations=[found]))
+    assert gateway.post({"messages": [user("a"), answer, user(word)]}).status == 200
+    sent = seen_messages(only_call(api, word))[1]["content"]
+    assert [block["citations"] for block in sent] == [[], [found]]
+
+
+@pytest.mark.parametrize("name", ["gateway", "login_gateway"])
+def test_a_paused_answer_goes_on(
+    request: pytest.FixtureRequest, api: ScriptedApi, name: str
+) -> None:
+    gateway = request.getfixturevalue(name)
+    word = marker()
+    asked = [user(word), assistant(text("A"), SEARCH, FOUND, text("B"), {**SEARCH, "id": "s2"})]
+    assert gateway.post({"messages": asked}).status == 200
+    sent, _ = split_additions(only_call(api, word).body["messages"])
+    assert [message["role"] for message in sent] == ["user", "assistant", "user"]
+    assert sent[1]["content"] == [text("A"), SEARCH, FOUND, text("B")]
+    assert text_of(sent[2]["content"]) == "Continue."
+
+
+CHANGED: list[tuple[list[JsonObject], list[JsonObject]]] = [
+    ([FALLBACK, text("B")], []),
+    ([{**SEARCH, "name": "advisor"}, ADVISED, text("B")], []),
+    ([MCP_USE, tool("f", {})], [{"type": "text", "text": "r"}]),
+    ([SEARCH, tool("f", {})], [{"type": "text", "text": "r"}]),
+    ([{**tool("f", {}), "toolset_name": "b"}], [{"type": "text", "text": "r"}]),
+    ([tool("f", {})], [{"type": "tool_reference", "tool_name": "f"}]),
+]
+
+
+@pytest.mark.parametrize(("answer", "result"), CHANGED, ids=lambda value: str(value)[:60])
+def test_what_is_refused_by_name_the_cli_would_change(
+    tmp_path: Path,
+    quick_claude: str,
+    api: ScriptedApi,
+    monkeypatch: pytest.MonkeyPatch,
+    answer: list[JsonObject],
+    result: list[JsonObject],
+) -> None:
+    """A CLI that no longer does so fails this test: then they need not be refused."""
+    word = marker()
+    last = text(word)
+    results = [{"type": "tool_result", "tool_use_id": "toolu_1", "content": result}]
+    messages = [user("a"), assistant(*answer), user(*(results if result else []), last)]
+    tools = [{"name": "f", "input_schema": {"type": "object"}}]
+    with InProcessGateway(tmp_path, claude=quick_claude, base_url=api.url) as gateway:
+        body = {"messages": messages, "tools": tools}
+        refused = gateway.post(body)
+        assert refused.status == 400
+        assert "the CLI does not carry this" in refused.json["error"]["message"]
+        monkeypatch.setattr(cc2api, "check_block", lambda path, block, is_answer=False: None)
+        monkeypatch.setattr(cc2api, "_check_tool_pairs", lambda *arguments: {})
+        assert gateway.post(body).status == 200
+    sent = seen_messages(only_call(api, word))
+    assert sent[1:] != messages[1:]
 
 
 MEDIA_LIMITS = [

@@ -186,6 +186,10 @@ BAD: list[tuple[JsonObject, str]] = [
         "messages.1.content.0.type: tool_addition: the CLI",
     ),
     ({"messages": [assistant(saying(" ")), user(TEXT)]}, "messages.0: an answer of"),
+    (
+        {"messages": [assistant({**USE, "toolset_name": "browser"}), user(RESULT)]},
+        "messages.0.content.0.tool_use.toolset_name: the CLI does not carry this",
+    ),
     (in_user(saying(" ")), "messages.0.content.0: text content blocks must be non-empty"),
 ]
 
