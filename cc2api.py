@@ -5663,7 +5663,7 @@ def parse_chat_request(body: JsonObject) -> tuple[Turn, ChatEncoder]:
     tools = [_flatten(tool, path) for path, tool in located_objects(body, "tools")]
     choice = body.get("tool_choice")
     if isinstance(choice, dict):
-        _, choice = _flatten(choice, "tool_choice")
+        choice = _flatten_choice(choice)
     fields, call_fields = to_messages_fields(
         {**body, "tool_choice": choice}, items, tools, (format_path, text_format)
     )
@@ -5685,6 +5685,19 @@ def _flatten(owner: JsonObject, path: str) -> Located:
     inner_type = "function" if owner.get("custom") is None else "custom"
     inner = require(owner, inner_type, dict, path)
     return f"{path}.{inner_type}", {**inner, "type": inner_type, "namespace": None}
+
+
+def _flatten_choice(choice: JsonObject) -> JsonObject:
+    """Return a tool_choice in the form of the Responses API, which has no inner objects."""
+    if choice.get("type") != "allowed_tools":
+        return _flatten(choice, "tool_choice")[1]
+
+    allowed = require(choice, "allowed_tools", dict, "tool_choice")
+    path = "tool_choice.allowed_tools"
+    tools = [
+        _flatten(tool, tool_path)[1] for tool_path, tool in located_objects(allowed, "tools", path)
+    ]
+    return {"type": "allowed_tools", "mode": allowed.get("mode"), "tools": tools}
 
 
 def _to_items(body: JsonObject) -> Iterator[Located]:

@@ -187,6 +187,18 @@ def test_parameters_are_translated(fields: JsonObject, sent: JsonObject) -> None
     assert cc2api.fields_for_model(turn, "claude-sonnet-4-6") == sent
 
 
+@pytest.mark.parametrize(("mode", "sent"), [("required", "any"), ("auto", "auto"), (None, "auto")])
+def test_allowed_tools_leave_these_alone(mode: str | None, sent: str) -> None:
+    named = [
+        {"type": "function", "function": {"name": "g"}},
+        {"type": "custom", "custom": {"name": "c"}},
+    ]
+    choice = {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": named}}
+    turn, _ = parse(tools=TOOLS, tool_choice=choice)
+    assert [tool["name"] for tool in turn.tools] == ["g", "c"]
+    assert turn.extra_body["tool_choice"] == {"type": sent}
+
+
 def test_a_custom_tool_tells_the_model_its_grammar() -> None:
     grammar = {"syntax": "lark", "definition": 'start: "x"'}
     custom = {**TOOLS[2]["custom"], "format": {"type": "grammar", "grammar": grammar}}  # type: ignore[dict-item]
@@ -234,7 +246,7 @@ MISTAKES: list[tuple[JsonObject, str | None]] = [
     ),
     ({"messages": [{"role": "tool", "tool_call_id": "x", "content": "r"}]}, "messages[0]"),
     ({"tools": TOOLS, "tool_choice": {"type": "web_search"}}, "tool_choice.function"),
-    ({"tools": TOOLS, "tool_choice": {"type": "allowed_tools"}}, "tool_choice.function"),
+    ({"tools": TOOLS, "tool_choice": {"type": "allowed_tools"}}, "tool_choice.allowed_tools"),
     ({"tools": [TOOLS[0], TOOLS[0]]}, "tools[1].function.name"),
     (
         {

@@ -1,13 +1,15 @@
 """Clients that are not in the test environment: each is installed by its own fixture at first need.
 
-`pytest -n0 tests/clients` runs them; plain `pytest` does not. It needs Node 20 or newer with npm,
-the Python and JavaScript package registries, as pip and npm are set up here, nginx and Chromium
-(Debian: nginx-light, chromium), and 4 GB of disk. What is missing fails; it is not skipped.
+`pytest -n0 tests/clients` runs them, in half an hour; plain `pytest` does not, and CI leaves out
+what is marked `thorough`. It needs Node 20 or newer with npm, the Python and JavaScript package
+registries, as pip and npm are set up here, nginx and Chromium (Debian: nginx-light, chromium), and
+4 GB of disk. What is missing fails; it is not skipped.
 """
 
 from __future__ import annotations
 
 import faulthandler
+import os
 import platform
 import subprocess
 import sys
@@ -17,7 +19,13 @@ from pathlib import Path
 import pytest
 
 INSTALL_TIMEOUT_S = 900  # an installation is a download, at whatever speed
-CODEX_VERSION = "0.169.0"  # whose ways the tests pin
+CODEX_VERSION = "0.169.0"  # whose ways the tests pin, as they do those of
+AGENTS = [
+    "cline@3.0.65",
+    "@github/copilot@1.0.102",
+    "@earendil-works/pi-coding-agent@1.6.0",
+    "@qwen-code/qwen-code@0.24.4",
+]
 Installer = Callable[..., Path]
 
 
@@ -86,12 +94,37 @@ def agents_sdk(in_venv: Installer) -> Path:
 
 @pytest.fixture(scope="session")
 def pydantic_ai(in_venv: Installer) -> Path:
-    return in_venv("pydantic-ai-slim[anthropic]")
+    return in_venv("pydantic-ai-slim[anthropic,openai]")
 
 
 @pytest.fixture(scope="session")
 def litellm(in_venv: Installer) -> Path:
     return in_venv("litellm")
+
+
+@pytest.fixture(scope="session")
+def instructor(in_venv: Installer) -> Path:
+    return in_venv("instructor[anthropic]")
+
+
+@pytest.fixture(scope="session")
+def inspect_ai(in_venv: Installer) -> Path:
+    return in_venv("inspect-ai", "openai", "anthropic")
+
+
+@pytest.fixture(scope="session")
+def smolagents(in_venv: Installer) -> Path:
+    return in_venv("smolagents[openai]")
+
+
+@pytest.fixture(scope="session")
+def crewai(in_venv: Installer) -> Path:
+    return in_venv("crewai[anthropic]")
+
+
+@pytest.fixture(scope="session")
+def aiohttp(in_venv: Installer) -> Path:
+    return in_venv("aiohttp", "pydantic")  # what Open WebUI asks with
 
 
 @pytest.fixture(scope="session")
@@ -136,3 +169,44 @@ def codex(in_node: Installer) -> Path:
     root = in_node(f"@openai/codex@{CODEX_VERSION}-{sys.platform}-{machine}")
     (binary,) = root.glob("node_modules/@openai/codex/vendor/*/bin/codex")
     return binary.parent
+
+
+@pytest.fixture(scope="session")
+def new_node(in_node: Installer) -> Path:
+    """The commands of a Node that the newest clients take, whatever this machine's own is."""
+    return in_node("node@22") / "node_modules" / ".bin"
+
+
+@pytest.fixture(scope="session")
+def in_new_node(tmp_path_factory: pytest.TempPathFactory, new_node: Path) -> Installer:
+    """As `in_node`, with what that Node can run: npm takes older packages for an older Node."""
+
+    def install(*packages: str) -> Path:
+        root = tmp_path_factory.mktemp("javascript")
+        path = f"PATH={new_node}{os.pathsep}{os.environ['PATH']}"
+        command = ["env", path, "npm", "install", "--silent", "--prefix", str(root)]
+        run_installer([*command, *packages], root)
+        return root
+
+    return install
+
+
+@pytest.fixture(scope="session")
+def node_sdks(in_new_node: Installer) -> Path:
+    ai_sdk = ["ai", "@ai-sdk/anthropic", "@ai-sdk/openai", "@ai-sdk/openai-compatible"]
+    langchain = ["@langchain/anthropic", "@langchain/core", "@langchain/openai"]
+    return in_new_node(*ai_sdk, "@openrouter/ai-sdk-provider", *langchain, "@openai/agents", "zod")
+
+
+@pytest.fixture(scope="session")
+def node_agents(in_new_node: Installer) -> Path:
+    """Four agents for the terminal: 950 MB."""
+    return in_new_node(*AGENTS) / "node_modules" / ".bin"
+
+
+@pytest.fixture(scope="session")
+def promptfoo(in_new_node: Installer) -> Path:
+    """Without its optional packages, 1.7 GB of them; its database is one for the machine."""
+    machine = {"x86_64": "x64", "aarch64": "arm64"}[platform.machine()]
+    packages = ["--omit=optional", "promptfoo", f"@libsql/{sys.platform}-{machine}-gnu"]
+    return in_new_node(*packages) / "node_modules" / ".bin"

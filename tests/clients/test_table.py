@@ -60,7 +60,7 @@ models:
   - {name: sonnet, provider: anthropic, model: claude-sonnet-4-6, apiKey: any, roles: [chat],
      %s"}
 """
-OPENAI = "OpenAI SDK, Agents SDK, LangChain's ChatOpenAI"
+OPENAI = "OpenAI SDK, Agents SDK, LangChain's ChatOpenAI, instructor, CrewAI"
 AIDER = "--message Hello --no-git --yes-always --no-analytics --no-check-update"
 AIDER += " --no-show-model-warnings"
 
@@ -180,6 +180,14 @@ def test_continue(gateway: RunningGateway, continue_cli: Path, tmp_path: Path) -
     assert DEFAULT_TEXT in answer(gateway, command, continue_cli, tmp_path)
 
 
+@pytest.mark.parametrize("row", ["Qwen Code", "GitHub Copilot CLI"])
+def test_agents_on_node(
+    gateway: RunningGateway, new_node: Path, node_agents: Path, tmp_path: Path, row: str
+) -> None:
+    bin_dir = Path(f"{new_node}{os.pathsep}{node_agents}")
+    assert DEFAULT_TEXT in answer(gateway, ROWS[row], bin_dir, tmp_path)
+
+
 def test_claude_code(gateway: RunningGateway, claude: str, tmp_path: Path) -> None:
     bin_dir, no_proxy = Path(claude).parent, {"HTTPS_PROXY": ""}  # for a dead one it waits
     assert DEFAULT_TEXT in answer(gateway, ROWS["Claude Code"], bin_dir, tmp_path, **no_proxy)
@@ -189,7 +197,7 @@ def test_the_table_names_what_is_tried_here() -> None:
     assert list(ROWS) == [
         "Anthropic SDK, LangChain, pydantic-ai",  # the SDK in JavaScript in test_clients.py
         "Vercel AI SDK",
-        OPENAI,  # in JavaScript in test_clients.py; more of it all in test_responses_clients.py
+        OPENAI,  # in JavaScript in test_clients.py; more of it all in the files of clients
         "AI SDK's `openai`, `store: false`",
         "Codex, see below",
         "Claude Code",
@@ -197,4 +205,6 @@ def test_the_table_names_what_is_tried_here() -> None:
         "llm-anthropic",
         "aider",
         "Continue, `apiBase: http://127.0.0.1:8080/v1`",
+        "Qwen Code",
+        "GitHub Copilot CLI",
     ]
