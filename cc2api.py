@@ -2486,12 +2486,13 @@ _CALL_FAILED: Final = "API error (attempt "
 _COUNT_FAILED: Final = "countTokens API call failed: "
 
 _TOOL_RESULT_FIELDS: Final = frozenset(("type", "tool_use_id", "content", "is_error"))
-# For failures that carry no status: the CLI's own word for them, on its `assistant` line.
+# For failures that carry no status: the CLI's own word for them, on its `assistant` line. By
+# `server_error` it means that the connection was lost: upstream's own failures have a status.
 _STATUS_BY_CLI_ERROR: Final = {
     "authentication_failed": 401, "cloud_credential_error": 401, "billing_error": 402,
     "oauth_org_not_allowed": 403, "account_on_hold": 403, "verification_required": 403,
     "invalid_request": 400, "max_output_tokens": 400, "model_not_found": 404, "rate_limit": 429,
-    "server_error": 500, "overloaded": 529,
+    "server_error": 502, "overloaded": 529,
 }  # fmt: skip
 # What the CLI puts around upstream's message (seen, 2.1.330 and 2.1.248).
 _DECORATION: Final = re.compile(

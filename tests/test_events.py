@@ -177,7 +177,7 @@ FAILURES: list[tuple[JsonObject, str | None, int, str, str]] = [
     ),
     ({"api_error_type": "timeout_error"}, None, 504, "timeout_error", "API Error: late | late"),
     ({}, "rate_limit", 429, "rate_limit_error", "words | words"),
-    ({}, "server_error", 500, "api_error", "API Error: Connection lost | Connection lost"),
+    ({}, "server_error", 502, "api_error", "API Error: Connection lost | Connection lost"),
     ({}, "overloaded", 529, "overloaded_error", "words | words"),
     ({}, "account_on_hold", 403, "permission_error", "words | words"),
     ({}, "verification_required", 403, "permission_error", "words | words"),
