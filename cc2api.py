@@ -1358,11 +1358,12 @@ _LONG_WINDOW_BETA: Final = "context-1m-2025-08-07"
 _MEDIA_TYPES: Final = ("image", "document")
 THINKING_TYPES: Final = ("thinking", "redacted_thinking")
 # What the CLI would drop, or make a text of (seen, 2.1.300 and 2.1.332).
-_DROPPED_TYPES: Final = ("fallback", "advisor_tool_result", "tool_reference")
+_DROPPED_TYPES: Final = ("advisor_tool_result", "tool_reference")
+_FALLBACK_BETA: Final = "server-side-fallback-"  # without it the CLI drops `fallback` blocks too
 _ADVISOR: Final = "advisor"  # a tool that upstream runs itself
 _NOT_CARRIED: Final = "the CLI does not carry this"
 # With them an answer could not be read to its end, or not be sent back.
-_UNUSABLE_TOOLS: Final = ("mcp_toolset", "advisor_")
+_UNUSABLE_TOOLS: Final = ("mcp_toolset", "browser_toolset", "advisor_")
 _CALL_TYPES: Final = ("tool_use", "server_tool_use", "mcp_tool_use")
 _CONTINUE: Final = "Continue."
 # Betas that are passed on: not those that the CLI sends for itself.
@@ -1499,6 +1500,13 @@ def to_turn(
     system_blocks = _parse_system(body)
     system = "\n\n".join(block["text"] for block in system_blocks)
     entries = list(_parse_messages(messages))
+    sent_betas = _parse_betas(betas)
+    if not any(beta.startswith(_FALLBACK_BETA) for beta in sent_betas):
+        for entry in entries:
+            if entry.block["type"] == "fallback":
+                raise InvalidRequest(
+                    f"{entry.path}.type: fallback: {_NOT_CARRIED} without its beta"
+                )
     if is_count and system:
         # The CLI counts with a system prompt of its own (`Gateway.count_tokens`): the client's is
         # counted as a message.
@@ -1537,7 +1545,7 @@ def to_turn(
         digests=tuple(digest_message(message) for message in merged),
         tools=tools,
         extra_body=extra_body,
-        betas=_parse_betas(betas),
+        betas=sent_betas,
         cache_breakpoint=client_only[-1] if client_only else None,
         cache_ttl=cache_ttl,
         media_count=_count_media(merged),

@@ -150,6 +150,7 @@ BAD: list[tuple[JsonObject, str]] = [
     ({"thread": {"type": "create"}}, "thread: "),
     ({"mcp_servers": [{"type": "url", "name": "s", "url": "https://x"}]}, "mcp_servers: the CLI"),
     ({"tools": [{"type": "mcp_toolset", "mcp_server_name": "s"}]}, "tools.0.type: mcp_toolset: "),
+    ({"tools": [{"type": "browser_toolset_20260801"}]}, "tools.0.type: browser_toolset_20260801: "),
     ({"tools": [{"type": "advisor_20260301", "name": "advisor"}]}, "tools.0.type: advisor_"),
     (
         {"messages": [assistant({**SEARCH, "name": "advisor"}), *BASE["messages"]]},
