@@ -41,8 +41,8 @@ tests/CLI.md lists the facts about the CLI that this file relies on, each with t
 it; "seen" in a comment means observed on the CLI talking to a scripted API, with the versions.
 Sections, each using only what stands above it: Settings, Errors and deadlines, JSON, HTTP,
 Log and metrics, API keys, Turn, Models, CLI program, CLI messages, Process, Control channel,
-Session, Pool, Gateway, Messages API, OpenAI, Chat completions, Responses, Status page, Routes,
-Demo, Command line.
+Session, Pool, Gateway, Messages API, Schemas, OpenAI, Chat completions, Responses, Status page,
+Routes, Demo, Command line.
 """
 
 from __future__ import annotations
@@ -4737,172 +4737,11 @@ def _read_messages(body: JsonObject, betas: str, is_count: bool) -> tuple[Turn, 
 ANTHROPIC: Final = Dialect(_read_messages, to_anthropic_error)
 
 
-# ======================================================================= OpenAI
-# What its two APIs have in common, to a Turn and back: a translation, not a second pipeline. Pure.
-# Both bring a conversation as items and tools in the form of the Responses API, each with the path
-# under which the client sent it. What Anthropic's own OpenAI layer ignores is ignored here too.
+# ====================================================================== Schemas
+# OpenAI's clients describe what they want in any JSON Schema, and Anthropic holds a model only to
+# a part of it (platform.claude.com/docs: structured outputs). As in Anthropic's own SDKs, what is
+# beyond that part is said in the descriptions. Pure.
 
-_DATA_URL: Final = re.compile(r"data:([\w.+-]+/[\w.+-]+)(?:;[\w=-]+)*;base64,(.*)\Z", re.DOTALL)
-_JSON_OBJECT_PROMPT: Final = "Answer with one bare JSON object and nothing else: no code fences."
-_JSON_SCHEMA_PROMPT: Final = (
-    "Answer with bare JSON and nothing else: no code fences. It has to fit this JSON schema:"
-)
-# Stands for a message without text where a user has to say something: Anthropic takes no blank one.
-_BLANK_MESSAGE: Final = "(blank message)"
-# A custom tool takes raw text, which a model here can only give as a field of a JSON object.
-_RAW_INPUT_SCHEMA: Final = {
-    "type": "object",
-    "properties": {"input": {"type": "string"}},
-    "required": ["input"],
-}
-_RAW_INPUT_HINT: Final = "`input` is the raw text itself: not wrapped in JSON, not quoted."
-_SEAL: Final = "cc2api:"  # before a thinking block that went out as `encrypted_content`
-_ITEM_HINTS: Final = {
-    "item_reference": "items are not persisted here: set store to false"
-    " (AI SDK: providerOptions.openai.store), so that they are sent whole",
-    "compaction_trigger": "Codex compacts by itself with a provider of your own in its config",
-}
-# The tools that clients run: the type of the item that calls each.
-CALL_TYPES: Final = {
-    "function": "function_call",
-    "custom": "custom_tool_call",
-    "tool_search": "tool_search_call",
-    "apply_patch": "apply_patch_call",
-    "shell": "shell_call",
-    "local_shell": "local_shell_call",
-}
-# OpenAI's own tools that clients send unasked, and that are left out. Codex always sends the first.
-_LEFT_OUT_TOOLS: Final = ("web_search", "web_search_preview", "image_generation")
-
-
-class _OwnTool(NamedTuple):
-    """A tool of OpenAI's own that the client runs, told to a model that does not know it."""
-
-    description: str
-    schema: JsonObject  # of what stands in the call's `field_name`
-    field_name: str
-    defaults: JsonObject  # what stands there beside what the model says
-
-
-_TEXT_SCHEMA: Final = {"type": "string"}
-_TEXTS_SCHEMA: Final = {"type": "array", "items": _TEXT_SCHEMA}
-_TIMEOUT_SCHEMA: Final = {"type": "integer", "description": "in milliseconds"}
-_OWN_TOOLS: Final = {
-    "apply_patch": _OwnTool(
-        "Creates, updates or deletes a file. `diff` is in the V4A format: lines that start with"
-        " `+`, `-` or a blank, in hunks after `@@` lines that name where they are; a new file has"
-        " `+` lines alone, and a deletion no diff.",
-        {
-            "type": "object",
-            "properties": {
-                "type": {"enum": ["create_file", "update_file", "delete_file"]},
-                "path": _TEXT_SCHEMA,
-                "diff": _TEXT_SCHEMA,
-            },
-            "required": ["type", "path"],
-        },
-        "operation",
-        {},
-    ),
-    "shell": _OwnTool(
-        "Runs shell commands, each by itself, and returns the output of each.",
-        {
-            "type": "object",
-            "properties": {
-                "commands": _TEXTS_SCHEMA,
-                "timeout_ms": _TIMEOUT_SCHEMA,
-                "max_output_length": {"type": "integer", "description": "in characters"},
-            },
-            "required": ["commands"],
-        },
-        "action",
-        {"commands": [], "timeout_ms": None, "max_output_length": None},
-    ),
-    "local_shell": _OwnTool(
-        "Runs a command, given as the list of its arguments, and returns its output.",
-        {
-            "type": "object",
-            "properties": {
-                "command": _TEXTS_SCHEMA,
-                "working_directory": _TEXT_SCHEMA,
-                "timeout_ms": _TIMEOUT_SCHEMA,
-            },
-            "required": ["command"],
-        },
-        "action",
-        {"type": "exec", "command": [], "env": {}},
-    ),
-}
-FINISH_REASONS: Final = {  # by stop_reason; any other is "stop"
-    "tool_use": "tool_calls", "refusal": "content_filter",
-    "max_tokens": "length", "model_context_window_exceeded": "length",
-}  # fmt: skip
-
-Item = JsonObject  # of a Responses API conversation
-
-
-def to_blocks(owner: JsonObject, name: str, path: str) -> list[Block]:
-    """Return a text or a list of parts as blocks, less blank texts, which Anthropic refuses."""
-    content = {name: as_blocks(owner.get(name))}
-    blocks = [
-        _to_block(part, part_path) for part_path, part in located_objects(content, name, path)
-    ]
-    return [block for block in blocks if block["type"] != "text" or block["text"].strip()]
-
-
-def _to_block(part: JsonObject, path: str) -> Block:
-    """Return a part of a message's content, in either API's form, as a block."""
-    part_type = str(part.get("type"))
-    if part_type in ("text", "input_text", "output_text"):
-        return {"type": "text", "text": require(part, "text", str, path)}
-    if part_type == "refusal":
-        return {"type": "text", "text": require(part, "refusal", str, path)}
-    if part_type == "image_url":
-        image = require(part, "image_url", dict, path)
-        return _to_image(image, "url", f"{path}.image_url")
-    if part_type == "input_image":
-        return _to_image(part, "image_url", path)
-    if part_type == "file":
-        return _to_document(require(part, "file", dict, path), f"{path}.file")
-    if part_type == "input_file":
-        return _to_document(part, path)
-    raise InvalidRequest(f"{path}.type: Input should be a type of text, image or file")
-
-
-def _to_image(owner: JsonObject, name: str, path: str) -> Block:
-    source = _to_source(require(owner, name, str, path))
-    check_image(f"{path}.{name}", source)
-    return {"type": "image", "source": source}
-
-
-def _to_document(file: JsonObject, path: str) -> Block:
-    url = optional(file, "file_url", str, path)
-    if not url:
-        data = require(file, "file_data", str, path)
-        url = data if data.startswith("data:") else f"data:application/pdf;base64,{data}"
-    title = file.get("filename") or None
-    return without_nulls({"type": "document", "title": title, "source": _to_source(url)})
-
-
-def _to_source(url: str) -> JsonObject:
-    """Return an http or data URL as the source of an image or document."""
-    data_url = _DATA_URL.match(url)
-    if data_url is None:
-        return {"type": "url", "url": url}
-
-    media_type = data_url[1].replace("image/jpg", "image/jpeg")
-    encoded = data_url[2]
-    if not media_type.startswith(("image/", "application/pdf")):
-        # Upstream refuses what is not text.
-        with contextlib.suppress(ValueError):
-            text = base64.b64decode(encoded, validate=True).decode("utf-8")
-            return {"type": "text", "media_type": "text/plain", "data": text}
-    return {"type": "base64", "media_type": media_type, "data": encoded}
-
-
-# What Anthropic's structured outputs and strict tools take of JSON Schema
-# (platform.claude.com/docs: structured outputs). As in Anthropic's own SDKs, the rest is said in
-# the descriptions.
 _STRING_FORMATS: Final = (
     "date-time", "time", "date", "duration", "email", "hostname", "uri", "ipv4", "ipv6", "uuid",
 )  # fmt: skip
@@ -4913,7 +4752,7 @@ _KEYWORDS_OF_MEMBERS: Final = frozenset(
     ("type", "properties", "required", "additionalProperties", "title", "description")
 )
 # What the schemas of a request may have together; the API refuses more as too complex to compile.
-_MAX_STRICT_TOOLS: Final = 20
+MAX_STRICT_TOOLS: Final = 20
 _MAX_OPTIONAL_PROPERTIES: Final = 24
 _MAX_UNIONS: Final = 16
 
@@ -5125,6 +4964,169 @@ class SchemaTranslator:
 
 def _in_words(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
+
+
+# ======================================================================= OpenAI
+# What its two APIs have in common, to a Turn and back: a translation, not a second pipeline. Pure.
+# Both bring a conversation as items and tools in the form of the Responses API, each with the path
+# under which the client sent it. What Anthropic's own OpenAI layer ignores is ignored here too.
+
+_DATA_URL: Final = re.compile(r"data:([\w.+-]+/[\w.+-]+)(?:;[\w=-]+)*;base64,(.*)\Z", re.DOTALL)
+_JSON_OBJECT_PROMPT: Final = "Answer with one bare JSON object and nothing else: no code fences."
+_JSON_SCHEMA_PROMPT: Final = (
+    "Answer with bare JSON and nothing else: no code fences. It has to fit this JSON schema:"
+)
+# Stands for a message without text where a user has to say something: Anthropic takes no blank one.
+_BLANK_MESSAGE: Final = "(blank message)"
+# A custom tool takes raw text, which a model here can only give as a field of a JSON object.
+_RAW_INPUT_SCHEMA: Final = {
+    "type": "object",
+    "properties": {"input": {"type": "string"}},
+    "required": ["input"],
+}
+_RAW_INPUT_HINT: Final = "`input` is the raw text itself: not wrapped in JSON, not quoted."
+_SEAL: Final = "cc2api:"  # before a thinking block that went out as `encrypted_content`
+_ITEM_HINTS: Final = {
+    "item_reference": "items are not persisted here: set store to false"
+    " (AI SDK: providerOptions.openai.store), so that they are sent whole",
+    "compaction_trigger": "Codex compacts by itself with a provider of your own in its config",
+}
+# The tools that clients run: the type of the item that calls each.
+CALL_TYPES: Final = {
+    "function": "function_call",
+    "custom": "custom_tool_call",
+    "tool_search": "tool_search_call",
+    "apply_patch": "apply_patch_call",
+    "shell": "shell_call",
+    "local_shell": "local_shell_call",
+}
+# OpenAI's own tools that clients send unasked, and that are left out. Codex always sends the first.
+_LEFT_OUT_TOOLS: Final = ("web_search", "web_search_preview", "image_generation")
+
+
+class _OwnTool(NamedTuple):
+    """A tool of OpenAI's own that the client runs, told to a model that does not know it."""
+
+    description: str
+    schema: JsonObject  # of what stands in the call's `field_name`
+    field_name: str
+    defaults: JsonObject  # what stands there beside what the model says
+
+
+_TEXT_SCHEMA: Final = {"type": "string"}
+_TEXTS_SCHEMA: Final = {"type": "array", "items": _TEXT_SCHEMA}
+_TIMEOUT_SCHEMA: Final = {"type": "integer", "description": "in milliseconds"}
+_OWN_TOOLS: Final = {
+    "apply_patch": _OwnTool(
+        "Creates, updates or deletes a file. `diff` is in the V4A format: lines that start with"
+        " `+`, `-` or a blank, in hunks after `@@` lines that name where they are; a new file has"
+        " `+` lines alone, and a deletion no diff.",
+        {
+            "type": "object",
+            "properties": {
+                "type": {"enum": ["create_file", "update_file", "delete_file"]},
+                "path": _TEXT_SCHEMA,
+                "diff": _TEXT_SCHEMA,
+            },
+            "required": ["type", "path"],
+        },
+        "operation",
+        {},
+    ),
+    "shell": _OwnTool(
+        "Runs shell commands, each by itself, and returns the output of each.",
+        {
+            "type": "object",
+            "properties": {
+                "commands": _TEXTS_SCHEMA,
+                "timeout_ms": _TIMEOUT_SCHEMA,
+                "max_output_length": {"type": "integer", "description": "in characters"},
+            },
+            "required": ["commands"],
+        },
+        "action",
+        {"commands": [], "timeout_ms": None, "max_output_length": None},
+    ),
+    "local_shell": _OwnTool(
+        "Runs a command, given as the list of its arguments, and returns its output.",
+        {
+            "type": "object",
+            "properties": {
+                "command": _TEXTS_SCHEMA,
+                "working_directory": _TEXT_SCHEMA,
+                "timeout_ms": _TIMEOUT_SCHEMA,
+            },
+            "required": ["command"],
+        },
+        "action",
+        {"type": "exec", "command": [], "env": {}},
+    ),
+}
+FINISH_REASONS: Final = {  # by stop_reason; any other is "stop"
+    "tool_use": "tool_calls", "refusal": "content_filter",
+    "max_tokens": "length", "model_context_window_exceeded": "length",
+}  # fmt: skip
+
+Item = JsonObject  # of a Responses API conversation
+
+
+def to_blocks(owner: JsonObject, name: str, path: str) -> list[Block]:
+    """Return a text or a list of parts as blocks, less blank texts, which Anthropic refuses."""
+    content = {name: as_blocks(owner.get(name))}
+    blocks = [
+        _to_block(part, part_path) for part_path, part in located_objects(content, name, path)
+    ]
+    return [block for block in blocks if block["type"] != "text" or block["text"].strip()]
+
+
+def _to_block(part: JsonObject, path: str) -> Block:
+    """Return a part of a message's content, in either API's form, as a block."""
+    part_type = str(part.get("type"))
+    if part_type in ("text", "input_text", "output_text"):
+        return {"type": "text", "text": require(part, "text", str, path)}
+    if part_type == "refusal":
+        return {"type": "text", "text": require(part, "refusal", str, path)}
+    if part_type == "image_url":
+        image = require(part, "image_url", dict, path)
+        return _to_image(image, "url", f"{path}.image_url")
+    if part_type == "input_image":
+        return _to_image(part, "image_url", path)
+    if part_type == "file":
+        return _to_document(require(part, "file", dict, path), f"{path}.file")
+    if part_type == "input_file":
+        return _to_document(part, path)
+    raise InvalidRequest(f"{path}.type: Input should be a type of text, image or file")
+
+
+def _to_image(owner: JsonObject, name: str, path: str) -> Block:
+    source = _to_source(require(owner, name, str, path))
+    check_image(f"{path}.{name}", source)
+    return {"type": "image", "source": source}
+
+
+def _to_document(file: JsonObject, path: str) -> Block:
+    url = optional(file, "file_url", str, path)
+    if not url:
+        data = require(file, "file_data", str, path)
+        url = data if data.startswith("data:") else f"data:application/pdf;base64,{data}"
+    title = file.get("filename") or None
+    return without_nulls({"type": "document", "title": title, "source": _to_source(url)})
+
+
+def _to_source(url: str) -> JsonObject:
+    """Return an http or data URL as the source of an image or document."""
+    data_url = _DATA_URL.match(url)
+    if data_url is None:
+        return {"type": "url", "url": url}
+
+    media_type = data_url[1].replace("image/jpg", "image/jpeg")
+    encoded = data_url[2]
+    if not media_type.startswith(("image/", "application/pdf")):
+        # Upstream refuses what is not text.
+        with contextlib.suppress(ValueError):
+            text = base64.b64decode(encoded, validate=True).decode("utf-8")
+            return {"type": "text", "media_type": "text/plain", "data": text}
+    return {"type": "base64", "media_type": media_type, "data": encoded}
 
 
 class ItemReader:
@@ -5445,7 +5447,7 @@ def _to_tools(tools: Iterable[Located]) -> tuple[list[JsonObject], dict[str, Jso
                 strict_schemas[name] = translator.translate(schema, f"{path}.parameters")
 
     # A model that is not held to the schemas still follows them.
-    if len(strict_schemas) <= _MAX_STRICT_TOOLS and not translator.is_over_limits():
+    if len(strict_schemas) <= MAX_STRICT_TOOLS and not translator.is_over_limits():
         for name, schema in strict_schemas.items():
             translated[name].update(strict=True, input_schema=schema)
     return list(translated.values()), call_fields
