@@ -1363,7 +1363,7 @@ _FALLBACK_BETA: Final = "server-side-fallback-"  # without it the CLI drops `fal
 _ADVISOR: Final = "advisor"  # a tool that upstream runs itself
 _NOT_CARRIED: Final = "the CLI does not carry this"
 # With them an answer could not be read to its end, or not be sent back.
-_UNUSABLE_TOOLS: Final = ("mcp_toolset", "browser_toolset", "advisor_")
+_UNUSABLE_TOOLS: Final = ("mcp_toolset", "advisor_")
 _CALL_TYPES: Final = ("tool_use", "server_tool_use", "mcp_tool_use")
 _CONTINUE: Final = "Continue."
 # Betas that are passed on: not those that the CLI sends for itself.
@@ -1733,8 +1733,6 @@ def check_block(path: str, block: Block, *, is_answer: bool = False) -> None:
         if block_type == "tool_use":
             caller = optional(block, "caller", dict, inside) or {}
             check_callers(f"{inside}.caller", [caller.get("type", "direct")])
-            if optional(block, "toolset_name", str, inside):
-                raise InvalidRequest(f"{inside}.toolset_name: {_NOT_CARRIED}")
     elif block_type == "tool_result":
         _check_tool_result(inside, block)
 

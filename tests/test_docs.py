@@ -116,7 +116,7 @@ def test_every_option_that_the_readme_names_is_one() -> None:
     known = {f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(cc2api.Settings)}
     theirs = {  # of other programs, in the same words as theirs
         *("--system", "--create-home", "--now", "--init", "--env-file", "--add-host"),
-        *("--config", "--model"),
+        *("--config", "--model", "--auth-type"),
     }
     named = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", README))
     assert named - theirs - known == set()

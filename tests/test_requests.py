@@ -150,7 +150,6 @@ BAD: list[tuple[JsonObject, str]] = [
     ({"thread": {"type": "create"}}, "thread: "),
     ({"mcp_servers": [{"type": "url", "name": "s", "url": "https://x"}]}, "mcp_servers: the CLI"),
     ({"tools": [{"type": "mcp_toolset", "mcp_server_name": "s"}]}, "tools.0.type: mcp_toolset: "),
-    ({"tools": [{"type": "browser_toolset_20260801"}]}, "tools.0.type: browser_toolset_20260801: "),
     ({"tools": [{"type": "advisor_20260301", "name": "advisor"}]}, "tools.0.type: advisor_"),
     (
         {"messages": [assistant({**SEARCH, "name": "advisor"}), *BASE["messages"]]},
@@ -187,10 +186,6 @@ BAD: list[tuple[JsonObject, str]] = [
         "messages.1.content.0.type: tool_addition: the CLI",
     ),
     ({"messages": [assistant(saying(" ")), user(TEXT)]}, "messages.0: an answer of"),
-    (
-        {"messages": [assistant({**USE, "toolset_name": "browser"}), user(RESULT)]},
-        "messages.0.content.0.tool_use.toolset_name: the CLI does not carry this",
-    ),
     (in_user(saying(" ")), "messages.0.content.0: text content blocks must be non-empty"),
 ]
 
