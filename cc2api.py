@@ -5646,10 +5646,8 @@ _ONLY_VALUES: Final = {
     "n": 1, "modalities": ["text"], "audio": None, "functions": None, "function_call": None,
     "logprobs": None, "top_logprobs": None,
 }  # fmt: skip
-
-
 _REASONING_FORMAT: Final = "anthropic-claude-v1"  # OpenRouter's name for Anthropic's signatures
-_REASONING_ID: Final = "cc2api-"
+_REASONING_ID: Final = "cc2api-"  # how the ids of thinking that went out begin
 
 
 def parse_chat_request(body: JsonObject) -> tuple[Turn, ChatEncoder]:
@@ -5729,18 +5727,19 @@ def _to_items(body: JsonObject) -> Iterator[Located]:
             yield path, {"role": role, "type": "message", "content": content}
             continue
 
-        items: list[Located] = []
-        calls: dict[str, Located] = {}
+        calls: list[Located] = []
         for call_path, call in located_objects(message, "tool_calls", path):
             flat_path, flat = _flatten(call, call_path)
             call_id = require(call, "id", str, call_path)
-            calls[call_id] = flat_path, {**flat, "type": CALL_TYPES[flat["type"]]}
+            call_type = CALL_TYPES[flat["type"]]
+            calls.append((flat_path, {**flat, "type": call_type, "call_id": call_id}))
+
+        items: list[Located] = []
         if isinstance(content, list):
             content = _take_calls(message, path, calls)
         if content:
             items.append((path, {"role": role, "type": "message", "content": content}))
-        for call_id, (call_path, call) in calls.items():
-            items.append((call_path, {**call, "call_id": call_id}))
+        items += calls
         for index, block in _read_reasoning_fields(message):
             items.insert(index, (path, {"type": "reasoning", "encrypted_content": seal(block)}))
         yield from items
@@ -5756,19 +5755,19 @@ def to_reasoning_fields(thinking: Iterable[tuple[int, Block]]) -> JsonObject:
     details = []
     blocks = []
     for index, block in thinking:
-        form = {"format": _REASONING_FORMAT, "index": index}
-        if block["type"] == "thinking":
-            details.append(
-                {
-                    "type": "reasoning.text",
-                    "text": block["thinking"],
-                    "signature": block["signature"],
-                    "id": _to_reasoning_id(block),
-                    **form,
-                }
-            )
+        detail: JsonObject = {"format": _REASONING_FORMAT, "index": index}
+        if block["type"] == "redacted_thinking":
+            detail["type"] = "reasoning.encrypted"
+            detail["data"] = block["data"]
+        elif block.get("signature"):
+            detail["type"] = "reasoning.text"
+            detail["text"] = block["thinking"]
+            detail["signature"] = block["signature"]
+            detail["id"] = _to_reasoning_id(block)
         else:
-            details.append({"type": "reasoning.encrypted", "data": block["data"], **form})
+            # It was cut short. Without its signature it cannot come back.
+            continue
+        details.append(detail)
         blocks.append({**block, "index": index})
     return {"reasoning_details": details, "thinking_blocks": blocks} if blocks else {}
 
@@ -5797,7 +5796,7 @@ def _read_reasoning_fields(message: JsonObject) -> Iterator[tuple[int, Block]]:
                     block = _to_thinking_block(entry)
                     index = entry.get("index")
                     if block:
-                        yield index if isinstance(index, int) else 0, block
+                        yield max(0, index) if isinstance(index, int) else 0, block
                 return
 
 
@@ -5820,21 +5819,23 @@ def _to_thinking_block(entry: JsonObject) -> Block | None:
     return None if is_changed else block
 
 
-def _take_calls(message: JsonObject, path: str, calls: dict[str, Located]) -> list[JsonObject]:
+def _take_calls(message: JsonObject, path: str, calls: list[Located]) -> list[JsonObject]:
     """Return the parts of an answer's content that are no calls.
 
     LangChain's messages have a call as a part too, in Anthropic's form or its own, mostly beside
     the same in `tool_calls`. A call that is not yet among `calls` is added.
     """
+    told_ids = {call["call_id"] for _, call in calls}
     parts = []
     for part_path, part in located_objects(message, "content", path):
         if part.get("type") not in ("tool_use", "tool_call", "function_call"):
             parts.append(part)
             continue
-        call_id = str(part.get("call_id") or part.get("id"))
-        arguments = part.get("input") or part.get("args") or part.get("arguments")
-        call = {"type": "function_call", "name": part.get("name"), "arguments": arguments}
-        calls.setdefault(call_id, (part_path, call))
+        call_id = part.get("call_id") or part.get("id")
+        if str(call_id) not in told_ids:
+            arguments = part.get("input") or part.get("args") or part.get("arguments")
+            call = {"name": part.get("name"), "arguments": arguments, "call_id": call_id}
+            calls.append((part_path, {"type": "function_call", **call}))
     return parts
 
 

@@ -467,6 +467,26 @@ def test_a_call_that_is_told_twice_is_one() -> None:
     assert got[1][1] == parts
 
 
+def test_calls_of_one_answer_with_one_id_are_told_apart_by_their_order() -> None:
+    second = {**CALL, "function": {"name": "g", "arguments": "{}"}}
+    got = messages_of(
+        {"role": "user", "content": "go"},
+        {"role": "assistant", "tool_calls": [CALL, second]},
+        {"role": "tool", "tool_call_id": "call_1", "content": "one"},
+        {"role": "tool", "tool_call_id": "call_1", "content": "two"},
+    )
+    called = [(block["name"], block["id"]) for block in got[1][1]]
+    answered = [(block["content"][0]["text"], block["tool_use_id"]) for block in got[2][1]]
+    assert called == [("f", "call_1"), ("g", "call_1_1")]
+    assert answered == [("one", "call_1"), ("two", "call_1_1")]
+
+
+def test_thinking_that_was_cut_short_does_not_come_back() -> None:
+    cut = {"type": "thinking", "thinking": "hm"}
+    assert cc2api.to_reasoning_fields([(0, cut)]) == {}
+    assert cc2api.to_reasoning_fields([(0, {**cut, "signature": ""})]) == {}
+
+
 @pytest.mark.parametrize("arguments", [None, "", "null", {}, "{}"])
 def test_no_arguments_are_an_empty_object(arguments: Any) -> None:
     call = {**CALL, "function": {"name": "f", "arguments": arguments}}
