@@ -5140,7 +5140,8 @@ class ItemReader:
         self.tools: list[Located] = []  # that came with items
         self.messages: list[Located] = []
         self._hoists = hoists
-        self._hoisted: list[Located] = []  # the developer's messages that joined the system prompt
+        self._system_start = len(system)  # behind it stand the developer's messages,
+        self._hoisted: list[Located] = []  # which are these
         self._results_end = 0  # index in messages: behind the last answer and its results
         self._thinking: list[Block] = []  # that comes before the next item of the same answer
         self._blank_path = ""  # of a user's message without text, until the user says something
@@ -5156,9 +5157,8 @@ class ItemReader:
 
         if not self.messages and not self._blank_path:
             # Only the developer has spoken: then that is what is to be answered.
-            for path, message in self._hoisted:
-                self.system = [b for b in self.system if b not in message["content"]]
-                self.messages.append((path, message))
+            del self.system[self._system_start :]
+            self.messages += self._hoisted
         self._say_something()
 
     def _read(self, path: str, item: Item) -> None:

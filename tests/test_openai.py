@@ -467,6 +467,17 @@ def test_a_call_that_is_told_twice_is_one() -> None:
     assert got[1][1] == parts
 
 
+def test_a_system_prompt_alone_is_the_users_message() -> None:
+    said = {"role": "developer", "content": "Tell a joke."}
+    turn, _ = parse(messages=[{"role": "system", "content": "Be brief."}, said])
+    assert turn.system == ""
+    both = [{"type": "text", "text": "Be brief."}, {"type": "text", "text": "Tell a joke."}]
+    assert turn.messages == (cc2api.Message("user", both),)
+    body = {"model": "m", "instructions": "Tell a joke.", "input": [said]}
+    turn, _ = cc2api.parse_responses_request(body)
+    assert (turn.system, turn.messages[0].content) == ("Tell a joke.", both[1:])
+
+
 def test_calls_of_one_answer_with_one_id_are_told_apart_by_their_order() -> None:
     second = {**CALL, "function": {"name": "g", "arguments": "{}"}}
     got = messages_of(
