@@ -201,6 +201,12 @@ class CliFailed(ApiError):
     status: int = 502
 
 
+def field_path(error: ApiError) -> str:
+    """Return the path of the field that a 400 names at the start of its message, "" for none."""
+    path = re.match(r"[a-z_]+(?:\.[^\s.:]+)*(?=: )", str(error))
+    return path[0] if path and error.status == 400 else ""
+
+
 class ClientGone(Exception):
     """The client closed its connection; there is nobody to answer."""
 
@@ -5629,10 +5635,8 @@ def to_openai_error(error: ApiError, request_id: str = "") -> tuple[int, JsonObj
     if code is None:
         code = as_object(error.more.get("details")).get("error_code")
 
-    param = None
-    path = re.match(r"([a-z_]+(?:\.\w+)*): ", message)
-    if path and status == 400:
-        param = re.sub(r"\.(\d+)", r"[\1]", path[1])
+    path = field_path(error)
+    param = re.sub(r"\.(\d+)", r"[\1]", path) if path else None
     inner = {"message": message, "type": error_type, "param": param, "code": code}
     return status, {"error": inner}
 
@@ -6693,8 +6697,12 @@ class Exchange:
         """
         error = with_retry_after(error, self._gateway.rate_limits)
         self._log.add(error=error.type)
-        # The message of a 400 may quote the prompt.
-        if error.status != 400:
+        if error.status == 400:
+            # The message may quote the prompt, and names inside a schema are the client's own.
+            path = re.sub(r"\b(schema|input_schema|parameters)\..*", r"\1", field_path(error))
+            if path:
+                self._log.add(param=sanitized(path, MAX_LOGGED_PATH_CHARS))
+        else:
             self._log.add(msg=json.dumps(str(error)[:MAX_LOGGED_ERROR_CHARS]))
         self._log.debug("error", str(error).encode("utf-8", "replace"))
 

@@ -167,11 +167,16 @@ def test_what_is_no_schema_is_refused_with_its_path(schema: Any, path: str) -> N
 
 
 def test_a_refused_schema_is_named_as_the_client_knows_it() -> None:
-    wanted = {"type": "json_schema", "name": "n", "schema": {"properties": {"a": 5}}}
-    with pytest.raises(cc2api.InvalidRequest) as caught:
-        cc2api.parse_responses_request({"model": "m", "input": "hi", "text": {"format": wanted}})
-    _, body = cc2api.to_responses_error(caught.value)
-    assert body["error"]["param"] == "text.format.schema.properties.a"
+    for schema, param in (
+        ({"properties": {"a-b": 5}}, "properties.a-b"),
+        ({"$ref": "#/a"}, "$ref"),
+    ):
+        wanted = {"type": "json_schema", "name": "n", "schema": schema}
+        asked = {"model": "m", "input": "hi", "text": {"format": wanted}}
+        with pytest.raises(cc2api.InvalidRequest) as caught:
+            cc2api.parse_responses_request(asked)
+        _, body = cc2api.to_responses_error(caught.value)
+        assert body["error"]["param"] == f"text.format.schema.{param}"
 
 
 def tools_of(*schemas: JsonObject) -> list[JsonObject]:

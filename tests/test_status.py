@@ -42,6 +42,19 @@ def metrics(gateway: Any, headers: dict[str, str] | None = None) -> dict[str, fl
     return found
 
 
+def test_a_400_is_logged_with_its_field_and_no_word_of_the_clients(start_fake: Any) -> None:
+    gateway = start_fake()
+    schema = {"type": "object", "properties": {"my_secret": {"type": "secret"}}}
+    tool = {"type": "function", "function": {"name": "f", "parameters": schema, "strict": True}}
+    asked = {"model": "m", "messages": [{"role": "user", "content": "hi"}], "tools": [tool]}
+    answer = gateway.request("POST", "/v1/chat/completions", asked)
+    assert answer.status == 400
+    assert "my_secret" in answer.json["error"]["param"]
+    line = gateway.wait_for_log("event=done")
+    assert "param=tools.0.function.parameters " in line
+    assert "secret" not in line
+
+
 def total(samples: dict[str, float], name: str, *parts: str) -> float:
     return sum(v for k, v in samples.items() if k.startswith(name) and all(p in k for p in parts))
 
@@ -54,7 +67,8 @@ def test_curl_is_told_the_state_in_plain_text(start_fake: Any) -> None:
     wait_until(lambda: len(gateway.children()) == 1)
     gateway.ask("hello")
     gateway.post({"messages": []})
-    gateway.wait_for_log("event=done", count=2)
+    refused = gateway.wait_for_log("event=done", count=2)
+    assert "error=invalid_request_error param=messages " in refused
     answer = gateway.request("GET", "/", headers={"accept": "*/*"})
     assert answer.headers["content-type"] == "text/plain; charset=utf-8"
     lines = dict(line.split(maxsplit=1) for line in answer.body.decode().splitlines()[1:])
