@@ -1015,10 +1015,14 @@ class RequestLog:
                 if isinstance(usage.get(name), int):
                     self._usage[name] = usage[name]
 
+            stop_reason = as_object(event.get("delta")).get("stop_reason")
+            if stop_reason:
+                self.add(stop_reason=sanitized(str(stop_reason), MAX_LOGGED_MODEL_CHARS))
             if event["type"] == "content_block_delta" and not self._has_first_token:
                 self._has_first_token = True
                 seconds = time.monotonic() - self._started_at
                 log.info("event=first_token id=%s duration_ms=%d", self.request_id, seconds * 1000)
+                self.add(first_token_ms=round(seconds * 1000))
                 self._metrics.add("cc2api_time_to_first_token_seconds", seconds)
 
     def debug(self, event: str, data: bytes) -> None:
@@ -1045,9 +1049,12 @@ class RequestLog:
 
         self.add(**self._usage, status=status, duration_ms=round(seconds * 1000))
         pairs = " ".join(f"{name}={value}" for name, value in self._fields.items())
-        # Requests that watch the gateway itself come every few seconds.
+        # Requests that watch the gateway itself come every few seconds, and agents look for some
+        # twenty routes of other servers before each message (/api/tags, /props, /version).
         is_monitoring = self._route in ("status", "healthz", "metrics") and status == 200
-        log.log(logging.DEBUG if is_monitoring else logging.INFO, "event=done %s", pairs)
+        is_probe = self._route == "none" and status == 404 and self._fields["method"] == "GET"
+        is_minor = is_monitoring or is_probe
+        log.log(logging.DEBUG if is_minor else logging.INFO, "event=done %s", pairs)
 
 
 class LogHandler(logging.Handler):
@@ -4442,6 +4449,8 @@ class Gateway:
             request_log.add(process="cold")
         else:
             request_log.add(process="reused" if session.turns else "spare")
+        waited_s = time.monotonic() - request.arrived_at
+        request_log.add(waited_ms=round(waited_s * 1000))
 
         check_media(request.turn, resolve_model(request.turn.model, session.models))
         session.prepare(request)
