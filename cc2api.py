@@ -652,36 +652,39 @@ class ClientStream(io.RawIOBase):
 def _inflate(raw: bytes) -> Iterator[bytes]:
     """Yield the parts of a body in gzip or deflate. Raises zlib.error where it is broken."""
     is_gzip_or_zlib = zlib.MAX_WBITS | 32
-    while raw:
-        decoder = zlib.decompressobj(is_gzip_or_zlib)
-        while not decoder.eof:
-            part = decoder.decompress(raw, READ_BYTES)
-            raw = decoder.unconsumed_tail
-            if not part and not raw and not decoder.eof:
-                raise zlib.error("it is cut short")
-            yield part
-        # A body may be of several members (RFC 1952, 2.2).
-        raw = decoder.unused_data
+    decoder = zlib.decompressobj(is_gzip_or_zlib)
+    # In slices: the decoder copies what it has not used of its input each time.
+    for start in range(0, len(raw), READ_BYTES):
+        left = raw[start : start + READ_BYTES]
+        while left and not decoder.eof:
+            yield decoder.decompress(left, READ_BYTES)
+            left = decoder.unconsumed_tail
+        if decoder.eof and (decoder.unused_data or start + READ_BYTES < len(raw)):
+            raise zlib.error("there is more behind its end")
+    yield decoder.flush()
+    if not decoder.eof:
+        raise zlib.error("it is cut short")
 
 
 def _inflate_zstd(raw: bytes) -> Iterator[bytes]:
     """Yield the parts of a body in zstd. Raises ZstdError where it is broken."""
-    while raw:
-        decoder = _zstd.ZstdDecompressor()
-        while not decoder.eof:
-            yield decoder.decompress(raw, READ_BYTES)
-            # The decoder keeps what it has not decoded yet.
-            raw = b""
-            if decoder.needs_input and not decoder.eof:
-                raise _zstd.ZstdError("it is cut short")
-        raw = decoder.unused_data
+    decoder = _zstd.ZstdDecompressor()
+    while not decoder.eof:
+        yield decoder.decompress(raw, READ_BYTES)
+        # The decoder keeps what it has not decoded yet.
+        raw = b""
+        if decoder.needs_input and not decoder.eof:
+            raise _zstd.ZstdError("it is cut short")
+    if decoder.unused_data:
+        raise _zstd.ZstdError("there is more behind its end")
 
 
 # How bodies may come, beside plainly, and how a broken one is told.
 _DECODERS: Final = {"gzip": _inflate, "x-gzip": _inflate, "deflate": _inflate}
 _BROKEN_BODY: list[type[Exception]] = [zlib.error]
-_zstd: Any = None  # Python has it from 3.14 on
-if importlib.util.find_spec("compression"):
+_zstd: Any = None
+with contextlib.suppress(ImportError):
+    # Python has it from 3.14 on, where it was built with it.
     _zstd = importlib.import_module("compression.zstd")
     _DECODERS["zstd"] = _inflate_zstd
     _BROKEN_BODY.append(_zstd.ZstdError)
@@ -1329,10 +1332,12 @@ EFFORTS: Final = ("low", "medium", "high", "xhigh", "max")
 # Models for which the CLI takes `effort` out of the body (read, 2.1.300 and 2.1.332). The API
 # refuses it for them.
 _LACKS_EFFORT: Final = re.compile(
-    r"claude-(3-|opus-4-[01]\b|opus-4-20|sonnet-4-[05]\b|sonnet-4-20|haiku-4-5\b)"
+    r"claude-(3-|opus-4-[01]\b|sonnet-4-[05]\b|haiku-4-5\b|(opus|sonnet)-4([-@]20|\Z))"
 )
 # Models that think only by a budget. Later ones decide by themselves (`adaptive`).
-_LACKS_ADAPTIVE: Final = re.compile(r"claude-(3|(opus|sonnet|haiku)-4(-[0-5](?!\d)|[-@]20\d{6}))")
+_LACKS_ADAPTIVE: Final = re.compile(
+    r"claude-(3|(opus|sonnet|haiku)-4(-[0-5](?!\d)|[-@]20\d{6}|\Z))"
+)
 # Models that take `temperature`, `top_p` and `top_k`. Later ones refuse even the presence of such a
 # field ("`temperature` is deprecated for this model."), so it is the old ones that are named.
 _TAKES_SAMPLING: Final = re.compile(
@@ -1514,12 +1519,7 @@ def to_turn(
     system = "\n\n".join(block["text"] for block in system_blocks)
     entries = list(_parse_messages(messages))
     sent_betas = _parse_betas(betas)
-    if not any(beta.startswith(_FALLBACK_BETA) for beta in sent_betas):
-        for entry in entries:
-            if entry.block["type"] == "fallback":
-                raise InvalidRequest(
-                    f"{entry.path}.type: fallback: {_NOT_CARRIED} without its beta"
-                )
+    _check_fallbacks(entries, sent_betas)
     if is_count and system:
         # The CLI counts with a system prompt of its own (`Gateway.count_tokens`): the client's is
         # counted as a message.
@@ -1533,7 +1533,10 @@ def to_turn(
             raise InvalidRequest(f"{path}.type: {tool['type']}: {_NOT_CARRIED} in answers")
         tools.append(strip_cache_control(tool, breakpoints))
 
-    merged = _merge_by_role(_continue_paused(entries), breakpoints)
+    go_on: list[Entry] = []
+    if _ends_paused(entries) and not is_count:
+        go_on = [Entry("user", entries[-1].path, {"type": "text", "text": _CONTINUE})]
+    merged = _merge_by_role([*_drop_paused_calls(entries), *go_on], breakpoints)
     if merged[-1].role == "assistant" and not is_count:
         problem = "This gateway does not support assistant message prefill."
         raise InvalidRequest(f"messages: {problem} The conversation must end with a user message.")
@@ -1686,31 +1689,51 @@ def _parse_messages(messages: Iterable[Located]) -> Iterator[Entry]:
             yield Entry(role, block_path, block)
 
 
-def _continue_paused(entries: list[Entry]) -> list[Entry]:
-    """Return the blocks with a user's word behind them, where the last answer was paused.
+def _check_fallbacks(entries: Iterable[Entry], betas: Iterable[str]) -> None:
+    """Refuse `fallback` blocks without their beta: the CLI would drop them."""
+    if any(beta.startswith(_FALLBACK_BETA) for beta in betas):
+        return
+    for entry in entries:
+        if entry.block["type"] == "fallback":
+            raise InvalidRequest(f"{entry.path}.type: fallback: {_NOT_CARRIED} without its beta")
 
-    An answer with a tool that upstream runs itself can end with `pause_turn`. The API goes on from
-    there when it is sent back; but the CLI starts from a user's message, and drops a call whose
-    result is still to come, so that the model makes it again.
+
+def _ends_paused(entries: Sequence[Entry]) -> bool:
+    """Return whether a conversation ends with an answer that stopped by `pause_turn`.
+
+    It ends with a call of a tool that upstream runs itself, or with its result. The API goes on
+    from there when it is sent back; but the CLI starts from a user's message.
     """
-    count = len(entries)
-    while count and entries[count - 1].role == "assistant":
-        count -= 1
-    answer = entries[count:]
-    if not any(entry.block["type"] == "server_tool_use" for entry in answer):
-        return entries
+    if not entries or entries[-1].role != "assistant":
+        return False
+    last_type = str(entries[-1].block["type"])
+    return last_type == "server_tool_use" or last_type.endswith("_tool_result")
 
-    results = {str(entry.block.get("tool_use_id")) for entry in answer}
-    kept = [
-        entry
-        for entry in answer
-        if entry.block["type"] != "server_tool_use" or entry.block["id"] in results
-    ]
-    # The CLI drops an answer that says nothing.
-    if all(_says_nothing(entry.block) for entry in kept):
-        kept = []
-    block = {"type": "text", "text": _CONTINUE}
-    return [*entries[:count], *kept, Entry("user", answer[-1].path, block)]
+
+def _drop_paused_calls(entries: Iterable[Entry]) -> list[Entry]:
+    """Return blocks less the calls at whose result an answer was paused.
+
+    The CLI drops a call without its result. Where the answer was continued the model has made it
+    again, so that it is not missed.
+    """
+    kept: list[Entry] = []
+    for is_answer, group in itertools.groupby(entries, lambda entry: entry.role == "assistant"):
+        joined = list(group)
+        if not is_answer:
+            kept += joined
+            continue
+        results = {str(entry.block.get("tool_use_id")) for entry in joined}
+        answer = []
+        for entry, following in itertools.zip_longest(joined, joined[1:]):
+            # It is the last block of the client's message.
+            is_last = not following or _message_path(following.path) != _message_path(entry.path)
+            is_call = entry.block["type"] == "server_tool_use"
+            if not (is_last and is_call and entry.block["id"] not in results):
+                answer.append(entry)
+        # The CLI drops an answer that says nothing.
+        is_left = len(answer) == len(joined) or not all(_says_nothing(e.block) for e in answer)
+        kept += answer if is_left else []
+    return kept
 
 
 def _to_reminder(path: str, block: Block) -> Block:
@@ -1997,9 +2020,10 @@ def to_model_list(models: Iterable[JsonObject]) -> list[JsonObject]:
 
 
 def to_model_item(model_id: str, model: JsonObject) -> JsonObject:
-    """Return a model's entry with all fields of both SDKs' types, null where the CLI knows nothing.
+    """Return a model's entry with all fields of both SDKs' types, null where nothing is known.
 
-    `model` is what the CLI says of it, {} where it does not list it.
+    `model` is what the CLI says of it, {} where it does not list it. What is not known to have gone
+    is active: SDKs want a word there.
     """
     line = next((line for line in _MODEL_LINES if line in model_id), None)
     return {
@@ -3179,7 +3203,7 @@ def to_manifest(tools: Iterable[JsonObject], *, is_count: bool) -> list[JsonObje
     for tool in tools:
         # Anthropic's own tools have neither a description nor a schema.
         has_schema = "input_schema" in tool
-        description = tool.get("description", "" if has_schema else dump_json(tool))
+        description = tool.get("description") or ("" if has_schema else dump_json(tool))
         entry = {
             "name": to_tool_name(tool),
             "description": str(description),
@@ -3504,7 +3528,9 @@ class Conversation:
         self.pending_tool_calls = []
 
     def add_answer(self, parser: StreamParser) -> None:
-        digest = digest_message(Message("assistant", parser.content))
+        # A client's empty texts are left out too (`_parse_messages`).
+        said = [b for b in parser.content if b.get("type") != "text" or b.get("text")]
+        digest = digest_message(Message("assistant", said))
         self.messages.append(HeldMessage(digest))
         self.has_unanswered_query = False
         self.pending_tool_calls = list(parser.tool_calls)
@@ -3603,7 +3629,7 @@ class Session:
         return len(turn.messages) - reusable + weight * lost
 
     def _can_count(self, tools: Iterable[JsonObject], manifest: Iterable[JsonObject]) -> bool:
-        """Return whether the CLI would count these tools, and none that it remembers by a name."""
+        """Return whether the CLI has not seen or counted another tool under one of these names."""
         known = self._channel.tool_server.known_descriptions
         for entry in manifest:
             if known.get(entry["name"], entry["description"]) != entry["description"]:
@@ -4372,8 +4398,9 @@ class ModelList:
 
         OpenRouter's clients put the vendor before a name.
         """
-        mapped = self._model_by_name.get(name, name)
-        return mapped.removeprefix("anthropic/")
+        plain_name = name.removeprefix("anthropic/")
+        by_plain_name = self._model_by_name.get(plain_name, plain_name)
+        return self._model_by_name.get(name, by_plain_name)
 
     def resolve(self, name: str) -> str:
         """Return the id behind an alias, a mapped name, or an id itself."""
@@ -4795,7 +4822,13 @@ class SchemaTranslator:
         self._defs = {}
         self._names = {}
         self._unfinished = {"#"}
-        translated = self._translate(schema, path)
+        counts_before = self._optional_properties, self._unions
+        try:
+            translated = self._translate(schema, path)
+        except (Unenforceable, RecursionError) as exc:
+            # It will not be sent, so it does not count.
+            self._optional_properties, self._unions = counts_before
+            raise Unenforceable from exc
         if self._defs:
             translated["$defs"] = self._defs
         return translated
@@ -4824,7 +4857,7 @@ class SchemaTranslator:
             del rest["allOf"]
             return self._translate(self._join(rest, members, path), path)
 
-        translated = self._take_literals(rest) or self._take_type(rest, path)
+        translated = self._take_literals(rest, path) or self._take_type(rest, path)
         for name in ("description", "title"):
             if rest.get(name) is not None:
                 translated[name] = rest[name]
@@ -4836,10 +4869,10 @@ class SchemaTranslator:
             translated["description"] = f"{before}{{{words}}}"
         return translated
 
-    def _take_literals(self, rest: JsonObject) -> JsonObject:
+    def _take_literals(self, rest: JsonObject, path: str) -> JsonObject:
         """Return the values that are listed; nothing where they are not."""
         literals: JsonObject = {}
-        if rest.get("enum"):
+        if optional(rest, "enum", list, path):
             literals["enum"] = rest.pop("enum")
         if "const" in rest:
             literals["const"] = rest.pop("const")
@@ -4852,26 +4885,29 @@ class SchemaTranslator:
         return literals
 
     def _take_type(self, rest: JsonObject, path: str) -> JsonObject:
-        schema_type = rest.pop("type", None)
-        if isinstance(schema_type, list):
-            return self._take_types(schema_type, rest, path)
-        if schema_type is None and "properties" in rest:
-            schema_type = "object"
-        if schema_type is None:
+        given = rest.pop("type", None)
+        if given is None and "properties" in rest:
+            given = "object"
+        if given is None:
             return self._take_variants(rest, path)
+        types = given if isinstance(given, list) else [given]
+        if not types or any(each not in _SCHEMA_TYPES for each in types):
+            raise InvalidRequest(f"{path}.type: Input should be a type of JSON Schema")
+        # One that is named twice is one.
+        first, *others = dict.fromkeys(types)
+        if others:
+            return self._take_types([first, *others], rest, path)
 
-        if schema_type == "object":
+        if first == "object":
             return self._take_object(rest, path)
-        translated: JsonObject = {"type": schema_type}
-        if schema_type == "array":
+        translated: JsonObject = {"type": first}
+        if first == "array":
             if isinstance(rest.get("items"), dict):
                 translated["items"] = self._translate(rest.pop("items"), f"{path}.items")
             if rest.get("minItems") in (0, 1):
                 translated["minItems"] = rest.pop("minItems")
-        elif schema_type == "string" and rest.get("format") in _STRING_FORMATS:
+        elif first == "string" and rest.get("format") in _STRING_FORMATS:
             translated["format"] = rest.pop("format")
-        elif schema_type not in _SCHEMA_TYPES:
-            raise InvalidRequest(f"{path}.type: Input should be a type of JSON Schema")
         return translated
 
     def _take_variants(self, rest: JsonObject, path: str) -> JsonObject:
@@ -4888,7 +4924,7 @@ class SchemaTranslator:
         # Any value fits.
         raise Unenforceable
 
-    def _take_types(self, types: list[Any], rest: JsonObject, path: str) -> JsonObject:
+    def _take_types(self, types: list[str], rest: JsonObject, path: str) -> JsonObject:
         """Return a variant for each type; what else is said of the value stands in each."""
         shared = {
             name: rest.pop(name) for name in list(rest) if name not in ("description", "title")
@@ -4897,8 +4933,6 @@ class SchemaTranslator:
         for schema_type in types:
             keywords = {} if schema_type == "null" else shared
             variants.append(self._translate({**keywords, "type": schema_type}, path))
-        if len(variants) == 1:
-            return variants[0]
         self._unions += 1
         return {"anyOf": variants}
 
@@ -4909,7 +4943,7 @@ class SchemaTranslator:
         if is_open or properties is None or rest.get("patternProperties"):
             raise Unenforceable
 
-        required = optional(rest, "required", list, path)
+        required = _required_names(rest, path)
         rest.pop("properties", None)
         rest.pop("required", None)
         translated: JsonObject = {
@@ -4922,17 +4956,18 @@ class SchemaTranslator:
         }
         if required is not None:
             translated["required"] = required
-        self._optional_properties += sum(1 for name in properties if name not in (required or []))
+        self._optional_properties += len(properties.keys() - set(required or []))
         return translated
 
     def _join(self, rest: JsonObject, members: list[Any], path: str) -> JsonObject:
         """Return the members of an `allOf` as one schema, together with what stands beside them."""
-        if len(members) == 1 and isinstance(members[0], dict):
-            return {**rest, **members[0]}
+        says_nothing = rest.keys() <= {"title", "description", "default"}
+        if len(members) == 1 and isinstance(members[0], dict) and says_nothing:
+            return {**members[0], **rest}
 
         # Each by itself would allow no properties but its own, so they become one object.
         properties: JsonObject = {}
-        required: list[Any] = []
+        required: list[str] = []
         for index, member in enumerate([rest, *members]):
             member_path = f"{path}.allOf.{index - 1}"
             if isinstance(member, dict) and isinstance(member.get("$ref"), str):
@@ -4942,7 +4977,8 @@ class SchemaTranslator:
             if member.get("additionalProperties") or member.get("type", "object") != "object":
                 raise Unenforceable
             properties.update(optional(member, "properties", dict, member_path) or {})
-            required += optional(member, "required", list, member_path) or []
+            required += _required_names(member, member_path) or []
+        required = list(dict.fromkeys(required))
         return {**rest, "type": "object", "properties": properties, "required": required}
 
     def _define(self, pointer: str, path: str) -> str:
@@ -4952,9 +4988,10 @@ class SchemaTranslator:
             raise Unenforceable
         if pointer not in self._names:
             name = re.sub(r"[^\w-]", "_", pointer.rpartition("/")[2])
-            if name in self._names.values():
-                name = f"{name}_{len(self._names)}"
+            while name in self._defs:
+                name = f"{name}_{len(self._defs)}"
             self._names[pointer] = name
+            self._defs[name] = {}
             self._unfinished.add(pointer)
             self._defs[name] = self._translate(self._resolve(pointer, path), path)
             self._unfinished.discard(pointer)
@@ -4966,8 +5003,9 @@ class SchemaTranslator:
         part = self._root
         for escaped in names:
             name = escaped.replace("~1", "/").replace("~0", "~")
-            if isinstance(part, list) and re.fullmatch("[0-9]{1,4}", name):
-                part = dict(enumerate(part)).get(int(name))
+            if isinstance(part, list):
+                is_index = re.fullmatch("[0-9]{1,6}", name) and int(name) < len(part)
+                part = part[int(name)] if is_index else None
             else:
                 part = as_object(part).get(name)
         if start != "#" or part is None:
@@ -4975,8 +5013,15 @@ class SchemaTranslator:
         return part
 
 
+def _required_names(schema: JsonObject, path: str) -> list[str] | None:
+    names = optional(schema, "required", list, path)
+    if names is not None and not all(isinstance(name, str) for name in names):
+        raise InvalidRequest(f"{path}.required: Input should be a list of names")
+    return names
+
+
 def _in_words(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
+    return value if isinstance(value, str) else dump_json(value)
 
 
 # ======================================================================= OpenAI
@@ -5084,7 +5129,10 @@ Item = JsonObject  # of a Responses API conversation
 
 
 def to_blocks(owner: JsonObject, name: str, path: str) -> list[Block]:
-    """Return a text or a list of parts as blocks, less blank texts, which Anthropic refuses."""
+    """Return a text or a list of parts as blocks, less blank texts.
+
+    Anthropic refuses them but in answers, where they say nothing either.
+    """
     content = {name: as_blocks(owner.get(name))}
     blocks = [
         _to_block(part, part_path) for part_path, part in located_objects(content, name, path)
@@ -5429,12 +5477,13 @@ def _is_run_by_client(tool: JsonObject) -> bool:
     return tool["type"] in CALL_TYPES and environment == "local"
 
 
-def _to_tools(tools: Iterable[Located]) -> tuple[list[JsonObject], dict[str, JsonObject]]:
+def _to_tools(
+    tools: Iterable[Located], translator: SchemaTranslator
+) -> tuple[list[JsonObject], dict[str, JsonObject]]:
     """Return tools in Anthropic's form, and by name the fields with which their calls begin."""
     translated: dict[str, JsonObject] = {}
     call_fields: dict[str, JsonObject] = {}
     strict_schemas: dict[str, JsonObject] = {}
-    translator = SchemaTranslator()
     for path, tool in _flatten_namespaces(tools):
         tool_type = require(tool, "type", str, path)
         if _is_left_out(tool):
@@ -5457,7 +5506,10 @@ def _to_tools(tools: Iterable[Located]) -> tuple[list[JsonObject], dict[str, Jso
         )
         if tool_type == "function" and optional(tool, "strict", bool, path):
             with contextlib.suppress(Unenforceable):
-                strict_schemas[name] = translator.translate(schema, f"{path}.parameters")
+                strict_schema = translator.translate(schema, f"{path}.parameters")
+                # The API takes nothing else at the top.
+                if strict_schema.get("type") == "object":
+                    strict_schemas[name] = strict_schema
 
     # A model that is not held to the schemas still follows them.
     if len(strict_schemas) <= MAX_STRICT_TOOLS and not translator.is_over_limits():
@@ -5500,7 +5552,7 @@ def _to_tool_choice(
     if isinstance(choice, dict) and choice.get("type") == "allowed_tools":
         allowed = located_objects(choice, "tools", "tool_choice")
         names = [
-            tool["type"] if tool.get("type") in _OWN_TOOLS else _upstream_name(tool, path)
+            tool["type"] if str(tool.get("type")) in _OWN_TOOLS else _upstream_name(tool, path)
             for path, tool in allowed
         ]
         tools = [tool for tool in tools if tool["name"] in names]
@@ -5510,7 +5562,7 @@ def _to_tool_choice(
 
     translated: JsonObject
     if isinstance(choice, dict):
-        choice_type = choice.get("type")
+        choice_type = str(choice.get("type"))
         if choice_type in _OWN_TOOLS:
             translated = {"type": "tool", "name": choice_type}
         elif choice_type in ("function", "custom"):
@@ -5527,13 +5579,16 @@ def _to_tool_choice(
     return translated, tools
 
 
-def to_output_format(text_format: JsonObject, path: str) -> tuple[JsonObject | None, str]:
+def to_output_format(
+    text_format: Located, translator: SchemaTranslator
+) -> tuple[JsonObject | None, str]:
     """Return `output_format` for a format of OpenAI's, and what is asked for in words.
 
-    `text_format` is {"type", "schema"}, at that path.
+    `text_format` is {"type", "schema"}.
     """
-    format_type = text_format.get("type", "text")
-    schema = text_format.get("schema")
+    path, wanted = text_format
+    format_type = wanted.get("type", "text")
+    schema = wanted.get("schema")
     if format_type == "text":
         return None, ""
     if format_type == "json_object" or (format_type == "json_schema" and schema is None):
@@ -5541,12 +5596,11 @@ def to_output_format(text_format: JsonObject, path: str) -> tuple[JsonObject | N
     if format_type != "json_schema":
         raise InvalidRequest(f"{path}.type: Input should be 'text', 'json_object' or 'json_schema'")
 
-    translator = SchemaTranslator()
     with contextlib.suppress(Unenforceable):
         translated = translator.translate(schema, f"{path}.schema")
         if not translator.is_over_limits():
             return {"type": format_type, "schema": translated}, ""
-    return None, f"{_JSON_SCHEMA_PROMPT}\n{json.dumps(schema)}"
+    return None, f"{_JSON_SCHEMA_PROMPT}\n{dump_json(schema)}"
 
 
 def to_messages_fields(
@@ -5558,11 +5612,11 @@ def to_messages_fields(
         # OpenAI's scale goes to 2, Anthropic's to 1.
         temperature = 1
 
-    translated, call_fields = _to_tools([*tools, *items.tools])
-    choice, translated = _to_tool_choice(body, translated)
-    format_path, wanted_format = text_format
-    output_format, prompt = to_output_format(wanted_format, format_path)
+    translator = SchemaTranslator()
+    output_format, prompt = to_output_format(text_format, translator)
     items.system += as_blocks(prompt)
+    translated, call_fields = _to_tools([*tools, *items.tools], translator)
+    choice, translated = _to_tool_choice(body, translated)
     fields = {
         "model": body.get("model"),
         "system": items.system,
@@ -5754,7 +5808,8 @@ def _to_items(body: JsonObject) -> Iterator[Located]:
             items.append((path, {"role": role, "type": "message", "content": content}))
         items += calls
         for index, block in _read_reasoning_fields(message):
-            items.insert(index, (path, {"type": "reasoning", "encrypted_content": seal(block)}))
+            place = min(index, len(items))
+            items.insert(place, (path, {"type": "reasoning", "encrypted_content": seal(block)}))
         yield from items
 
 
@@ -5805,11 +5860,11 @@ def _read_reasoning_fields(message: JsonObject) -> Iterator[tuple[int, Block]]:
         for source in sources:
             entries = source.get(name)
             if isinstance(entries, list) and entries:
-                for entry in map(as_object, entries):
+                for number, entry in enumerate(map(as_object, entries)):
                     block = _to_thinking_block(entry)
                     index = entry.get("index")
                     if block:
-                        yield max(0, index) if isinstance(index, int) else 0, block
+                        yield max(0, index) if isinstance(index, int) else number, block
                 return
 
 
@@ -6913,7 +6968,7 @@ _OPENAI_PATHS: Final = (
 
 def _own_path(path: str) -> str:
     """Return a path as ROUTES has it: without its /v1, and without a slash at its end."""
-    return re.sub(r"\A(/v1)+(?=/)", "", path.rstrip("/") or "/")
+    return re.sub(r"\A(/v1)+(?=/)", "", path).rstrip("/") or "/"
 
 
 def to_no_route_message(head: Head) -> str:

@@ -228,3 +228,18 @@ def test_a_process_that_is_given_up_is_killed_before_anything_else(
     with InProcessGateway(tmp_path) as gateway:
         assert gateway.post({"messages": messages}).status == 200
         assert steps[:2] == ["kill", "cost"]
+
+
+def test_an_answer_with_an_empty_text_is_known_when_it_comes_back() -> None:
+    answer = [{"type": "text", "text": ""}, {"type": "text", "text": "so"}]
+    parser = cc2api.StreamParser()
+    parser.content = answer
+    conversation = to_conversation("u1")
+    conversation.add_answer(parser)
+    messages = [
+        {"role": "user", "content": "text of u1"},
+        {"role": "assistant", "content": answer},
+        {"role": "user", "content": "text of u2"},
+    ]
+    turn = cc2api.parse_messages_request({"model": "m", "max_tokens": 9, "messages": messages})
+    assert conversation.reusable_prefix(turn, cc2api.PrefixKey.of(turn)) == 2

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import importlib.util
 import json
+import random
 import time
 import zlib
 from collections.abc import Callable, Iterator
@@ -72,6 +73,14 @@ def test_other_vendors_names_are_mapped(start: Any, api: ScriptedApi) -> None:
     assert api.calls_with(word)[0].body["model"] == "claude-sonnet-4-6"
     assert gateway.ask(word + "2", model="mini").status == 200
     assert api.calls_with(word + "2")[0].body["model"].startswith("claude-")
+
+
+def test_a_vendor_before_a_name_is_left_out_unless_the_operator_names_it() -> None:
+    models = cc2api.ModelList(["gpt=opus", "own=anthropic/claude-x", "openai/gpt=haiku"])
+    names = ["gpt", "anthropic/gpt", "own", "anthropic/claude-y", "openai/gpt", "anthropic/own"]
+    assert [models.mapped(name) for name in names] == [
+        *("opus", "opus", "anthropic/claude-x", "claude-y", "haiku", "anthropic/claude-x")
+    ]
 
 
 def test_a_model_that_is_served_has_an_entry(start: Any, api: ScriptedApi) -> None:
@@ -147,7 +156,7 @@ def test_paths_seen_in_the_wild(fake: InProcessGateway) -> None:
         assert fake.request("POST", path, message).status == 200
     for path in ("/v1/chat/completions", "/chat/completions", "/v1/v1/chat/completions"):
         assert fake.request("POST", path, message).status == 200
-    for path in ("/", "/api/hello"):
+    for path in ("/", "/v1/", "/api/hello"):
         head = fake.request("HEAD", path)
         assert (head.status, head.body) == (200, b"")
     assert fake.request("OPTIONS", "/v1/messages").status == 204
@@ -198,9 +207,14 @@ def test_a_broken_compressed_body_is_400(fake: InProcessGateway, encoding: str) 
     assert post_encoded(fake, b"", encoding).status == 400
 
 
-def test_bodies_of_two_members_are_one() -> None:
-    halves = gzip.compress(b'{"a": ') + gzip.compress(b"1}")
-    assert cc2api.decode_body(halves, "gzip") == b'{"a": 1}'
+@pytest.mark.parametrize("encoding", [each for each in ENCODERS if each != "identity"])
+def test_a_body_is_decoded_in_time_in_step_with_its_size(encoding: str) -> None:
+    """One of many empty members, each of which would be looked at with all that follow, is none."""
+    encode = ENCODERS[encoding]
+    noise = random.Random(1).randbytes(3_000_000)
+    assert cc2api.decode_body(encode(noise), encoding.lower()) == noise
+    with pytest.raises(cc2api.InvalidRequest):
+        cc2api.decode_body(encode(b"") * 100_000, encoding.lower())
 
 
 @pytest.mark.parametrize("encoding", ["br", "zstd", "gzip, gzip"])

@@ -413,6 +413,8 @@ def detail(**fields: Any) -> JsonObject:
         (detail(), True),
         (detail(id="rs_of_another", format="anthropic-claude-v1"), True),
         (detail(index="x"), True),
+        (detail(index=10**30), False),
+        (detail(index=-1), True),
         (detail(index=99), False),  # no answer ends with thinking
         (detail(signature=None), False),
         (detail(signature=""), False),
@@ -436,6 +438,16 @@ def test_thinking_without_its_signature_is_left_out(fields: JsonObject, is_kept:
     )
     kept = [block for block in got[1][1] if block["type"] == "thinking"]
     assert kept == ([{"type": "thinking", "thinking": "hm", "signature": "s"}] if is_kept else [])
+
+
+def test_thinking_without_an_index_keeps_its_order() -> None:
+    entries = [{k: v for k, v in block.items() if k != "index"} for block in THOUGHTS]
+    got = messages_of(
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": "so", "thinking_blocks": entries},
+        {"role": "user", "content": "more"},
+    )
+    assert got[1][1] == [*THOUGHTS, {"type": "text", "text": "so"}]
 
 
 def test_blocks_that_a_client_has_joined_are_left_out() -> None:

@@ -118,8 +118,8 @@ BAD: list[tuple[JsonObject, str]] = [
         "messages.0: The final block in an assistant message cannot be `thinking`.",
     ),
     (
-        {"messages": [assistant(TEXT, SEARCH), *BASE["messages"]]},
-        "messages.0.content.1: s1, a call without its result: the CLI does not carry this",
+        {"messages": [assistant(SEARCH, TEXT), *BASE["messages"]]},
+        "messages.0.content.0: s1, a call without its result: the CLI does not carry this",
     ),
     (
         in_user({"type": "text", "text": "\ufeff\n"}),
@@ -215,6 +215,10 @@ def test_every_user_block_passes_verbatim(block: JsonObject) -> None:
     assert parse(messages=[user(block)]).messages[-1].content == [block]
 
 
+def found(call_id: str) -> JsonObject:
+    return {"type": "web_search_tool_result", "tool_use_id": call_id, "content": []}
+
+
 PAUSED: list[tuple[list[JsonObject], list[JsonObject] | None]] = [
     ([TEXT, SEARCH], [TEXT]),
     ([TEXT, SEARCH, SEARCHED], [TEXT, SEARCH, SEARCHED]),
@@ -237,6 +241,29 @@ def test_a_paused_answer_is_continued(
             cc2api.Message("assistant", sent),
             cc2api.Message("user", [go_on]),
         )
+
+
+def test_a_paused_answer_that_was_continued_goes_on() -> None:
+    first, second = assistant(TEXT, SEARCH), assistant({**SEARCH, "id": "s2"}, found("s2"), TEXT)
+    sent = [TEXT, {**SEARCH, "id": "s2"}, found("s2"), TEXT]
+    for history in ([first, second], [assistant(*first["content"]), second]):
+        turn = parse(messages=[user(TEXT), *history, user(TEXT)])
+        assert [message.role for message in turn.messages] == ["user", "assistant", "user"]
+        assert turn.messages[1].content == sent
+    # Continued by the API itself, the answer goes on with the call's own result.
+    answered = assistant(found("s1"), TEXT)
+    turn = parse(messages=[user(TEXT), first, answered, user(TEXT)])
+    assert turn.messages[1].content == [TEXT, SEARCH, found("s1"), TEXT]
+    turn = parse(messages=[user(TEXT), assistant(SEARCH), user(TEXT)])
+    assert turn.messages == (cc2api.Message("user", [TEXT, TEXT]),)
+
+
+def test_what_ends_with_a_word_of_the_clients_is_prefill_and_not_paused() -> None:
+    with pytest.raises(cc2api.InvalidRequest, match="prefill"):
+        parse(messages=[user(TEXT), assistant(SEARCH, SEARCHED, TEXT)])
+    asked = [user(TEXT), assistant(TEXT, SEARCH)]
+    turn = cc2api.parse_messages_request({**BASE, "messages": asked}, is_count=True)
+    assert turn.messages[-1] == cc2api.Message("assistant", [TEXT])
 
 
 def test_an_empty_text_of_an_answer_is_left_out() -> None:
@@ -351,3 +378,40 @@ def test_a_typed_tool_needs_neither_name_nor_schema() -> None:
         {"type": "bash_20250124", "name": "bash"},
     ]
     assert parse(tools=tools).tools == tools
+
+
+@pytest.mark.parametrize(
+    ("model", "taken"),
+    [
+        ("claude-sonnet-5-5", "thinking effort"),
+        ("claude-opus-4-7", "thinking effort"),
+        ("claude-opus-4-8[1m]", "thinking effort"),
+        ("claude-fable-6", "thinking effort"),
+        ("claude-haiku-5", "thinking effort"),
+        ("us.anthropic.claude-opus-4-7-v1:0", "thinking effort"),
+        ("claude-sonnet-4-6", "thinking effort temperature"),
+        ("us.anthropic.claude-sonnet-4-6-20260115-v1:0", "thinking effort temperature"),
+        ("claude-opus-4-5-20251101", "effort temperature"),
+        ("claude-haiku-4-5", "temperature"),
+        ("claude-sonnet-4-5@20250929", "temperature"),
+        ("claude-opus-4-1-20250805", "temperature"),
+        ("claude-opus-4-20250514", "temperature"),
+        ("claude-sonnet-4@20250514", "temperature"),
+        ("claude-sonnet-4", "temperature"),
+        ("anthropic.claude-3-7-sonnet-20250219-v1:0", "temperature"),
+    ],
+)
+def test_what_openais_clients_send_unasked_is_left_out_where_a_model_refuses_it(
+    model: str, taken: str
+) -> None:
+    asked = {"thinking": {"type": "adaptive"}, "temperature": 0.5, "top_p": 0.9, "effort": "low"}
+    fields = {"model": "m", **asked}
+    turn = cc2api.to_turn(fields, [("messages.0", user(TEXT))], is_lenient=True)
+    sent = cc2api.fields_for_model(turn, model)
+    assert ("thinking" in sent) == ("thinking" in taken)
+    assert ("output_config" in sent) == ("effort" in taken)
+    assert "top_p" not in sent
+    # While it thinks a model takes no temperature.
+    unasked = {name: value for name, value in asked.items() if name != "thinking"}
+    turn = cc2api.to_turn({"model": "m", **unasked}, [("messages.0", user(TEXT))], is_lenient=True)
+    assert ("temperature" in cc2api.fields_for_model(turn, model)) == ("temperature" in taken)

@@ -391,6 +391,11 @@ FIELDS_REFUSED: list[tuple[JsonObject, str]] = [
     ({"tools": [F, {**F, "description": "another"}]}, "tools[1].name"),
     ({"tools": [F], "tool_choice": {"type": "web_search"}}, "tool_choice.type"),
     ({"tools": [F], "tool_choice": {"type": "function"}}, "tool_choice.name"),
+    ({"tools": [F], "tool_choice": {"type": []}}, "tool_choice.type"),
+    (
+        {"tools": [F], "tool_choice": {"type": "allowed_tools", "tools": [{"type": []}]}},
+        "tool_choice.tools[0].name",
+    ),
 ]
 
 

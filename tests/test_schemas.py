@@ -65,7 +65,22 @@ TRANSLATED: list[tuple[JsonObject, JsonObject]] = [
         {"anyOf": [{"type": "integer", "description": "{minimum: 1}"}, {"type": "null"}],
          "description": "d"},
     ),
-    ({"type": ["string"]}, STRING),
+    ({"type": ["string"], "minLength": 3}, {**STRING, "description": "{minLength: 3}"}),
+    (
+        {"properties": {"a": STRING}, "allOf": [{"$ref": "#/$defs/B"}],
+         "$defs": {"B": {"properties": {"b": STRING}, "required": ["b"]}}},
+        {**closed(a=STRING, b=STRING), "required": ["b"]},
+    ),
+    (
+        {"allOf": [{"properties": {"a": STRING}, "required": ["a"]}, {"required": ["a"]}]},
+        {**closed(a=STRING), "required": ["a"]},
+    ),
+    (
+        {"anyOf": [{"$ref": "#/$defs/A"}, {"$ref": "#/definitions/A_1"}, {"$ref": "#/definitions/A"}],
+         "$defs": {"A": STRING}, "definitions": {"A_1": {"const": 1}, "A": {"const": 2}}},
+        {"anyOf": [{"$ref": f"#/$defs/{name}"} for name in ("A", "A_1", "A_2")],
+         "$defs": {"A": STRING, "A_1": {"const": 1}, "A_2": {"const": 2}}},
+    ),
     ({"type": ["string", "null"], "enum": ["a", None]}, {"enum": ["a", None]}),
     ({"oneOf": [STRING, {"const": None}]}, {"anyOf": [STRING, {"const": None}]}),
     ({"allOf": [STRING], "description": "d"}, {**STRING, "description": "d"}),
@@ -99,6 +114,47 @@ TRANSLATED: list[tuple[JsonObject, JsonObject]] = [
 @pytest.mark.parametrize(("schema", "sent"), TRANSLATED, ids=lambda value: str(value)[:60])
 def test_a_schema_is_translated(schema: JsonObject, sent: JsonObject) -> None:
     assert translate(schema) == sent
+
+
+def nested(depth: int) -> JsonObject:
+    schema: JsonObject = STRING
+    for _ in range(depth):
+        schema = {"type": ["array", "array"], "items": schema}
+    return schema
+
+
+def chained(length: int) -> JsonObject:
+    links = {f"d{i}": {"anyOf": [{"$ref": f"#/$defs/d{i + 1}"}]} for i in range(length)}
+    return {"$ref": "#/$defs/d0", "$defs": {**links, f"d{length}": STRING}}
+
+
+def test_deep_schemas_are_translated_in_time_or_not_at_all() -> None:
+    assert translate(nested(60))["items"]["items"]["type"] == "array"
+    assert len(translate(chained(20))["$defs"]) == 21
+    with pytest.raises(cc2api.Unenforceable):
+        translate(chained(1000))
+
+
+def test_all_schemas_of_a_request_count_together() -> None:
+    optional = {"properties": {f"p{i}": STRING for i in range(20)}}
+    tool = {"type": "function", "name": "f", "parameters": optional, "strict": True}
+    wanted = {"type": "json_schema", "name": "n", "schema": optional}
+    asked = {"model": "m", "input": "hi", "tools": [tool], "text": {"format": wanted}}
+    turn, _ = cc2api.parse_responses_request(asked)
+    assert "output_config" in turn.extra_body
+    assert "strict" not in turn.tools[0]
+
+
+def test_what_is_not_sent_does_not_count() -> None:
+    half = {"properties": {**{f"p{i}": STRING for i in range(20)}, "open": {}}}
+    small = {"properties": {f"p{i}": STRING for i in range(20)}}
+    assert ["strict" in tool for tool in tools_of(half, small)] == [False, True]
+
+
+def test_a_strict_tools_schema_is_an_object_at_the_top() -> None:
+    schema = {"$ref": "#/$defs/A", "$defs": {"A": {"properties": {}}}}
+    (tool,) = tools_of(schema)
+    assert tool == {"name": "f0", "input_schema": {"type": "object", **schema}}
 
 
 UNENFORCEABLE: list[Any] = [
@@ -150,6 +206,10 @@ NO_SCHEMAS: list[tuple[Any, str]] = [
     ({"properties": []}, "schema.properties"),
     ({"properties": {"a": 5}}, "schema.properties.a"),
     ({"properties": {}, "required": "a"}, "schema.required"),
+    ({"properties": {}, "required": [["a"]]}, "schema.required"),
+    ({"type": []}, "schema.type"),
+    ({"type": ["string", []]}, "schema.type"),
+    ({"enum": 5}, "schema.enum"),
     ({"anyOf": [STRING, 5]}, "schema.anyOf.1"),
     ({"anyOf": {}}, "schema.anyOf"),
     ({"type": "array", "items": {"type": "x"}}, "schema.items.type"),
