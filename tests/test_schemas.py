@@ -58,6 +58,7 @@ def test_a_schema_is_sent_as_anthropics_own_sdk_sends_it(model: type[BaseModel])
     assert translate(schema) == transform_schema(copy.deepcopy(schema))
 
 
+POINTERS = ("#/$defs/A", "#/definitions/A_1", "#/definitions/A")
 TRANSLATED: list[tuple[JsonObject, JsonObject]] = [
     ({"type": ["string", "null"]}, {"anyOf": [STRING, {"type": "null"}]}),
     (
@@ -76,7 +77,7 @@ TRANSLATED: list[tuple[JsonObject, JsonObject]] = [
         {**closed(a=STRING), "required": ["a"]},
     ),
     (
-        {"anyOf": [{"$ref": "#/$defs/A"}, {"$ref": "#/definitions/A_1"}, {"$ref": "#/definitions/A"}],
+        {"anyOf": [{"$ref": each} for each in POINTERS],
          "$defs": {"A": STRING}, "definitions": {"A_1": {"const": 1}, "A": {"const": 2}}},
         {"anyOf": [{"$ref": f"#/$defs/{name}"} for name in ("A", "A_1", "A_2")],
          "$defs": {"A": STRING, "A_1": {"const": 1}, "A_2": {"const": 2}}},
