@@ -1993,6 +1993,7 @@ DEFAULT_MODEL_NAME: Final = "claude-code"  # the name under which clients ask fo
 # The CLI lists a model with this ending where it may use a window of a million tokens.
 LONG_WINDOW_SUFFIX: Final = "[1m]"
 _MODEL_LINES: Final = ("haiku", "sonnet", "opus", "fable", "mythos")
+_VENDOR: Final = "anthropic/"
 _UNKNOWN_DATE: Final = "1970-01-01T00:00:00Z"  # what the API's documentation says for unknown
 
 
@@ -4396,9 +4397,11 @@ class ModelList:
     def mapped(self, name: str) -> str:
         """Return the model that a name stands for by --model-map, else the name.
 
-        OpenRouter's clients put the vendor before a name.
+        OpenRouter's names begin with the vendor's, and have dots in their versions.
         """
-        plain_name = name.removeprefix("anthropic/")
+        plain_name = name
+        if name.startswith(_VENDOR):
+            plain_name = name.removeprefix(_VENDOR).replace(".", "-")
         by_plain_name = self._model_by_name.get(plain_name, plain_name)
         return self._model_by_name.get(name, by_plain_name)
 

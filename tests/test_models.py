@@ -75,12 +75,17 @@ def test_other_vendors_names_are_mapped(start: Any, api: ScriptedApi) -> None:
     assert api.calls_with(word + "2")[0].body["model"].startswith("claude-")
 
 
-def test_a_vendor_before_a_name_is_left_out_unless_the_operator_names_it() -> None:
+def test_openrouters_names_are_known_without_their_vendor() -> None:
     models = cc2api.ModelList(["gpt=opus", "own=anthropic/claude-x", "openai/gpt=haiku"])
-    names = ["gpt", "anthropic/gpt", "own", "anthropic/claude-y", "openai/gpt", "anthropic/own"]
-    assert [models.mapped(name) for name in names] == [
-        *("opus", "opus", "anthropic/claude-x", "claude-y", "haiku", "anthropic/claude-x")
-    ]
+    expected = {
+        "gpt": "opus",
+        "anthropic/gpt": "opus",
+        "own": "anthropic/claude-x",
+        "openai/gpt": "haiku",
+        "anthropic/claude-sonnet-4.6": "claude-sonnet-4-6",
+        "claude-x.1": "claude-x.1",
+    }
+    assert {name: models.mapped(name) for name in expected} == expected
 
 
 def test_a_model_that_is_served_has_an_entry(start: Any, api: ScriptedApi) -> None:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import api_rules
 import pytest
 from anthropic import transform_schema
-from hypothesis import given, strategies as st
+from hypothesis import given, settings, strategies as st
 from pydantic import BaseModel, Field, RootModel
 
 import cc2api
@@ -292,6 +292,7 @@ def grown(schemas: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
 SCHEMAS: st.SearchStrategy[Any] = st.deferred(lambda: st.one_of(KEYWORDS, grown(SCHEMAS)))
 
 
+@settings(deadline=None)
 @given(SCHEMAS)
 def test_whatever_is_sent_the_api_takes(schema: JsonObject) -> None:
     before = copy.deepcopy(schema)
