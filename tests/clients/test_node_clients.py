@@ -21,6 +21,7 @@ from harness import API_KEY, RunningGateway, clean_environment
 from helpers import tool
 from scripted_api import DEFAULT_TEXT, JsonObject, Reply, ScriptedApi, text_reply
 from test_clients import run
+from test_table import ROWS, answer
 
 pytest_plugins = "installing"
 
@@ -294,6 +295,16 @@ def agent(
     (tmp_path / "dot.png").write_bytes(PNG)
     name, model = request.param
     return Agent(name, model, gateway.url, new_node, node_agents, tmp_path)
+
+
+@pytest.mark.parametrize("row", ["Qwen Code", "GitHub Copilot CLI"])
+def test_a_row_of_the_readme(
+    gateway: RunningGateway, new_node: Path, node_agents: Path, tmp_path: Path, row: str
+) -> None:
+    bin_dirs = Path(f"{new_node}:{node_agents}")
+    # Without this they would go by the proxy to loopback too.
+    direct = {"NO_PROXY": "127.0.0.1"}
+    assert DEFAULT_TEXT in answer(gateway, ROWS[row], bin_dirs, tmp_path, **direct)
 
 
 def with_agents(

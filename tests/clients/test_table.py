@@ -180,15 +180,6 @@ def test_continue(gateway: RunningGateway, continue_cli: Path, tmp_path: Path) -
     assert DEFAULT_TEXT in answer(gateway, command, continue_cli, tmp_path)
 
 
-@pytest.mark.parametrize("row", ["Qwen Code", "GitHub Copilot CLI"])
-def test_agents_on_node(
-    gateway: RunningGateway, new_node: Path, node_agents: Path, tmp_path: Path, row: str
-) -> None:
-    bin_dir = Path(f"{new_node}{os.pathsep}{node_agents}")
-    here = {"NO_PROXY": "127.0.0.1"}  # they would go by the proxy to loopback too
-    assert DEFAULT_TEXT in answer(gateway, ROWS[row], bin_dir, tmp_path, **here)
-
-
 def test_claude_code(gateway: RunningGateway, claude: str, tmp_path: Path) -> None:
     bin_dir, no_proxy = Path(claude).parent, {"HTTPS_PROXY": ""}  # for a dead one it waits
     assert DEFAULT_TEXT in answer(gateway, ROWS["Claude Code"], bin_dir, tmp_path, **no_proxy)
@@ -206,6 +197,6 @@ def test_the_table_names_what_is_tried_here() -> None:
         "llm-anthropic",
         "aider",
         "Continue, `apiBase: http://127.0.0.1:8080/v1`",
-        "Qwen Code",
+        "Qwen Code",  # this and the next in test_node_clients.py
         "GitHub Copilot CLI",
     ]
