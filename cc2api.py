@@ -1382,8 +1382,8 @@ _ADVISOR: Final = "advisor"  # a tool that upstream runs itself
 _NOT_CARRIED: Final = "the CLI does not carry this"
 # With them an answer could not be read to its end, or not be sent back.
 _UNUSABLE_TOOLS: Final = ("mcp_toolset", "advisor_")
-_CALL_TYPES: Final = ("tool_use", "server_tool_use", "mcp_tool_use")
-_CONTINUE: Final = "Continue."
+_CALLING_TYPES: Final = ("tool_use", "server_tool_use", "mcp_tool_use")  # blocks that call a tool
+_CONTINUE: Final = "Continue."  # stands behind an answer that was paused (`_ends_paused`)
 # Betas that are passed on: not those that the CLI sends for itself.
 _BETA: Final = re.compile(r"(?!claude-code-|oauth-)[A-Za-z0-9][A-Za-z0-9_.-]*\Z")
 
@@ -1526,12 +1526,7 @@ def to_turn(
         entries.insert(0, Entry("user", "system", {"type": "text", "text": system}))
 
     breakpoints: list[Breakpoint] = []
-    tools = []
-    for path, tool in located_objects(body, "tools"):
-        check_callers(f"{path}.allowed_callers", tool.get("allowed_callers"))
-        if str(tool.get("type")).startswith(_UNUSABLE_TOOLS):
-            raise InvalidRequest(f"{path}.type: {tool['type']}: {_NOT_CARRIED} in answers")
-        tools.append(strip_cache_control(tool, breakpoints))
+    tools = _parse_tools(body, breakpoints)
 
     go_on: list[Entry] = []
     if _ends_paused(entries) and not is_count:
@@ -1601,6 +1596,17 @@ def _parse_output_config(body: JsonObject) -> JsonObject | None:
     output_config = {"format": body.get("output_format"), "effort": effort}
     output_config.update(given)
     return without_nulls(output_config) or None
+
+
+def _parse_tools(body: JsonObject, breakpoints: list[Breakpoint]) -> list[JsonObject]:
+    """Return the tools less their cache breakpoints, which are appended to `breakpoints`."""
+    tools = []
+    for path, tool in located_objects(body, "tools"):
+        check_callers(f"{path}.allowed_callers", tool.get("allowed_callers"))
+        if str(tool.get("type")).startswith(_UNUSABLE_TOOLS):
+            raise InvalidRequest(f"{path}.type: {tool['type']}: {_NOT_CARRIED} in answers")
+        tools.append(strip_cache_control(tool, breakpoints))
+    return tools
 
 
 def fields_for_model(turn: Turn, model: str) -> JsonObject:
@@ -1673,17 +1679,17 @@ def _parse_messages(messages: Iterable[Located]) -> Iterator[Entry]:
         if not content:
             raise InvalidRequest(f"{path}: all messages must have non-empty content")
 
+        is_answer = role == "assistant"
         for block_path, block in located_objects(owner, "content", path):
-            check_block(block_path, block, is_answer=role == "assistant")
-            if block["type"] == "text":
-                if role == "assistant":
-                    # Answers with a web search have such blocks, and the CLI drops them.
-                    if not block["text"]:
-                        continue
+            check_block(block_path, block, is_answer=is_answer)
+            is_text = block["type"] == "text"
+            if is_text and is_answer and not block["text"]:
+                # Answers with a web search have such blocks, and the CLI drops them.
+                continue
+            if is_text and not is_answer and is_blank(block["text"], JS_WHITE_SPACE):
                 # The CLI drops what is blank for JavaScript, as U+FEFF is; but in a tool result it
                 # hands it on (seen).
-                elif is_blank(block["text"], JS_WHITE_SPACE):
-                    raise InvalidRequest(f"{block_path}: text content blocks must be non-empty")
+                raise InvalidRequest(f"{block_path}: text content blocks must be non-empty")
             if role == "system":
                 block = _to_reminder(block_path, block)
             yield Entry(role, block_path, block)
@@ -1761,7 +1767,7 @@ def check_block(path: str, block: Block, *, is_answer: bool = False) -> None:
             raise InvalidRequest(f"{path}: text content blocks must be non-empty")
     elif block_type == "image":
         check_image(f"{inside}.source", require(block, "source", dict, inside))
-    elif block_type in _CALL_TYPES:
+    elif block_type in _CALLING_TYPES:
         require(block, "id", str, inside)
         name = require(block, "name", str, inside)
         if block_type == "server_tool_use" and name == _ADVISOR:
@@ -1892,7 +1898,7 @@ def _check_tool_pairs(
                 raise InvalidRequest(f"{path}: `tool_use` ids must be unique")
             seen_ids.add(call_id)
             calls[call_id] = path
-        elif block["type"] in _CALL_TYPES and call_id not in answered_here:
+        elif block["type"] in _CALLING_TYPES and call_id not in answered_here:
             raise InvalidRequest(f"{path}: {call_id}, a call without its result: {_NOT_CARRIED}")
 
     if unanswered:
