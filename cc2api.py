@@ -3319,7 +3319,11 @@ class ControlChannel:
         Where upstream refuses, `count_error` says why, and the response holds guesses.
         """
         self.count_error = None
-        return self.request("get_context_usage", deadline)
+        usage = self.request("get_context_usage", deadline)
+        # The log comes by another pipe: its line may stand behind the response.
+        while self._process.has_lines():
+            self.read_line()
+        return usage
 
     def apply_settings(self, settings: JsonObject, deadline: Deadline) -> None:
         """Change settings, and wait until the CLI has taken them."""
